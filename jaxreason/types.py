@@ -1,0 +1,76 @@
+"""The axis legend and the records that cross rooms.
+
+Axes: B rows, T tokens, D embed, F mlp, N heads, K kv heads, H head_dim, V vocab, L layers, P prompts, G group.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of one optimizer step, or of one microbatch of it.
+
+    Position t predicts ``targets[:, t]``, which is ``tokens[:, t + 1]`` of the same segment; every float field is
+    aligned with ``targets``. Segment 0 is padding; segments of a row count from 1 and their positions from 0.
+    """
+
+    tokens: Array  # [B, T] int32
+    targets: Array  # [B, T] int32
+    positions: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32
+    loss_mask: Array  # [B, T] float32, 1 where the target is trained
+    sequence_ids: Array | None = None  # [B, T] int32, which sequence of the step; None: as segment_ids within a row
+    group_ids: Array | None = None  # [B, T] int32, which prompt of the step
+    advantages: Array | None = None  # [B, T] float32
+    old_logp: Array | None = None  # [B, T] float32, log-probs at the rollout's parameters
+    ref_logp: Array | None = None  # [B, T] float32, log-probs of the reference model
+    sampler_logp: Array | None = None  # [B, T] float32, log-probs that the sampler itself reported
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Counts over the whole optimizer step: all microbatches and all devices.
+
+    Every loss is a sum divided by one of these, so that neither microbatching nor sharding can change it.
+    """
+
+    tokens: Array  # [] float32, supervised tokens
+    sequences: Array  # [] float32, sequences with at least one supervised token
+    prompts: Array  # [] float32, prompts (groups) with at least one supervised token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes. Randomness is a function of the seed and ``step``, so nothing else is needed."""
+
+    step: Array  # [] int32, optimizer updates done
+    params: dict
+    opt_state: tuple
+
+
+def count_unique(ids: Array, mask: Array) -> Array:
+    """Number of different values of ``ids`` [...] among positions where ``mask`` > 0, as a float32 scalar."""
+    live = jnp.where(mask > 0, ids, -1).reshape(-1)
+    ordered = jnp.sort(live)
+    first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
+    return jnp.sum(first & (ordered >= 0)).astype(jnp.float32)
+
+
+def combine_metrics(name: str, a: Array, b: Array) -> Array:
+    """One metric of two parts of a step, put together: ``*_max`` and ``*_min`` by that, everything else adds."""
+    if name.endswith("_max"):
+        return jnp.maximum(a, b)
+    return jnp.minimum(a, b) if name.endswith("_min") else a + b
+
+
+def empty_metrics(shapes: dict) -> dict[str, Array]:
+    """The neutral element of :func:`combine_metrics` for every metric."""
+    start = {"_max": -jnp.inf, "_min": jnp.inf}
+    return {name: jnp.full(s.shape, start.get(name[-4:], 0.0), s.dtype) for name, s in shapes.items()}
