@@ -1,0 +1,18 @@
+"""Llama in Flax Linen, its attention, and its vocabulary head."""
+
+from jaxreason.model.config import PRESETS, LlamaConfig, RopeScaling, param_count, preset
+from jaxreason.model.llama import head_kernel, hidden, init, logits, step_cached, unstack
+
+__all__ = [
+    "PRESETS",
+    "LlamaConfig",
+    "RopeScaling",
+    "head_kernel",
+    "hidden",
+    "init",
+    "logits",
+    "param_count",
+    "preset",
+    "step_cached",
+    "unstack",
+]

@@ -1,0 +1,187 @@
+"""Llama as a Linen module: params are a plain dict, ``apply`` is a pure function.
+
+Parameters (stacked over layers for training; :func:`unstack` makes per-layer dicts for decoding):
+
+    embed.embedding [V, D] · layers.{attention_norm,mlp_norm}.scale [L, D] · layers.attention.{q,k,v,o}.kernel [L, in, out]
+    layers.mlp.{gate,up,down}.kernel [L, in, out] · norm.scale [D] · head.kernel [V, D] (untied only)
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxreason.model.attention import attention, cached_attention
+from jaxreason.model.config import LlamaConfig
+from jaxreason.model.rope import rope_tables, rotate
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(
+        "attention_out", "attention_lse", "query", "key", "value", "projection", "gate", "up", "down"
+    ),
+}
+
+
+class Norm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · scale (arXiv 1910.07467), computed in float32."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.norm_eps)
+        # Llama rounds before it scales; in bfloat16 the order shows.
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """x [rows, in] · kernel [in, out] (+ bias)."""
+
+    features: int
+    use_bias: bool
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        kernel = self.param(
+            "kernel", nn.initializers.normal(c.init_std), (x.shape[-1], self.features), c.param_dtype
+        )
+        out = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            out = out + self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(x.dtype)
+        return out
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array, batch: tuple[int, int], tables, segment_ids, cache, write, visible):
+        c = self.config
+        q = Dense(c.num_heads * c.head_dim, c.attention_bias, c, name="q")(x).reshape(*batch, c.num_heads, c.head_dim)
+        k = Dense(c.num_kv_heads * c.head_dim, c.attention_bias, c, name="k")(x)
+        v = Dense(c.num_kv_heads * c.head_dim, c.attention_bias, c, name="v")(x)
+        k, v = (y.reshape(*batch, c.num_kv_heads, c.head_dim) for y in (k, v))
+        q = checkpoint_name(rotate(q, tables), "query")
+        k, v = checkpoint_name(rotate(k, tables), "key"), checkpoint_name(v, "value")
+        if cache is None:
+            out = attention(q, k, v, segment_ids, c.attention)
+        else:
+            cache = write(cache, k, v)
+            out = cached_attention(q, *cache, visible)
+        out = out.reshape(-1, c.num_heads * c.head_dim)
+        return checkpoint_name(Dense(c.embed_dim, c.attention_bias, c, name="o")(out), "projection"), cache
+
+
+class Mlp(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        gate = checkpoint_name(Dense(c.mlp_dim, c.mlp_bias, c, name="gate")(x), "gate")
+        up = checkpoint_name(Dense(c.mlp_dim, c.mlp_bias, c, name="up")(x), "up")
+        return checkpoint_name(Dense(c.embed_dim, c.mlp_bias, c, name="down")(nn.silu(gate) * up), "down")
+
+
+class Layer(nn.Module):
+    """One block. x is [B·T, D]: XLA's CPU backward of a 2-D matmul is about twice as fast as that of a 3-D one."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array, batch, tables, segment_ids, cache=None, write=None, visible=None):
+        c = self.config
+        mixed, cache = Attention(c, name="attention")(
+            Norm(c, name="attention_norm")(x), batch, tables, segment_ids, cache, write, visible
+        )
+        x = x + mixed
+        return x + Mlp(c, name="mlp")(Norm(c, name="mlp_norm")(x)), cache
+
+
+class Llama(nn.Module):
+    """Tokens to final normed hidden states; the vocabulary head is ``model/vocab.py``."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, positions: Array, segment_ids: Array, noise: Array | None = None) -> Array:
+        """Hidden states [B, T, D] in the compute dtype, of tokens, positions, segment_ids [B, T].
+
+        ``noise`` [B, T, D] is added to the embeddings (NEFTune).
+        """
+        c = self.config
+        table = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.embed_dim), c.param_dtype)
+        if not c.tie_embeddings:
+            self.param("head", nn.initializers.normal(c.init_std), (c.vocab_size, c.embed_dim), c.param_dtype)
+        x = jnp.take(table, tokens, axis=0).astype(c.compute_dtype)
+        if noise is not None:
+            x = x + noise.astype(x.dtype)
+        batch, tables = tokens.shape, rope_tables(positions, c)
+
+        def body(layer: Layer, carry: Array):
+            return layer(carry, batch, tables, segment_ids)
+
+        if c.remat != "none":
+            body = nn.remat(body, policy=_POLICIES[c.remat], prevent_cse=False)
+        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
+        x, _ = scan(Layer(c, name="layers"), x.reshape(-1, c.embed_dim))
+        return Norm(c, name="norm")(x).reshape(*batch, c.embed_dim)
+
+
+def init(config: LlamaConfig, key: Array) -> dict:
+    """Random parameters: normal(init_std) kernels and embeddings, unit norms, zero biases."""
+    dummy = jnp.zeros((1, 1), jnp.int32)
+    return Llama(config).init(key, dummy, dummy, dummy)["params"]
+
+
+def hidden(params: dict, config: LlamaConfig, tokens, positions=None, segment_ids=None, noise=None) -> Array:
+    """Final hidden states [B, T, D]; positions default to 0…T−1, segments to one a row."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
+    return Llama(config).apply({"params": params}, tokens, positions, segment_ids, noise)
+
+
+def head_kernel(params: dict, config: LlamaConfig) -> Array:
+    """The output table [V, D]: the embedding where tied."""
+    return params["embedding"] if config.tie_embeddings else params["head"]
+
+
+def logits(params: dict, config: LlamaConfig, tokens, positions=None, segment_ids=None) -> Array:
+    """Full logits [B, T, V] float32. For tests and small inputs; training never forms this array."""
+    x = hidden(params, config, tokens, positions, segment_ids)
+    head = head_kernel(params, config).astype(x.dtype)
+    return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+
+
+def unstack(params: dict, config: LlamaConfig) -> dict:
+    """The same parameters in the compute dtype with ``layers`` as a list, one dict a layer, for decoding."""
+    cast = jax.tree.map(lambda w: w.astype(config.compute_dtype), params)
+    layers = [jax.tree.map(lambda w, i=i: w[i], cast["layers"]) for i in range(config.num_layers)]
+    return {**cast, "layers": layers}
+
+
+def step_cached(params: dict, config: LlamaConfig, tokens, positions, caches: list, write, visible):
+    """Hidden states [B, S, D] of S new tokens, and the caches that now hold them.
+
+    Args:
+      params: from :func:`unstack`.
+      caches: per layer a (k, v) pair, each [B, K, C, H].
+      write: ``(cache, k, v) -> cache`` puts k, v [B, S, K, H] of the new tokens in place.
+      visible: [B, S, C] bool, which cache entries each new token attends to, itself included.
+    """
+    x = jnp.take(params["embedding"], tokens, axis=0).astype(config.compute_dtype).reshape(-1, config.embed_dim)
+    tables, new = rope_tables(positions, config), []
+    for layer, cache in zip(params["layers"], caches):
+        x, cache = Layer(config).apply({"params": layer}, x, tokens.shape, tables, None, cache, write, visible)
+        new.append(cache)
+    x = Norm(config).apply({"params": params["norm"]}, x)
+    return x.reshape(*tokens.shape, config.embed_dim), new
