@@ -108,6 +108,11 @@ class Loss(Section):
     """Arguments of the loss; its docstring lists them."""
 
 
+class SftLoss(Loss):
+    name: str = "nll"
+    """A named loss, or ``package.module:function``."""
+
+
 class Optimizer(Section):
     learning_rate: float = Field(1e-5, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -158,10 +163,6 @@ class Train(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of train.steps and train.epochs")
         return self
-
-
-class SftTrain(Train):
-    pass
 
 
 class Eval(Section):
@@ -222,9 +223,9 @@ class SftConfig(Section):
     run: Run
     model: Model
     data: Data
-    loss: Loss = Loss(name="nll")
+    loss: SftLoss = SftLoss()
     optimizer: Optimizer = Optimizer()
-    train: SftTrain
+    train: Train
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
 
@@ -446,3 +447,9 @@ def _line(where: str, loc: tuple) -> str:
             break
         line, node = match[0][0].start_mark.line + 1, match[0][1]
     return f", line {line}" if line else ""
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(json_schema(), indent=1))

@@ -1,0 +1,229 @@
+"""Checkpoints: Orbax for the arrays, and a manifest of file hashes that is written last and checked before every read.
+
+    RUN/checkpoints/00000020/params/     Orbax
+                             optimizer/  Orbax
+                             data.json   the data iterator's state
+                             model.json  the architecture
+                             manifest.json  sha256 of every file above; a step without it was never finished
+
+Orbax alone restores a flipped bit and reports a full disk as saved; a step exists here only once it was hashed.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxreason.errors import UserError
+from jaxreason.model import LlamaConfig, RopeScaling
+from jaxreason.types import TrainState
+
+MANIFEST = "manifest.json"
+_MARGIN = 1.02  # metadata beside the arrays
+
+logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes atomically: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def model_to_json(config: LlamaConfig) -> dict:
+    """The architecture as plain values."""
+    values = {k: getattr(config, k) for k in config.__dataclass_fields__}
+    if config.rope_scaling:
+        values["rope_scaling"] = dict(vars(config.rope_scaling))
+    return values | {"stop_ids": list(config.stop_ids)}
+
+
+def model_from_json(values: dict) -> LlamaConfig:
+    scaling = values["rope_scaling"]
+    values = values | {"rope_scaling": RopeScaling(**scaling) if scaling else None}
+    return LlamaConfig(**values | {"stop_ids": tuple(values["stop_ids"])})
+
+
+def steps(directory: Path) -> list[int]:
+    """Finished steps, oldest first."""
+    return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST}") if path.parent.name.isdigit())
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """Directories of steps whose writing was cut off."""
+    return sorted(p for p in directory.glob("*") if p.is_dir() and p.name.isdigit() and not (p / MANIFEST).exists())
+
+
+def _files(step_dir: Path) -> list[Path]:
+    return sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.endswith(".tmp"))
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(step_dir: Path, files: list[Path]) -> dict[str, dict]:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(_digest, files))
+    return {str(p.relative_to(step_dir)): {"sha256": h, "bytes": p.stat().st_size} for p, h in zip(files, hashes)}
+
+
+def verify(step_dir: Path) -> dict:
+    """Checks every file of a step against its manifest and returns it. Raises UserError naming the first bad file."""
+    fix = f"delete {step_dir} to go on from the step before it"
+    path = step_dir / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{step_dir}: no {MANIFEST}, so this checkpoint was never finished or was cut short; {fix}")
+    try:
+        listed = json.loads(path.read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a readable manifest; {fix}") from None
+    present = [step_dir / name for name in listed if (step_dir / name).is_file()]
+    for name, entry in listed.items():
+        if not (step_dir / name).is_file():
+            raise UserError(f"{step_dir / name}: missing; the checkpoint is damaged; {fix}")
+        if (found := (step_dir / name).stat().st_size) != entry["bytes"]:
+            raise UserError(f"{step_dir / name}: {found} bytes, not {entry['bytes']}; the checkpoint is damaged; {fix}")
+    for name, entry in _digests(step_dir, present).items():
+        if entry["sha256"] != listed[name]["sha256"]:
+            raise UserError(f"{step_dir / name}: its content is not what was saved (sha256 differs); {fix}")
+    return listed
+
+
+class Checkpoints:
+    """The checkpoints of one run: asynchronous saves, whose failures :meth:`check` raises, and verified restores."""
+
+    def __init__(self, directory: str | Path, keep: int):
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self._savers = {"params": ocp.StandardCheckpointer(), "optimizer": ocp.StandardCheckpointer()}
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+
+    def latest(self) -> int | None:
+        found = steps(self.directory)
+        return found[-1] if found else None
+
+    def remove_unfinished(self) -> list[Path]:
+        """Deletes what a killed save left behind and says which."""
+        cut = unfinished(self.directory)
+        if jax.process_index() == 0:
+            for path in cut:
+                shutil.rmtree(path)
+        return cut
+
+    def save(self, state: TrainState, data_state: dict, model: LlamaConfig) -> None:
+        """Starts writing ``state`` under its step; returns once the device arrays may be changed again.
+
+        Raises UserError if an earlier save failed or the disk lacks the room.
+        """
+        self.wait()
+        step = int(state.step)
+        path = self.directory / f"{step:08d}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        free = shutil.disk_usage(self.directory).free
+        if free < size * _MARGIN:
+            raise UserError(
+                f"checkpoint of step {step}: needs {size / 2**30:.2f} GiB in {self.directory}, {free / 2**30:.2f} GiB "
+                "are free; make room, lower train.keep_checkpoints, or set run.dir to another disk"
+            )
+        if jax.process_index() == 0 and path.exists():
+            shutil.rmtree(path)
+        try:
+            self._savers["params"].save(path / "params", state.params)
+            self._savers["optimizer"].save(path / "optimizer", {"opt_state": state.opt_state})
+        except OSError as error:
+            raise _failed(step, error) from error
+        self._thread = threading.Thread(target=self._finish, args=(step, path, data_state, model), daemon=True)
+        self._thread.start()
+
+    def _finish(self, step: int, path: Path, data_state: dict, model: LlamaConfig) -> None:
+        try:
+            for saver in self._savers.values():
+                saver.wait_until_finished()
+            if jax.process_index() == 0:
+                write_json(path / "data.json", data_state)
+                _seal(path, model)
+                for old in steps(self.directory)[: -self.keep]:
+                    # The manifest goes first: a deletion cut short leaves an unfinished step, not a damaged one.
+                    (self.directory / f"{old:08d}" / MANIFEST).unlink()
+                    shutil.rmtree(self.directory / f"{old:08d}")
+        except BaseException as error:
+            self._failure = (step, error)
+
+    def check(self) -> None:
+        """Raises UserError if the save under way, or the last one, failed."""
+        if self._failure:
+            step, error = self._failure
+            raise _failed(step, error) from error
+
+    def wait(self) -> None:
+        """Blocks until the save under way is finished and hashed; raises like :meth:`check`."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        """The verified state of a step, on the shardings of ``abstract``, and the data iterator's state."""
+        path = self.directory / f"{step:08d}"
+        verify(path)
+        params = restore_tree(path / "params", abstract.params)
+        opt_state = restore_tree(path / "optimizer", {"opt_state": abstract.opt_state})["opt_state"]
+        place = getattr(abstract.step, "sharding", None)
+        count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), place)
+        return TrainState(count, params, opt_state), json.loads((path / "data.json").read_text())
+
+
+def _seal(step_dir: Path, model: LlamaConfig) -> None:
+    """Writes the architecture and, last, the manifest: from here on the step exists."""
+    write_json(step_dir / "model.json", model_to_json(model))
+    write_json(step_dir / MANIFEST, {"step": int(step_dir.name), "files": _digests(step_dir, _files(step_dir))})
+
+
+def save_params(directory: Path, params: dict, model: LlamaConfig) -> None:
+    """A checkpoint of step 0 with weights alone: what a converted model is to this project."""
+    path = directory.absolute() / f"{0:08d}"
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path / "params", params)
+    _seal(path, model)
+
+
+def _failed(step: int, error: BaseException) -> UserError:
+    cause = str(error).strip().splitlines()
+    return UserError(
+        f"checkpoint of step {step} could not be written: {type(error).__name__}: {cause[0] if cause else ''}; "
+        "free disk space or fix the directory's permissions, then run the same command to go on from the step before it"
+    )
+
+
+def restore_tree(path: Path, abstract: Any) -> Any:
+    """Orbax's arrays at ``path``, in the shapes, dtypes and shardings of ``abstract``. Raises UserError."""
+    with ocp.StandardCheckpointer() as reader:
+        stored = {_name(p): m.shape for p, m in jax.tree_util.tree_leaves_with_path(reader.metadata(path).item_metadata.tree)}
+        wanted = {_name(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(abstract)}
+        for name in sorted({*stored, *wanted}):
+            if stored.get(name) != wanted.get(name):
+                raise UserError(
+                    f"{path}: {name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'unknown')} in this run's "
+                    "model; the checkpoint belongs to another architecture"
+                )
+        return reader.restore(path, abstract)
+
+
+def _name(path: tuple) -> str:
+    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

@@ -1,0 +1,88 @@
+"""The mesh and the one table of which axis of which array is split over it."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# Parameter name → how its axes are split. Output channels of q, k, v, gate and up go over `tensor` and those of o and
+# down come back from it, so a block needs one all-reduce each for attention and mlp; `fsdp` splits the other axis.
+RULES: dict[str, PartitionSpec] = {
+    "embedding": PartitionSpec("tensor", "fsdp"),
+    "head": PartitionSpec("tensor", "fsdp"),
+    **{f"{name}.kernel": PartitionSpec(None, "fsdp", "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}.bias": PartitionSpec(None, "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}.kernel": PartitionSpec(None, "tensor", "fsdp") for name in ("o", "down")},
+    **{f"{name}.bias": PartitionSpec(None, "fsdp") for name in ("o", "down")},
+    "scale": PartitionSpec(),
+}
+
+
+def make_mesh(mesh: cfg.Mesh, devices=None) -> Mesh:
+    """Mesh with axes data, fsdp, tensor over all devices; a size of -1 takes what the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    found = len(devices)
+    if -1 in sizes.values():
+        if found % fixed:
+            raise UserError(f"mesh {sizes}: {found} devices are not a multiple of {fixed}; change mesh.* or the devices")
+        sizes = {name: found // fixed if size == -1 else size for name, size in sizes.items()}
+    elif fixed != found:
+        raise UserError(f"mesh {sizes} needs {fixed} devices and {found} are here; set one mesh axis to -1")
+    grid = np.asarray(devices).reshape(*sizes.values())
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def leaf_sharding(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Sharding of the leaf at ``path`` (strings) of the parameters, or of anything shaped like them (Adam's moments).
+
+    An axis that its mesh axis does not divide stays whole.
+    """
+    spec = RULES.get(".".join(path[-2:])) or RULES.get(path[-1] if path else "") or PartitionSpec()
+    if len(spec) > len(shape):
+        spec = PartitionSpec()
+    fits = [axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
+    return NamedSharding(mesh, PartitionSpec(*fits))
+
+
+def shardings(tree, mesh: Mesh):
+    """The sharding of every leaf of a tree of arrays or shapes whose paths end in parameter names."""
+
+    def one(path, leaf):
+        names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+        return leaf_sharding(names, leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh) -> None:
+    """Rows must divide evenly into microbatches and over the devices. Raises UserError with sizes that do."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % microbatch_size:
+        divisors = [m for m in range(1, batch_size + 1) if batch_size % m == 0 and m % ways == 0]
+        raise UserError(
+            f"train.microbatch_size {microbatch_size} does not divide data.batch_size {batch_size}; "
+            f"use one of {divisors or 'another batch size'}"
+        )
+    if microbatch_size % ways:
+        low = max(ways, microbatch_size // ways * ways)
+        raise UserError(
+            f"{microbatch_size} rows in a microbatch are not divisible by mesh axes data x fsdp = {ways}; "
+            f"use {low} or {low + ways} (train.microbatch_size, data.batch_size), or change mesh.*"
+        )

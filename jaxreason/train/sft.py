@@ -1,0 +1,186 @@
+"""Supervised fine-tuning: one flat loop from config to summary.json."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreason import config as cfg
+from jaxreason import losses
+from jaxreason.checkpoint import Checkpoints, write_json
+from jaxreason.data.batches import loader
+from jaxreason.data.pipeline import Prepared, prepare
+from jaxreason.data.prompts import Prompts, load_prompts
+from jaxreason.errors import UserError
+from jaxreason.model import LlamaConfig, param_count, unstack
+from jaxreason.rollout import Engine, Sampling
+from jaxreason.sharding import batch_sharding, check_batch, make_mesh, replicated
+from jaxreason.train import optimizer as opt
+from jaxreason.train import state as states
+from jaxreason.train.evaluation import evaluate
+from jaxreason.train.run import Interrupt, Log, RunDir, check_finite, console, gib, show_table
+from jaxreason.train.setup import Setup, open_model
+from jaxreason.train.step import batch_loss, make_train_step
+from jaxreason.types import Batch, Totals
+
+SHOWN = ("loss", "eval_loss", "tokens_per_second", "eval_accuracy")
+
+
+def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
+    """Runs the config, or resumes it, and returns its summary. Raises UserError for everything a user can mend."""
+    # ---- inputs: nothing here starts a device
+    setup: Setup = open_model(config.model)
+    loss = losses.get(config.loss.name, **config.loss.options)
+    if loss.kind != "sft":
+        raise UserError(f"loss.name {config.loss.name} is a loss of GRPO; SFT takes e.g. nll")
+    if missing := set(loss.needs) - {"entropy", "logsumexp", "mean_logp"}:
+        raise UserError(f"loss.name {config.loss.name} needs {', '.join(sorted(missing))}, which SFT does not provide")
+    run = RunDir(config)
+    resume = run.resumable()
+    data = prepare(config.data, setup.tokenizer, config.run.seed)
+    problems = held_out_problems(config, setup, data)
+    console.print(data.report.table())
+    rows, batch_size = data.train, config.data.batch_size
+    total = config.train.steps or rows.num_steps(config.train.epochs)
+    if resume is not None and resume >= total and (done := run.summary()):
+        console.print(f"{run.path} is finished ({total} steps); delete it or set run.name to train again")
+        return done
+    micro = config.train.microbatch_size or batch_size
+    model = dataclasses.replace(setup.config, remat=config.model.remat)
+
+    # ---- devices
+    mesh = make_mesh(config.mesh)
+    check_batch(batch_size, micro, mesh)
+    schedule = opt.schedule(config.optimizer, total)
+    optimizer = opt.make(config.optimizer, total)
+    abstract = states.abstract(model, optimizer, mesh)
+    shape = jax.ShapeDtypeStruct((batch_size, rows.length), jnp.int32, sharding=batch_sharding(mesh))
+    floats = jax.ShapeDtypeStruct(shape.shape, jnp.float32, sharding=shape.sharding)
+    batch_shape = Batch(shape, shape, shape, shape, floats, sequence_ids=shape)
+    step_fn = make_train_step(model, loss, optimizer, schedule, batch_size // micro)
+    with jax.set_mesh(mesh):
+        started = time.monotonic()
+        out = (jax.tree.map(lambda s: s.sharding, abstract), None)
+        train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=out).lower(abstract, batch_shape).compile()
+    state_bytes = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(abstract))
+    memory = train_step.memory_analysis()
+    show_table("model", [
+        ("parameters", f"{param_count(model):,} ({model.num_layers} layers x {model.embed_dim})"),
+        ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
+        ("dtypes", f"{model.param_dtype} weights, {model.compute_dtype} matmuls, {config.optimizer.moment_dtype} moments"),
+        ("loss", f"{config.loss.name} {config.loss.options or ''}"),
+        ("batch", f"{batch_size} rows x {rows.length} tokens, {batch_size // micro} microbatches"),
+        ("steps", f"{total} ({rows.steps_per_epoch()} an epoch)"),
+        ("mesh", " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
+        ("state", f"{gib(state_bytes)}; a checkpoint takes as much disk, {config.train.keep_checkpoints} are kept"),
+        ("step's memory", f"{gib(memory.temp_size_in_bytes)} beside the state, per device"),
+        ("compiled in", f"{time.monotonic() - started:.1f} s"),
+    ])  # fmt: skip
+    if dry_run:
+        for text in data.preview(3):
+            console.print(text)
+        return None
+
+    # ---- state: restored, loaded or random
+    run.start(resume or 0)
+    checkpoints = Checkpoints(run.checkpoints, config.train.keep_checkpoints)
+    for path in checkpoints.remove_unfinished():
+        console.print(f"removed {path}: its writing was cut off, so it was never a checkpoint")
+    if jax.process_index() == 0:
+        setup.tokenizer.save(run.path / "tokenizer", data.chat.template)
+        write_json(run.path / "data_report.json", data.report.to_dict())
+    batches = loader(rows, total, process_index=jax.process_index(), process_count=jax.process_count())
+    if resume is not None:
+        console.print(f"resuming {run.path} from step {resume}")
+        state, data_state = checkpoints.restore(resume, abstract)
+        batches.set_state(data_state)
+    elif setup.source:
+        state = states.adopt(setup.source.params(model, mesh), model, optimizer, mesh)
+    else:
+        state = states.create(model, optimizer, mesh, config.run.seed)
+    held_out = Evaluator(config, setup, data, problems, model, mesh)
+
+    # ---- the loop
+    log, interrupt = Log(run, config, total, int(state.step), SHOWN), Interrupt()
+    began, trained, record = time.monotonic(), 0.0, {}
+    try:
+        for step in range(int(state.step) + 1, total + 1):
+            clock = time.monotonic()
+            batch = put(next(batches), mesh)
+            state, metrics = train_step(state, batch)
+            metrics = jax.device_get(metrics)
+            check_finite(step, metrics, state.params)
+            metrics.pop("leaf_norms")
+            seconds = time.monotonic() - clock
+            trained += float(metrics["tokens"])
+            record = metrics | {"seconds": seconds, "tokens_per_second": rows.length * batch_size / seconds}
+            last = step == total or interrupt.requested
+            if step == total or (config.train.eval_every and step % config.train.eval_every == 0):
+                record |= held_out(state.params)
+            log.write(step, record)
+            checkpoints.check()
+            if last or (config.train.save_every and step % config.train.save_every == 0):
+                checkpoints.save(state, batches.get_state(), model)
+            if last:
+                break
+        checkpoints.wait()
+    finally:
+        log.close()
+        interrupt.restore()
+    if step < total:
+        console.print(f"stopped at step {step} and saved it; the same command goes on")
+        return None
+    summary = {"step": total, **{k: float(v) for k, v in record.items()}, "trained_tokens": trained,
+               "train_seconds": time.monotonic() - began, "parameters": param_count(model)}  # fmt: skip
+    run.finish(summary)
+    return summary
+
+
+def put(batch: Batch, mesh) -> Batch:
+    """This process's rows, placed as its part of the global batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def held_out_problems(config: cfg.SftConfig, setup: Setup, data: Prepared) -> Prompts | None:
+    """The problems that ``eval.problems`` asks for: of ``data.eval_source``, or the embedded task's own held-out ones."""
+    if not config.eval.problems:
+        return None
+    source = config.data.eval_source or config.data.source
+    if not source.startswith("embedded:") and config.data.eval_source is None:
+        raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
+    changes = {"source": source, "split": "eval", "max_rows": config.eval.problems}
+    return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=data.chat)
+
+
+class Evaluator:
+    """Held-out loss (nll per trained token) and held-out accuracy of the current parameters."""
+
+    def __init__(
+        self, config: cfg.SftConfig, setup: Setup, data: Prepared, problems: Prompts | None, model: LlamaConfig, mesh
+    ):
+        self._rows, self._problems, self._mesh, self._tokenizer = data.eval, problems, mesh, setup.tokenizer
+        nll = losses.get("nll")
+        one = Totals(*(jnp.ones(()),) * 3)
+        self._loss: Callable = jax.jit(lambda params, batch: batch_loss(params, model, nll, batch, one)[0])
+        self._unstack = jax.jit(lambda params: unstack(params, model), out_shardings=replicated(mesh))
+        if problems:
+            sampling = Sampling(temperature=0.0, max_completion_tokens=config.eval.max_completion_tokens)
+            self._engine = Engine(model, setup.tokenizer.stop_ids, sampling, slots=config.eval.slots)
+
+    def __call__(self, params: dict) -> dict[str, float]:
+        found = {}
+        if self._rows:
+            loss = tokens = 0.0
+            for index in range(self._rows.num_steps()):
+                batch = put(self._rows.batch(index, jax.process_index(), jax.process_count()), self._mesh)
+                tokens += float(jnp.sum(batch.loss_mask))
+                loss += float(self._loss(params, batch))
+            found |= {"eval_loss": loss / tokens, "eval_tokens": tokens}
+        if self._problems:
+            metrics, _ = evaluate(self._engine, self._unstack(params), self._problems, self._tokenizer)
+            found |= {f"eval_{name}": value for name, value in metrics.items()}
+        return found

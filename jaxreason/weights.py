@@ -1,0 +1,71 @@
+"""What a path to a model means: a run, one of its checkpoints, a Hugging Face directory, or a hub id."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from jaxreason import checkpoint, hf
+from jaxreason.errors import UserError
+from jaxreason.model import LlamaConfig, init
+from jaxreason.sharding import leaf_sharding, shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    kind: Literal["checkpoint", "hf"]
+    path: Path  # of the checkpoint's step or of the Hugging Face directory
+
+    @property
+    def run(self) -> Path:
+        """The run that a checkpoint belongs to."""
+        return self.path.parent.parent
+
+    @property
+    def tokenizer(self) -> str:
+        """Where its tokenizer is."""
+        return str(self.run / "tokenizer") if self.kind == "checkpoint" else str(self.path)
+
+    def config(self, param_dtype: str, compute_dtype: str) -> LlamaConfig:
+        """The architecture; reads no weights."""
+        if self.kind == "hf":
+            return hf.read_config(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
+        values = json.loads((self.path / "model.json").read_text())
+        return checkpoint.model_from_json(values).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
+
+    def params(self, config: LlamaConfig, mesh: Mesh) -> dict:
+        """The weights in ``config.param_dtype``, each straight on its devices."""
+        if self.kind == "hf":
+            def place(path, leaf):
+                # Each device reads its own shard from the file; the host never holds the whole parameter.
+                return jax.make_array_from_callback(leaf.shape, leaf_sharding(path, leaf.shape, mesh), leaf.read)
+
+            return hf.load(str(self.path), config.param_dtype, config.compute_dtype, placement=place)[0]
+        checkpoint.verify(self.path)
+        shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        abstract = jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings(shapes, mesh)
+        )
+        return checkpoint.restore_tree(self.path / "params", abstract)
+
+
+def locate(name: str) -> Source:
+    """The source that ``name`` means. Raises UserError; a hub id is downloaded."""
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        found = checkpoint.steps(path / "checkpoints")
+        if not found:
+            cut = len(checkpoint.unfinished(path / "checkpoints"))
+            raise UserError(f"{path}: a run without a finished checkpoint ({cut} unfinished); run its training again")
+        return Source("checkpoint", path / "checkpoints" / f"{found[-1]:08d}")
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        if not path.is_dir():
+            raise UserError(f"{path}: no such checkpoint; there are {checkpoint.steps(path.parent)}")
+        checkpoint.verify(path)
+        return Source("checkpoint", path)
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{path}: a run without a checkpoint; run its training first")
+    return Source("hf", hf.fetch(name))

@@ -1,0 +1,106 @@
+"""Checkpoints: bitwise round trip, manifests that catch every damage, failures that surface at their step."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxreason import checkpoint, model
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+from jaxreason.sharding import make_mesh
+from jaxreason.train import optimizer as opt
+from jaxreason.train import state as states
+from jaxreason.types import TrainState
+
+CONFIG = model.LlamaConfig(
+    vocab_size=64, embed_dim=16, mlp_dim=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+    rope_scaling=model.RopeScaling("llama3", 32.0), stop_ids=(3, 5),
+)  # fmt: skip
+OPTIMIZER = opt.make(cfg.Optimizer(), 10)
+
+
+def fresh(step: int) -> TrainState:
+    state = states.create(CONFIG, OPTIMIZER, make_mesh(cfg.Mesh(), jax.devices()[:1]), seed=step)
+    return TrainState(state.step + step, state.params, state.opt_state)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        store.save(fresh(step), {"next": step}, CONFIG)
+    store.wait()
+    return store
+
+
+def test_round_trip_is_bitwise_and_old_steps_go(saved):
+    assert checkpoint.steps(saved.directory) == [2, 3]
+    state, data = saved.restore(3, states.abstract(CONFIG, OPTIMIZER, make_mesh(cfg.Mesh(), jax.devices()[:1])))
+    jax.tree.map(np.testing.assert_array_equal, state, fresh(3))
+    assert data == {"next": 3}
+
+
+def test_architecture_round_trip():
+    assert checkpoint.model_from_json(checkpoint.model_to_json(CONFIG)) == CONFIG
+
+
+def test_every_flipped_bit_is_caught(saved):
+    """Orbax restores a flipped bit without a word; one flip in each file of the step must be refused, by name."""
+    step_dir = saved.directory / "00000003"
+    names = list(checkpoint.verify(step_dir))
+    assert any("params" in n for n in names) and any("optimizer" in n for n in names) and "data.json" in names
+    for name in names:
+        path = step_dir / name
+        content = path.read_bytes()
+        if not content:
+            continue
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=path.name.replace("$", r"\$")):
+            checkpoint.verify(step_dir)
+        path.write_bytes(content)
+    checkpoint.verify(step_dir)
+
+
+def test_cut_short_and_missing_files_are_named(saved):
+    step_dir = saved.directory / "00000003"
+    big = max((step_dir / n for n in checkpoint.verify(step_dir)), key=lambda p: p.stat().st_size)
+    content = big.read_bytes()
+    big.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{len(content) - 1} bytes, not {len(content)}"):
+        checkpoint.verify(step_dir)
+    big.unlink()
+    with pytest.raises(UserError, match="missing; the checkpoint is damaged; delete"):
+        checkpoint.verify(step_dir)
+
+
+def test_a_step_without_manifest_does_not_exist(saved):
+    (saved.directory / "00000003" / checkpoint.MANIFEST).unlink()
+    assert saved.latest() == 2
+    assert saved.remove_unfinished() == [saved.directory / "00000003"]
+    assert not (saved.directory / "00000003").exists()
+
+
+def test_a_failed_save_is_an_error_that_names_its_step(saved, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_digests", full)
+    saved.save(fresh(4), {}, CONFIG)
+    with pytest.raises(UserError, match="checkpoint of step 4 could not be written: OSError.*No space left"):
+        saved.wait()
+    assert saved.latest() == 3
+
+
+def test_too_little_disk_is_said_before_writing(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="checkpoint of step 5: needs .* GiB in .*; make room"):
+        saved.save(fresh(5), {}, CONFIG)
+    assert not (saved.directory / "00000005").exists()
+
+
+def test_another_architecture_is_refused(saved):
+    other = states.abstract(CONFIG.replace(mlp_dim=32), OPTIMIZER, make_mesh(cfg.Mesh(), jax.devices()[:1]))
+    with pytest.raises(UserError, match=r"mlp.\w+.kernel is \(2, .* in this run's model"):
+        saved.restore(3, other)
