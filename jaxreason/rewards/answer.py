@@ -1,0 +1,114 @@
+"""Finding the answer of a completion, and the accuracy reward."""
+
+import re
+from typing import Literal
+
+from jaxreason.rewards import values
+from jaxreason.rewards.sample import ANSWER_CLOSE, ANSWER_OPEN, Sample, final_span
+
+AnswerIn = Literal["auto", "boxed", "tag", "text"]
+_BOX_TOKEN = re.compile(r"(?P<box>\\f?boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_BOX = re.compile(r"\\f?boxed(?![A-Za-z])")
+_WHOLE_BOX = re.compile(r"\\f?boxed\s*\{(.*)\}", re.DOTALL)
+_LEAD_IN = re.compile(r"(?:(?:so,?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?|####)\s*", re.IGNORECASE)
+
+
+def boxed(text: str) -> list[str] | None:
+    r"""Contents of the outermost ``\boxed{...}`` in order, braces balanced; None if any box is left open.
+
+    One pass, so nothing is quadratic. Escaped braces do not count, unmatched braces outside of boxes are ignored.
+    """
+    found, stack, boxes_open = [], [], 0
+    for token in _BOX_TOKEN.finditer(text):
+        if token["box"] or token[0] == "{":
+            stack.append((bool(token["box"]), token.end()))
+            boxes_open += bool(token["box"])
+        elif token[0] == "}" and stack:
+            is_box, start = stack.pop()
+            boxes_open -= is_box
+            if is_box and not boxes_open:
+                found.append(text[start : token.start()].strip())
+    return None if boxes_open else found
+
+
+def extract(sample: Sample, *, answer_in: AnswerIn = "auto") -> list[str]:
+    r"""Every answer given in the final span, in order, without its box or tags; empty when there is none.
+
+    ``boxed`` takes ``\boxed{}``; ``tag`` takes ``<answer></answer>``; ``text`` takes the whole span, which may begin
+    with "The answer is", "Answer:" or "####" and is never searched for numbers. ``auto`` takes boxes if there is one,
+    else tags if there is one, else the text. An unterminated box, or an unpaired tag, is no answer.
+    """
+    span = final_span(sample)
+    if span is None:
+        return []
+    if answer_in == "boxed" or (answer_in == "auto" and _BOX.search(span)):
+        return [_unwrap(content) for content in boxed(span) or []]
+    if answer_in == "tag" or (answer_in == "auto" and (ANSWER_OPEN in span or ANSWER_CLOSE in span)):
+        return _tagged(span)
+    text = span.strip()
+    return [text[match.end() :] if (match := _LEAD_IN.match(text)) else text] if text else []
+
+
+def accuracy(
+    sample: Sample,
+    *,
+    answer_in: AnswerIn = "auto",
+    multiple_boxed: Literal["wrong", "last"] = "wrong",
+    symbolic: Literal["auto", "never"] = "auto",
+) -> float | None:
+    r"""1 where the final answer means the gold, 0 where it does not or is missing, None where the gold is unreadable.
+
+    Args:
+      answer_in: where the answer stands, see ``extract``. Reasoning is never searched.
+      multiple_boxed: several different answers in the final span: all of it ``wrong``, or the ``last`` one counts.
+      symbolic: ``auto`` compares formulas with math-verify; ``never`` knows plain numbers, units and words only.
+    Raises UserError for a formula as gold without math-verify installed. Comparison: ``values.same``.
+    """
+    gold = values.read(_gold_text(sample.gold or ""))
+    if gold is None:
+        return None
+    # The gold is compared with itself first: what is unreadable must be so for every completion of its group.
+    if values.same(gold, gold, symbolic) is None:
+        return None
+    answers = [values.read(text) for text in extract(sample, answer_in=answer_in)]
+    if not answers or answers[-1] is None:
+        return 0.0
+    if multiple_boxed == "wrong" and not all(_alike(answer, answers[-1]) for answer in answers[:-1]):
+        return 0.0
+    return float(bool(values.same(gold, answers[-1], symbolic)))
+
+
+def prepare(symbolic: str = "auto", **_: object) -> None:
+    """Imports what a worker will need, so that no sample's time limit pays for it."""
+    if symbolic == "auto" and values.is_math_verify_installed():
+        values.load_math_verify()
+
+
+def _alike(one: values.Value | None, other: values.Value) -> bool:
+    return one is not None and bool(values.same(other, one, "never"))
+
+
+def _unwrap(content: str) -> str:
+    r"""``\boxed{\boxed{5}}`` is 5; a text too long to be read is left, since each layer costs a pass."""
+    while len(content) <= values.MAX_CHARS:
+        match = _WHOLE_BOX.fullmatch(content)
+        if match is None or len(boxed(content) or []) != 1:
+            break
+        content = match[1].strip()
+    return content
+
+
+def _tagged(span: str) -> list[str]:
+    opened, *rest = span.split(ANSWER_OPEN)
+    parts = [part.split(ANSWER_CLOSE) for part in rest]
+    if ANSWER_CLOSE in opened or any(len(part) != 2 for part in parts):
+        return []
+    return [content.strip() for content, _ in parts]
+
+
+def _gold_text(gold: str) -> str:
+    """The answer in a gold that may be a whole solution, as in MATH (last box) or GSM8K (after ``####``)."""
+    if _BOX.search(gold):
+        found = boxed(gold)
+        return _unwrap(found[-1]) if found else ""
+    return gold.rpartition("####")[2].strip()
