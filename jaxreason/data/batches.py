@@ -1,0 +1,157 @@
+"""Packed rows as batches, addressed by step: the data order is a function of the seed and nothing is stateful."""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxreason.data.pack import Plan, plan
+from jaxreason.data.store import Store
+from jaxreason.types import Batch
+
+
+class Rows:
+    """Rows of T tokens from a store, as batches.
+
+    With ``endless`` the epochs follow each other without a seam: the batch that ends one epoch is filled from the
+    next. Without, there is one epoch, and the last batch is filled with empty rows.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        index: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        length: int,
+        batch_size: int,
+        packing: bool,
+        shuffle: bool,
+        seed: int,
+        pad_id: int,
+        endless: bool,
+    ):
+        self.length, self.batch_size, self.endless = length, batch_size, endless
+        self.index, self.lengths = index, lengths
+        self._store, self._pad_id = store, pad_id
+        self._options = {"packing": packing, "shuffle": shuffle, "seed": seed}
+        self._lock = threading.Lock()  # grain reads steps from threads
+        self._plans: dict[int, Plan] = {}
+        self._ends: list[int] = []  # rows in epochs 0..e together
+
+    def rows_per_epoch(self, epoch: int = 0) -> int:
+        end = self._end(epoch)
+        return end - (self._end(epoch - 1) if epoch else 0)
+
+    def num_steps(self, epochs: float = 1.0) -> int:
+        """Optimizer steps that cover ``epochs`` passes."""
+        whole = math.floor(epochs)
+        rows = self._end(whole - 1) if whole else 0
+        if epochs > whole:
+            rows += math.ceil((epochs - whole) * self.rows_per_epoch(whole))
+        return math.ceil(rows / self.batch_size)
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        return self.num_steps(epoch + 1) - self.num_steps(epoch)
+
+    def examples(self, row: int) -> np.ndarray:
+        """Positions in ``index`` and ``lengths`` of the examples in row ``row`` of the endless stream."""
+        epoch = 0
+        while row >= self._end(epoch):
+            epoch += 1
+            if not self.endless:
+                return np.zeros(0, np.int64)
+        first = self._end(epoch - 1) if epoch else 0
+        return self._plan(epoch).row(row - first)
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """This process's rows of step ``step``: numpy arrays [batch_size / process_count, T].
+
+        Sequence ids are unique in the whole step, over all processes. Raises IndexError behind the last batch of rows
+        that end.
+        """
+        if self.batch_size % process_count:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by {process_count} processes")
+        if step < 0 or (not self.endless and step >= self.num_steps()):
+            raise IndexError(f"step {step} of {self.num_steps()}")
+        share = self.batch_size // process_count
+        first = step * self.batch_size
+        rows = [self.examples(first + row) for row in range(process_index * share, (process_index + 1) * share)]
+        return self._assemble(rows, process_index * share)
+
+    def _assemble(self, rows: Sequence[np.ndarray], first_row: int) -> Batch:
+        shape = (len(rows), self.length)
+        tokens, targets = np.full(shape, self._pad_id, np.int32), np.full(shape, self._pad_id, np.int32)
+        positions, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for r, examples in enumerate(rows):
+            at = 0
+            for segment, example in enumerate(examples, 1):
+                length, stored = int(self.lengths[example]), int(self.index[example])
+                ids, end = self._store.example(stored)[:length], at + length
+                tokens[r, at:end] = ids
+                targets[r, at : end - 1] = ids[1:]
+                positions[r, at:end] = np.arange(length)
+                segments[r, at:end] = segment
+                # Position t is trained to say token t + 1, so the mask begins one before the trained span.
+                mask[r, at + self._store.starts[stored] - 1 : end - 1] = 1
+                at = end
+        # Each row holds fewer than T segments, so a row's ids cannot reach the next row's.
+        sequence_ids = (np.arange(first_row, first_row + len(rows), dtype=np.int32)[:, None] * self.length) + segments
+        return Batch(tokens, targets, positions, segments, mask, sequence_ids=sequence_ids)
+
+    def _end(self, epoch: int) -> int:
+        while len(self._ends) <= epoch:
+            self._plan(len(self._ends))
+        return self._ends[epoch]
+
+    def _plan(self, epoch: int) -> Plan:
+        with self._lock:
+            if epoch not in self._plans:
+                made = plan(self.lengths, self.length, epoch=epoch, **self._options)
+                self._plans = {e: p for e, p in self._plans.items() if abs(e - epoch) == 1} | {epoch: made}
+                if len(self._ends) == epoch:
+                    self._ends.append((self._ends[-1] if epoch else 0) + len(made))
+            return self._plans[epoch]
+
+
+class _Steps:
+    """Steps of rows as the random-access source that grain reads."""
+
+    def __init__(self, rows: Rows, num_steps: int, process_index: int, process_count: int):
+        self.rows, self.num_steps = rows, num_steps
+        self.process = process_index, process_count
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.rows.batch(step, *self.process)
+
+    def __repr__(self) -> str:
+        return f"_Steps(num_steps={self.num_steps})"
+
+
+def loader(
+    rows: Rows,
+    num_steps: int,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 1,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """A grain iterator over the batches of steps start_step … num_steps - 1, made ahead in threads.
+
+    Its ``get_state()`` is a small JSON-able dict for the checkpoint and ``set_state()`` goes on from there. Threads
+    suffice: the tokens are memory-mapped and assembling a batch is copying.
+    """
+    import grain
+
+    steps = grain.MapDataset.source(_Steps(rows, num_steps, process_index, process_count))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
+    iterator = iter(steps.to_iter_dataset(options))
+    if start_step:
+        iterator.set_state({"next_index": start_step})
+    return iterator

@@ -1,0 +1,137 @@
+"""Examples to token ids and the start of the trained span; this module is what tokenizing processes run.
+
+ids = encode(prompt) + encode(completion), built from these two pieces, so the prompt's ids are a prefix of the
+example's by construction and equal what generation feeds the model.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from jaxreason.data.chat import Chat
+from jaxreason.data.example import Example, Reject
+from jaxreason.data.schema import parse
+from jaxreason.data.sources import Chunk
+from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The examples of one chunk, flat. Ordinals count the chunk's rows from 0; keys find a row for a message."""
+
+    ids: np.ndarray  # [sum of lengths] int32
+    lengths: np.ndarray  # [n] int32
+    starts: np.ndarray  # [n] int32, first trained token
+    ordinals: np.ndarray  # [n] int64
+    rows: int
+    rejects: list[tuple[int, str, int]]  # (ordinal, reason, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    tokenizer: Tokenizer
+    chat: Chat
+    keep_only_correct: bool
+
+    def chunk(self, chunk: Chunk, schema: str) -> Encoded:
+        """Reads, parses and encodes the rows of ``chunk``. Raises UserError for a file that cannot be read."""
+        texts, plain, ordinals, keys, rejects, rows = [], [], [], [], [], 0
+        for key, row in chunk.rows():
+            try:
+                example = row if isinstance(row, Example) else parse(row, schema, self.keep_only_correct)
+                texts.append(self._texts(example))
+            except Reject as reject:
+                rejects.append((rows, reject.reason, key))
+            else:
+                plain.append(example.user is None)
+                ordinals.append(rows)
+                keys.append(key)
+            rows += 1
+        prompts = self.tokenizer.encode_batch([prompt for prompt, _ in texts])
+        completions = self._completions([completion for _, completion in texts], plain)
+        ids, starts, kept = [], [], []
+        for at, (prompt, completion) in enumerate(zip(prompts, completions)):
+            try:
+                ids.append(np.array(prompt + end_at_stop(completion, self.tokenizer), np.int32))
+            except Reject as reject:
+                rejects.append((ordinals[at], reject.reason, keys[at]))
+            else:
+                # The very first token has nothing before it that could predict it.
+                starts.append(max(len(prompt), 1))
+                kept.append(ordinals[at])
+        return Encoded(
+            np.concatenate([*ids, np.zeros(0, np.int32)]),
+            np.array([len(row) for row in ids], np.int32),
+            np.array(starts, np.int32),
+            np.array(kept, np.int64),
+            rows,
+            sorted(rejects),
+        )
+
+    def _texts(self, example: Example) -> tuple[str, str]:
+        if example.answer is None:
+            raise Reject("no answer to train on")
+        if example.user is None:
+            return (self.tokenizer.hf.bos_token if self.tokenizer.adds_bos else ""), example.answer
+        return self.chat.render(example)
+
+    def _completions(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
+        """Plain text begins a document and is encoded as one; a reply continues its prompt."""
+        whole = iter(self.tokenizer.encode_batch([text for text, alone in zip(texts, plain) if alone]))
+        replies = iter(self.tokenizer.encode_continuations([text for text, alone in zip(texts, plain) if not alone]))
+        return [next(whole if alone else replies) for alone in plain]
+
+
+def encode_prompt(example: Example, tokenizer: Tokenizer, chat: Chat) -> list[int]:
+    """Ids that generation starts from: the same as the untrained part of a training row."""
+    return tokenizer.encode(chat.render_prompt(example))
+
+
+def end_at_stop(completion: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The completion up to its first stop token, included; the tokenizer's EOS where the template writes none.
+
+    What a template writes behind the stop token (a line break) is never generated and so not trained. Raises Reject
+    where text follows: the row itself holds a stop token and would teach the model to end early.
+    """
+    stops = np.flatnonzero(np.isin(completion, tokenizer.stop_ids))
+    if not len(stops):
+        eos = tokenizer.hf.eos_token_id
+        return [*completion, tokenizer.stop_ids[0] if eos is None else eos]
+    at = int(stops[0])
+    tail = completion[at + 1 :]
+    if tail and tokenizer.decode(tail).strip():
+        raise Reject("stop token inside the text")
+    return completion[: at + 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Which examples are used, and how long."""
+
+    index: np.ndarray  # [n] int64, examples kept
+    lengths: np.ndarray  # [n] int32, tokens used of each
+    truncated: int
+    dropped: dict[str, int]
+
+
+def fit(lengths: np.ndarray, starts: np.ndarray, max_length: int, over_length: str, source: str) -> Fit:
+    """Applies ``data.over_length``. A truncated example ends without a stop token, since it did not stop there.
+
+    Raises UserError for a longer example under ``error``.
+    """
+    long = lengths > max_length
+    if over_length == "error" and long.any():
+        at = int(np.argmax(long))
+        raise UserError(
+            f"{source}: {int(long.sum())} examples are longer than data.max_length={max_length}, e.g. example {at} of "
+            f"{lengths[at]} tokens; raise data.max_length or set data.over_length=drop or truncate"
+        )
+    if over_length == "drop":
+        keep, dropped = ~long, {"longer than max_length": int(long.sum())}
+    else:
+        keep = starts < max_length
+        dropped = {"prompt fills max_length, nothing left to train": int((~keep).sum())}
+    index = np.flatnonzero(keep)
+    used = np.minimum(lengths[index], max_length).astype(np.int32)
+    return Fit(index, used, int((lengths[index] > max_length).sum()), {k: n for k, n in dropped.items() if n})

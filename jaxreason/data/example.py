@@ -1,0 +1,80 @@
+"""The record that every row becomes, and the text conventions of the data sets it comes from."""
+
+import dataclasses
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_THOUGHT_TAGS = ((THINK_OPEN, THINK_CLOSE), ("<|begin_of_thought|>", "<|end_of_thought|>"))
+_SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
+
+
+class Reject(Exception):
+    """This row cannot be used. The reason is a short phrase, since reports count rows by it."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation whose last assistant turn is trained (SFT) or asked for (GRPO).
+
+    ``user=None`` is plain text without roles: all of ``answer`` is trained and no chat template is applied.
+    """
+
+    user: str | None
+    answer: str | None = None
+    think: str | None = None  # the thought without its tags; None: the answer has no thought
+    system: str | None = None
+    gold: str | None = None  # what a grader compares with
+    history: tuple[tuple[str, str], ...] = ()  # earlier (role, text) turns, never trained
+
+    @property
+    def reply(self) -> str | None:
+        """The assistant's text: ``<think>\\n{think}\\n</think>\\n\\n{answer}``, or the answer alone."""
+        if self.answer is None or self.think is None:
+            return self.answer
+        return f"{THINK_OPEN}\n{self.think}\n{THINK_CLOSE}\n\n{self.answer}"
+
+
+def split_thought(text: str) -> tuple[str | None, str]:
+    """(think, answer) of an assistant's text in any of the known tag styles, both stripped; think None without tags.
+
+    A closing tag without an opening one counts as a thought, because some templates write the opening tag into the
+    prompt. Tags in the middle of an answer are ordinary text. Raises Reject for a thought that never ends and for a
+    missing answer.
+    """
+    text = text.strip()
+    for opening, closing in _THOUGHT_TAGS:
+        if text.startswith(opening):
+            think, closed, answer = text.removeprefix(opening).partition(closing)
+            if not closed:
+                raise Reject("thought never ends")
+            return think.strip(), _solution(answer)
+        if opening not in text and closing in text:
+            think, _, answer = text.partition(closing)
+            return think.strip(), _solution(answer)
+    return None, _solution(text)
+
+
+def _solution(text: str) -> str:
+    opening, closing = _SOLUTION_TAGS
+    text = text.strip()
+    if text.startswith(opening):
+        text = text.removeprefix(opening).partition(closing)[0].strip()
+    if not text:
+        raise Reject("no answer after the thought")
+    return text
+
+
+def boxed(text: str) -> str | None:
+    """Content of the last ``\\boxed{...}`` with balanced braces, or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed{")
+    for at in range(begin - 1, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[begin:at].strip() or None
+    return None

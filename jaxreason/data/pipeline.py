@@ -1,0 +1,118 @@
+"""From ``config.Data`` to batches: read, encode, cut to length, split off held-out rows, pack."""
+
+import dataclasses
+
+import numpy as np
+from rich.text import Text
+
+from jaxreason.config import Data
+from jaxreason.data import chat as chats
+from jaxreason.data.batches import Rows
+from jaxreason.data.chat import Chat
+from jaxreason.data.encode import Encoder, Fit, fit
+from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report
+from jaxreason.data.sources import open_source
+from jaxreason.data.store import Store
+from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.data.tokenizing import cache_root, tokenize
+from jaxreason.errors import UserError
+
+_EVAL_STREAM = 2**32 - 1  # no epoch's number, so that held-out rows are drawn independently of every order
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    train: Rows
+    eval: Rows | None
+    report: Report
+    chat: Chat  # generation must render with the same one, and an export must ship its template
+    _store: Store
+    _tokenizer: Tokenizer
+
+    def preview(self, count: int) -> list[Text]:
+        """The first training examples, the trained tokens between ``[[`` and ``]]``."""
+        return preview(self._store, self.train.index, self.train.lengths, self._tokenizer, count)
+
+
+def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = True) -> Prepared:
+    """Everything that training reads. ``seed`` chooses the held-out examples and the order.
+
+    Raises UserError for a source that cannot be read, for rows of which nothing is left to train, and for the template.
+    """
+    chat = chats.resolve(tokenizer, data.template, data.system_prompt)
+    store, kept, source = _source(data, data.source, data.max_rows, tokenizer, chat, seed, progress)
+    sources, held_out, train = [source], None, kept
+    if data.eval_source is not None:
+        limit = data.eval_rows or None
+        eval_store, held_out, report = _source(data, data.eval_source, limit, tokenizer, chat, seed, progress)
+        sources.append(report)
+    elif data.eval_rows:
+        eval_store, (held_out, train) = store, _split(kept, data, seed)
+
+    length = _row_length(data, [train] if held_out is None else [train, held_out])
+    shared = {"length": length, "batch_size": data.batch_size, "packing": data.packing, "seed": seed}
+    shared["pad_id"] = tokenizer.pad_id
+    rows = Rows(store, train.index, train.lengths, shuffle=data.shuffle, endless=True, **shared)
+    eval_rows = None
+    if held_out is not None:
+        eval_rows = Rows(eval_store, held_out.index, held_out.lengths, shuffle=False, endless=False, **shared)
+    report = Report(tuple(sources), _rows_report(rows), eval_rows and _rows_report(eval_rows), chat.origin)
+    return Prepared(rows, eval_rows, report, chat, store, tokenizer)
+
+
+def _source(
+    data: Data, name: str, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
+) -> tuple[Store, Fit, SourceReport]:
+    store = tokenize(
+        open_source(name, data.split, max_rows, seed),
+        Encoder(tokenizer, chat, data.keep_only_correct),
+        schema=data.row_schema,
+        max_rows=max_rows,
+        workers=data.workers,
+        cache=cache_root(data.cache_dir),
+        progress=progress,
+    )
+    kept = fit(store.lengths, store.starts, data.max_length, data.over_length, name)
+    report = source_report(name, store, kept)
+    if not report.trained_tokens:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.dropped.items())
+        first = next(iter(report.first_dropped.values()), None)
+        raise UserError(
+            f"data.source {name}: no trained token in {report.rows} rows (dropped by reason: {reasons}"
+            + (f"; first: {first}" if first else "")
+            + "); check data.schema, data.max_length and data.template"
+        )
+    return store, kept, report
+
+
+def _split(kept: Fit, data: Data, seed: int) -> tuple[Fit, Fit]:
+    """(held out, trained): a random choice of ``data.eval_rows`` examples, in file order."""
+    count = len(kept.index)
+    if data.eval_rows >= count:
+        raise UserError(f"data.eval_rows={data.eval_rows} leaves nothing to train: {count} examples of {data.source}")
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng([seed, _EVAL_STREAM]).permutation(count)[: data.eval_rows]] = True
+    held_out, trained = (
+        dataclasses.replace(kept, index=kept.index[part], lengths=kept.lengths[part]) for part in (chosen, ~chosen)
+    )
+    return held_out, trained
+
+
+def _row_length(data: Data, fits: list[Fit]) -> int:
+    """T. Unpacked rows need only hold the longest example; one length for all steps means one compilation."""
+    if data.packing:
+        return data.max_length
+    longest = max(int(part.lengths.max()) for part in fits)
+    return min(-(-longest // 64) * 64, data.max_length)
+
+
+def _rows_report(rows: Rows) -> RowsReport:
+    count = rows.rows_per_epoch()
+    return RowsReport(
+        examples=len(rows.index),
+        rows_per_epoch=count,
+        row_length=rows.length,
+        packing_efficiency=float(rows.lengths.sum() / (count * rows.length)),
+        batch_size=rows.batch_size,
+        steps_per_epoch=rows.steps_per_epoch(),
+    )

@@ -1,0 +1,89 @@
+"""Prompts with golds for GRPO and evaluation, from the same rows and through the same template as SFT."""
+
+import collections
+import dataclasses
+
+from jaxreason.config import Data
+from jaxreason.data import chat as chats
+from jaxreason.data.chat import Chat
+from jaxreason.data.example import Example, Reject
+from jaxreason.data.schema import parse
+from jaxreason.data.sources import Chunk, open_source
+from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.data.tokenizing import row_formats
+from jaxreason.errors import UserError
+
+# A row whose generations are all unusable for SFT is still a problem to solve.
+_FORMAT = {"openr1": "problem_answer"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    ids: tuple[int, ...]  # what generation starts from
+    text: str  # the same, rendered
+    gold: str  # what a grader compares with
+    user: str  # the question alone
+    index: int  # ordinal of the row in its source
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Usable prompts in the source's order, and what became of the other rows."""
+
+    prompts: tuple[Prompt, ...]
+    rows: int
+    dropped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, at: int) -> Prompt:
+        return self.prompts[at]
+
+
+def load_prompts(
+    data: Data, tokenizer: Tokenizer, seed: int, *, max_prompt_tokens: int | None = None, chat: Chat | None = None
+) -> Prompts:
+    """Prompts of ``data.source``; rows without a gold, or longer than ``max_prompt_tokens``, are counted.
+
+    Only prompts are held in memory, never the rows' traces. Raises UserError where no row is usable.
+    """
+    chat = chat or chats.resolve(tokenizer, data.template, data.system_prompt)
+    source = open_source(data.source, data.split, data.max_rows, seed)
+    prompts, dropped, rows = [], collections.Counter(), 0
+    for chunk, schema in row_formats(source, data.row_schema, keep_only_correct=False):
+        found, read = _examples(chunk, _FORMAT.get(schema, schema), rows, data.max_rows, dropped)
+        texts = [chat.render_prompt(example) for _, example in found]
+        for (index, example), text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
+            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+                dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
+            else:
+                prompts.append(Prompt(tuple(ids), text, example.gold, example.user, index))
+        rows += read
+        if rows == data.max_rows:
+            break
+    if not prompts:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none read"
+        raise UserError(f"data.source {data.source}: no usable prompt in {rows} rows ({reasons}); check data.schema")
+    return Prompts(tuple(prompts), rows, dict(dropped))
+
+
+def _examples(
+    chunk: Chunk, schema: str, first: int, max_rows: int | None, dropped: collections.Counter
+) -> tuple[list[tuple[int, Example]], int]:
+    """(ordinal, example) of the chunk's usable rows, and how many rows were read."""
+    found, read = [], 0
+    for _, row in chunk.rows():
+        if first + read == max_rows:
+            break
+        try:
+            example = row if isinstance(row, Example) else parse(row, schema, False)
+            if example.user is None:
+                raise Reject("plain text asks nothing")
+            if example.gold is None:
+                raise Reject("no gold answer")
+            found.append((first + read, example))
+        except Reject as reject:
+            dropped[reject.reason] += 1
+        read += 1
+    return found, read

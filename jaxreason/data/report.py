@@ -1,0 +1,113 @@
+"""What became of the rows: the content of data_report.json, its table, and a preview with the trained tokens marked."""
+
+import dataclasses
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jaxreason.data.encode import Fit
+from jaxreason.data.store import Store
+from jaxreason.data.tokenizer import Tokenizer
+
+PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceReport:
+    """One source's rows: read = kept + the dropped, by reason."""
+
+    source: str
+    schemas: tuple[str, ...]
+    rows: int
+    kept: int
+    truncated: int
+    dropped: dict[str, int]
+    first_dropped: dict[str, str]  # where the first row of a reason stands
+    tokens: int
+    trained_tokens: int
+    length_percentiles: dict[str, int]  # of all encoded examples, before data.over_length
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsReport:
+    """How the kept examples fill rows."""
+
+    examples: int
+    rows_per_epoch: int
+    row_length: int
+    packing_efficiency: float  # tokens / (rows x row length)
+    batch_size: int
+    steps_per_epoch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    sources: tuple[SourceReport, ...]  # the training source, then the evaluation source if it is another
+    train: RowsReport
+    eval: RowsReport | None
+    template: str
+
+    def to_dict(self) -> dict:
+        """JSON-able, for data_report.json."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> Group:
+        """The same as rich tables."""
+        return Group(*[_source_table(source) for source in self.sources], _rows_table(self.train, self.eval))
+
+
+def source_report(name: str, store: Store, fit: Fit) -> SourceReport:
+    rejects, lengths = store.meta["rejects"], store.lengths
+    percentiles = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
+    return SourceReport(
+        source=name,
+        schemas=tuple(store.meta["schemas"]),
+        rows=store.meta["rows"],
+        kept=len(fit.index),
+        truncated=fit.truncated,
+        dropped={reason: entry["count"] for reason, entry in rejects.items()} | fit.dropped,
+        first_dropped={reason: entry["first"] for reason, entry in rejects.items()},
+        tokens=int(fit.lengths.sum()),
+        trained_tokens=int((fit.lengths - store.starts[fit.index]).sum()),
+        length_percentiles={f"p{p}": int(value) for p, value in zip(PERCENTILES, percentiles)},
+    )
+
+
+def preview(store: Store, index: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer, count: int) -> list[Text]:
+    """The first ``count`` examples as text, the trained tokens between ``[[`` and ``]]`` (and in bold)."""
+    shown = []
+    for stored, length in zip(index[:count].tolist(), lengths[:count].tolist()):
+        ids, start = store.example(stored)[:length], int(store.starts[stored])
+        title = f"row {int(store.rows[stored]) + 1}: {length} tokens, {length - start} trained\n"
+        prompt, trained = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+        shown.append(Text.assemble((title, "underline"), prompt, ("[[" + trained + "]]", "bold")))
+    return shown
+
+
+def _source_table(report: SourceReport) -> Table:
+    table = Table(title=f"{report.source} ({', '.join(report.schemas)})", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row("rows read", f"{report.rows:,}")
+    table.add_row("kept", f"{report.kept:,}", f"of them truncated: {report.truncated:,}" if report.truncated else "")
+    for reason, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
+        first = report.first_dropped.get(reason)
+        table.add_row(f"dropped: {reason}", f"{count:,}", f"first: {first}" if first else "")
+    table.add_row("tokens", f"{report.tokens:,}", f"trained: {report.trained_tokens:,}")
+    table.add_row("tokens a row", "", "  ".join(f"{name} {n:,}" for name, n in report.length_percentiles.items()))
+    return table
+
+
+def _rows_table(train: RowsReport, held_out: RowsReport | None) -> Table:
+    table = Table("", "examples", "rows", "row length", "filled", "batch", "steps an epoch")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, rows in (("train", train), ("eval", held_out)):
+        if rows is not None:
+            filled = f"{rows.packing_efficiency:.1%}"
+            numbers = rows.row_length, filled, rows.batch_size, rows.steps_per_epoch
+            table.add_row(name, f"{rows.examples:,}", f"{rows.rows_per_epoch:,}", *map(str, numbers))
+    return table

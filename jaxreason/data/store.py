@@ -1,0 +1,93 @@
+"""Tokenized examples on disk: flat, memory-mapped, and complete or absent."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from jaxreason.data.encode import Encoded
+from jaxreason.errors import UserError
+
+FORMAT = 1  # part of every cache key; raise it when parsing, rendering or this layout changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Example i is ``tokens[offsets[i]:offsets[i + 1]]``, trained from its token ``starts[i]`` on."""
+
+    tokens: np.ndarray  # [sum of lengths] uint16 or uint32, memory-mapped
+    offsets: np.ndarray  # [n + 1] int64
+    starts: np.ndarray  # [n] int32
+    rows: np.ndarray  # [n] int64, ordinal of the row in its source
+    meta: dict  # rows, rejects {reason: {count, first}}, schemas
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def example(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class Writer:
+    """Builds a store beside its final place and renames it there, so that a reader finds all of it or nothing."""
+
+    def __init__(self, final: Path, vocab_size: int):
+        self.final = final
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=f".{final.name[:16]}-", dir=final.parent))
+        except OSError as error:
+            raise UserError(f"{final.parent}: cannot write tokenized data: {error}; set data.cache_dir") from None
+        self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+        self.file = open(self.temporary / "tokens.bin", "wb")  # noqa: SIM115 -- closed by commit or discard
+        self.parts: list[Encoded] = []
+
+    def add(self, part: Encoded, first_row: int) -> None:
+        try:
+            part.ids.astype(self.dtype).tofile(self.file)
+        except OSError as error:
+            raise UserError(f"{self.temporary}: {error}; free some space or set data.cache_dir") from None
+        self.parts.append(
+            dataclasses.replace(part, ids=part.ids[:0], ordinals=part.ordinals + first_row, rejects=[])
+        )
+
+    def commit(self, meta: dict) -> None:
+        self.file.close()
+        lengths = np.concatenate([part.lengths for part in self.parts] or [np.zeros(0, np.int32)])
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        empty = [np.zeros(0, np.int64)]
+        starts = np.concatenate([part.starts for part in self.parts] or empty).astype(np.int32)
+        rows = np.concatenate([part.ordinals for part in self.parts] or empty).astype(np.int64)
+        np.savez(self.temporary / "index.npz", offsets=offsets, starts=starts, rows=rows)
+        (self.temporary / "meta.json").write_text(json.dumps({**meta, "dtype": np.dtype(self.dtype).name}))
+        try:
+            os.rename(self.temporary, self.final)
+        except OSError:
+            # Another run built the same data meanwhile; anything else is a real failure.
+            if not (self.final / "meta.json").is_file():
+                raise
+            self.discard()
+
+    def discard(self) -> None:
+        self.file.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def open_store(path: Path) -> Store | None:
+    """The store at ``path``, or None where there is none."""
+    if not (path / "meta.json").is_file():
+        return None
+    meta = json.loads((path / "meta.json").read_text())
+    with np.load(path / "index.npz") as index:
+        offsets, starts, rows = index["offsets"], index["starts"], index["rows"]
+    dtype, size = np.dtype(meta["dtype"]), (path / "tokens.bin").stat().st_size
+    if size != offsets[-1] * dtype.itemsize:
+        raise UserError(f"{path}: tokenized data is damaged; delete this directory, it will be made again")
+    # An empty file cannot be mapped.
+    tokens = np.memmap(path / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
+    return Store(tokens, offsets, starts, rows, meta)

@@ -1,0 +1,147 @@
+"""The one tokenizer wrapper: ids without hidden special tokens, and the stop ids that training and generation share."""
+
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jaxreason.data import hub
+from jaxreason.errors import UserError
+
+EMBEDDED = Path(__file__).resolve().parent / "embedded_tokenizer"
+_STOPS = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>")
+_PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>")
+
+
+class Tokenizer:
+    """A transformers fast tokenizer, without its defaults: nothing is added, cut or padded unless it is said.
+
+    Attributes: hf: the wrapped tokenizer; vocab_size: ids are below it, added tokens included; bos_id: int or None;
+    pad_id: what fills unused positions (masks come from lengths, never from it); stop_ids: sorted, generation ends
+    with any of them; adds_bos: the tokenizer by itself begins every text with its BOS.
+    """
+
+    def __init__(self, hf, generation_config: dict | None = None):
+        if not getattr(hf, "is_fast", False):
+            raise UserError(f"tokenizer {hf.name_or_path}: needs a fast tokenizer (tokenizer.json), found a slow one")
+        self.hf = hf
+        # tokenizer.json may carry both; rows are cut by data.over_length and padded by the batch, nowhere else.
+        hf.backend_tokenizer.no_truncation()
+        hf.backend_tokenizer.no_padding()
+        self.vocab_size = max(hf.get_vocab().values()) + 1
+        self.bos_id = hf.bos_token_id
+        self.stop_ids = _stop_ids(hf, generation_config or {})
+        self.pad_id = _pad_id(hf)
+        self.adds_bos = self.bos_id is not None and hf("a")["input_ids"][:1] == [self.bos_id]
+        self._anchor = self._find_anchor()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; special tokens are only those that stand in it."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts; without character offsets, which take a third of the time."""
+        encodings = self.hf.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that follow another one. SentencePiece-style tokenizers put a space before every text they
+        are given, which a continuation must not get."""
+        if self._anchor is None:
+            return self.encode_batch(texts)
+        return [ids[len(self._anchor) :] for ids in self.encode_batch(["\n" + text for text in texts])]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        ids = [int(i) for i in ids]
+        return self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def save(self, directory: str | Path, chat_template: str | None = None) -> None:
+        """Writes the tokenizer's files, with ``chat_template``, which the model was trained with, for its own."""
+        hf = self.hf if chat_template is None else copy.copy(self.hf)
+        if chat_template is not None:
+            hf.chat_template = chat_template
+        hf.save_pretrained(str(directory))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever some text could get other ids."""
+        state = [self.hf.backend_tokenizer.to_str(), self.bos_id, self.stop_ids, str(self.hf.special_tokens_map)]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def _find_anchor(self) -> list[int] | None:
+        anchor, text, both = self.encode_batch(["\n", "x", "\nx"])
+        if both == anchor + text:
+            return None
+        if both[: len(anchor)] != anchor:
+            raise UserError(f"tokenizer {self.hf.name_or_path}: merges a line break with the letter after it")
+        return anchor
+
+
+def load(name_or_dir: str | Path) -> Tokenizer:
+    """A tokenizer from a directory, a hub id, or ``embedded``. Raises UserError. Remote code is never run."""
+    name = str(name_or_dir)
+    path = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    if path.exists() or name == "embedded" or not hub.ID.match(name):
+        return _load_directory(path)
+    from transformers import AutoTokenizer
+
+    offline = hub.offline()
+    try:
+        hf = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        state = "the hub cannot be reached and it is not in the local cache" if offline else hub.reason(error)
+        raise UserError(f"tokenizer {name}: no such directory, and as a hub id: {state}; {hub.HELP}") from None
+    return Tokenizer(hf, _hub_generation_config(name, offline))
+
+
+def _load_directory(path: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    if not path.is_dir():
+        raise UserError(f"tokenizer {path}: no such directory; give a directory with tokenizer.json or a hub id")
+    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"tokenizer {path}: the directory has no tokenizer.json; copy the tokenizer's files there")
+    try:
+        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json
+        raise UserError(f"tokenizer {path}: cannot be read: {hub.reason(error)}") from None
+    return Tokenizer(hf, _read_json(path / "generation_config.json"))
+
+
+def _hub_generation_config(name: str, offline: bool) -> dict:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        path = hf_hub_download(name, "generation_config.json", local_files_only=offline)
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
+        return {}  # many repositories have none; the tokenizer's own stop tokens remain
+    return _read_json(Path(path))
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _stop_ids(hf, generation_config: dict) -> tuple[int, ...]:
+    listed = generation_config.get("eos_token_id")
+    ids = set(listed if isinstance(listed, list) else [listed])
+    vocabulary = hf.get_vocab()
+    ids |= {hf.eos_token_id, *(vocabulary.get(token) for token in _STOPS)}
+    ids.discard(None)
+    if not ids:
+        raise UserError(f"tokenizer {hf.name_or_path}: has no end-of-text token, so generation could never stop")
+    return tuple(sorted(ids))
+
+
+def _pad_id(hf) -> int:
+    vocabulary = hf.get_vocab()
+    known = [hf.pad_token_id, *(vocabulary.get(token) for token in _PADS), hf.eos_token_id, 0]
+    return next(i for i in known if i is not None)

@@ -1,0 +1,165 @@
+"""Tokenizes a source once, in several processes, into a cache keyed by everything that the tokens depend on."""
+
+import collections
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from jaxreason.data.encode import Encoded, Encoder
+from jaxreason.data.schema import SCHEMAS, detect, require_correctness
+from jaxreason.data.sources import Chunk, Example, Source
+from jaxreason.data.store import FORMAT, Store, Writer, open_store
+from jaxreason.errors import UserError
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """``data.cache_dir``, else ``$JAXREASON_CACHE``, else ``~/.cache/jaxreason``."""
+    return Path(cache_dir or os.environ.get("JAXREASON_CACHE") or "~/.cache/jaxreason").expanduser()
+
+
+def tokenize(
+    source: Source,
+    encoder: Encoder,
+    *,
+    schema: str,
+    max_rows: int | None,
+    workers: int,
+    cache: Path,
+    progress: bool,
+) -> Store:
+    """The source's examples as tokens, from ``cache`` where nothing changed. Raises UserError."""
+    path = cache / "tokens" / _key(source, encoder, schema, max_rows)
+    store = open_store(path)
+    if store is None:
+        _build(path, source, encoder, schema, max_rows, workers, progress)
+        store = open_store(path)
+    if not store.meta["rows"]:
+        raise UserError(f"data.source {source.name}: holds no rows")
+    return store
+
+
+def _key(source: Source, encoder: Encoder, schema: str, max_rows: int | None) -> str:
+    chat = encoder.chat
+    state = [FORMAT, source.fingerprint, encoder.tokenizer.fingerprint, chat.template, chat.tokens, chat.system_prompt]
+    return hashlib.sha256(json.dumps([*state, encoder.keep_only_correct, schema, max_rows]).encode()).hexdigest()[:32]
+
+
+def _build(path, source, encoder, schema, max_rows, workers, progress) -> None:
+    writer, rows, names = Writer(path, encoder.tokenizer.vocab_size), 0, []
+    rejects: dict[str, dict] = {}
+    try:
+        chunks = row_formats(source, schema, encoder.keep_only_correct)
+        for chunk, name, part in _advance(source, _encode_all(chunks, encoder, workers), progress):
+            names += [name] if name not in names else []
+            if max_rows is not None and rows + part.rows > max_rows:
+                part = _first_rows(part, max_rows - rows)
+            for _, reason, key in part.rejects:
+                if reason not in rejects:
+                    rejects[reason] = {"count": 0, "first": chunk.place(key)}
+                rejects[reason]["count"] += 1
+            writer.add(part, rows)
+            rows += part.rows
+            if rows == max_rows:
+                break
+        writer.commit({"rows": rows, "rejects": rejects, "schemas": names})
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def row_formats(source: Source, schema: str, keep_only_correct: bool) -> Iterator[tuple[Chunk, str]]:
+    """Every chunk with the format of its file, detected on the file's first row or named. Raises UserError."""
+    if schema != "auto" and schema not in SCHEMAS:
+        raise UserError(f"data.schema {schema}: no such row format; known: auto, {', '.join(SCHEMAS)}")
+    names: dict[str, str] = {}
+    for chunk in source.chunks():
+        if chunk.origin not in names:
+            key, row = next(chunk.rows(), (0, None))
+            if row is None:
+                continue  # blank lines only
+            if isinstance(row, Example):
+                names[chunk.origin] = "example"
+            else:
+                names[chunk.origin] = detect(row.keys(), chunk.place(key)) if schema == "auto" else schema
+                if keep_only_correct:
+                    require_correctness(row.keys(), chunk.place(key))
+        yield chunk, names[chunk.origin]
+
+
+def _first_rows(part: Encoded, count: int) -> Encoded:
+    keep = int(np.searchsorted(part.ordinals, count))
+    return Encoded(
+        part.ids[: part.lengths[:keep].sum()],
+        part.lengths[:keep],
+        part.starts[:keep],
+        part.ordinals[:keep],
+        count,
+        [reject for reject in part.rejects if reject[0] < count],
+    )
+
+
+_encoder: Encoder | None = None  # of a tokenizing process, so that the tokenizer is not sent with every chunk
+
+
+def _start(encoder: Encoder) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _encoder = encoder
+
+
+def _work(chunk: Chunk, schema: str) -> Encoded:
+    return _encoder.chunk(chunk, schema)
+
+
+def _encode_all(
+    chunks: Iterator[tuple[Chunk, str]], encoder: Encoder, workers: int
+) -> Iterator[tuple[Chunk, str, Encoded]]:
+    """Encoded chunks in order. Only a few are read ahead, so memory does not grow with the data."""
+    head = list(itertools.islice(chunks, 4))
+    chunks = itertools.chain(head, chunks)
+    if workers == 0 or len(head) < 4:  # starting processes takes longer than a few chunks
+        for chunk, schema in chunks:
+            yield chunk, schema, encoder.chunk(chunk, schema)
+        return
+    # Fork would copy the locks of JAX's and the tokenizer's threads in whatever state they are.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(encoder,)
+    )
+    waiting = collections.deque()
+    try:
+        for chunk, schema in chunks:
+            waiting.append((chunk, schema, pool.submit(_work, chunk, schema)))
+            if len(waiting) > 2 * workers:
+                chunk, schema, future = waiting.popleft()
+                yield chunk, schema, future.result()
+        while waiting:
+            chunk, schema, future = waiting.popleft()
+            yield chunk, schema, future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"a tokenizing process died, most likely out of memory, near {chunk.place(0)}; set data.workers=0 or fewer"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _advance(source: Source, parts: Iterator, progress: bool) -> Iterator:
+    if not progress:
+        yield from parts
+        return
+    columns = (TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"))
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+        task, rows = bar.add_task("", total=source.total, rows=0), 0
+        for chunk, schema, part in parts:
+            rows += part.rows
+            bar.update(task, advance=chunk.weight, rows=rows)
+            yield chunk, schema, part
