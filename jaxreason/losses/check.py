@@ -1,0 +1,221 @@
+"""The start-up check of a loss: a tiny batch through every rule that training relies on, in about a second."""
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreason.errors import UserError
+from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs
+from jaxreason.losses.reduce import whole_step
+
+_DIFFERENTIABLE = ("logp", "entropy", "logsumexp", "mean_logp", "ref_kl")
+_POISONS = (1e30, -1e30, float("nan"))
+_TOLERANCE = 1e-5  # float32 sums of a few dozen terms in another order; a real dependence is of order 1
+
+
+def check(loss: Any) -> None:
+    """Runs ``loss`` (a ``Loss``) on a tiny batch of unequal, packed sequences, one row of which is all padding.
+
+    Held: a scalar float loss and scalar metrics; finite value and gradient, and some gradient; masked positions inert
+    (filled with 1e30, -1e30, NaN); the same value, metrics and gradient when the rows come in microbatches with the
+    step's totals; for ``tokenwise`` losses also in any chunks of tokens.
+
+    Raises:
+      UserError: which rule the loss breaks, with the numbers and the usual fix.
+    """
+    inputs = whole_step(tiny_inputs(loss.kind))
+    # As in training: what a loss does not declare, it does not get.
+    undeclared = {key: None for key in OPTIONAL_INPUTS[loss.kind] if key not in loss.needs}
+    if loss.select is not None:
+        inputs = dataclasses.replace(inputs, selected=loss.select(inputs))
+    inputs = dataclasses.replace(inputs, **undeclared)
+    evaluate = _evaluator(loss)
+    value, metrics, grads = evaluate(inputs)
+    _check_finite(loss.name, value, metrics, grads)
+    _check_poison(loss.name, evaluate, inputs, value, grads)
+    rows = [_slice(inputs, np.s_[r : r + 1]) for r in range(inputs.mask.shape[0])]
+    _check_parts(loss.name, evaluate, rows, value, metrics, grads, "microbatches of one row", axis=0)
+    if loss.tokenwise:
+        flat = jax.tree.map(lambda x: x.reshape(1, -1) if jnp.ndim(x) else x, inputs)
+        size = flat.mask.shape[1] // 4
+        chunks = [_slice(flat, np.s_[:, k * size : (k + 1) * size]) for k in range(4)]
+        flat_grads = {key: grad.reshape(1, -1) for key, grad in grads.items()}
+        what = "chunks of tokens, as a tokenwise loss must allow (declare tokenwise=False otherwise)"
+        _check_parts(loss.name, evaluate, chunks, value, metrics, flat_grads, what, axis=1)
+
+
+def tiny_inputs(kind: str) -> Inputs:
+    """Five rows of eight tokens, every optional input present: unequal lengths, two packed rows, one of padding
+    only."""
+    rng = np.random.default_rng(0)
+    mask = np.array(
+        [[1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 1, 0, 0],
+         [0, 0, 0, 0, 0, 0, 0, 0]], np.float32
+    )  # fmt: skip
+    ids = np.array([[0] * 8, [1] * 4 + [2] * 4, [3] * 8, [4] * 4 + [5] * 4, [6] * 8], np.int32)
+
+    def normal(scale: float = 1.0) -> Array:
+        return jnp.asarray(rng.normal(scale=scale, size=mask.shape), jnp.float32)
+
+    logp = -jnp.abs(normal()) - 0.05
+    common = {
+        "logp": logp,
+        "mask": jnp.asarray(mask),
+        "sequence_ids": jnp.asarray(ids),
+        "entropy": jnp.abs(normal()) + 0.1,
+    }
+    if kind == "sft":
+        return SftInputs(
+            **common,
+            logsumexp=normal(),
+            mean_logp=-jnp.abs(normal()) - 3.0,
+            ref_logp=logp + normal(0.3),
+            ref_kl=jnp.abs(normal(0.1)),
+            topk_entropy=jnp.abs(normal()),
+            token_weights=jnp.abs(normal()),
+        )
+    old_logp = logp + normal(0.3)
+    return PolicyInputs(
+        **common,
+        old_logp=old_logp,
+        advantages=normal(),
+        ref_logp=old_logp + normal(0.3),
+        sampler_logp=old_logp + normal(0.05),
+        group_ids=jnp.asarray(ids // 2),
+    )
+
+
+def reads(name: str, function: Callable, options: Mapping[str, Any], kind: str) -> frozenset[str]:
+    """The optional inputs that a function of one's own touches when traced. Raises UserError if it fails there."""
+    inputs = whole_step(tiny_inputs(kind))
+    seen: set[str] = set()
+
+    class Recorder(type(inputs)):
+        def __getattribute__(self, key: str) -> Any:
+            seen.add(key)
+            return super().__getattribute__(key)
+
+    def run(arrays: dict[str, Any]) -> Any:
+        return function(Recorder(**arrays), **options)
+
+    try:
+        jax.eval_shape(run, dict(vars(inputs)))
+    except Exception as error:
+        raise _failed(name, error) from error
+    return frozenset(seen & set(OPTIONAL_INPUTS[kind]))
+
+
+def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Array, dict, dict]]:
+    """inputs -> (value, metrics, gradient of the value by input)."""
+
+    def value_and_metrics(parts: dict[str, Array], inputs: Inputs) -> tuple[Array, dict]:
+        result = loss(dataclasses.replace(inputs, **parts))
+        _check_result(loss.name, result)
+        return result
+
+    # Not compiled: single operations are compiled once for all losses and shapes, which is faster for a tiny batch.
+    differentiate = jax.value_and_grad(value_and_metrics, has_aux=True)
+
+    def evaluate(inputs: Inputs) -> tuple[Array, dict, dict]:
+        parts = {key: value for key in _DIFFERENTIABLE if (value := getattr(inputs, key, None)) is not None}
+        try:
+            (value, metrics), grads = differentiate(parts, inputs)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _failed(loss.name, error) from error
+        return value, metrics, grads
+
+    return evaluate
+
+
+def _failed(name: str, error: Exception) -> UserError:
+    file = name.rpartition(":")[0].replace(".", "/").removesuffix("/py")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.removesuffix(".py").endswith(file)]
+    place = f" at {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    first_line = str(error).strip().partition("\n")[0]
+    hint = " (optional inputs outside its `needs` are None)" if "NoneType" in first_line else ""
+    return UserError(f"loss {name} failed on a tiny batch{place}: {type(error).__name__}: {first_line}{hint}")
+
+
+def _check_result(name: str, result: Any) -> None:
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise UserError(
+            f"loss {name} must return (value, metrics) with metrics a dict, but returned {type(result).__name__}"
+        )
+    value, metrics = result
+    for what, x in {"its value": value, **{f"metric {key!r}": x for key, x in metrics.items()}}.items():
+        if jnp.shape(x) != ():
+            raise UserError(
+                f"loss {name}: {what} has shape {jnp.shape(x)}; a scalar is expected: sum over tokens, then divide once"
+            )
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise UserError(f"loss {name}: its value has dtype {jnp.result_type(value)}; float32 is expected")
+
+
+def _check_finite(name: str, value: Array, metrics: dict, grads: dict) -> None:
+    for what, x in {"its value": value, **{f"metric {key!r}": x for key, x in metrics.items()}}.items():
+        if not jnp.isfinite(x):
+            raise UserError(f"loss {name}: {what} is {x} on a tiny batch of ordinary numbers")
+    for key, grad in grads.items():
+        if bad := np.argwhere(~np.isfinite(grad)).tolist():
+            row, token = bad[0]
+            raise UserError(
+                f"loss {name}: the gradient by inputs.{key} is {grad[row, token]} at row {row}, token {token}"
+            )
+    if all(not np.any(grad) for grad in grads.values()):
+        raise UserError(f"loss {name} has no gradient: it reads none of {', '.join(grads)} outside stop_gradient")
+
+
+def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, grads: dict) -> None:
+    dead = inputs.mask <= 0
+    safe = {"mask", "sequence_ids", "group_ids", "totals", "entropy_coef"}
+    fields = [f.name for f in dataclasses.fields(inputs) if f.name not in safe and getattr(inputs, f.name) is not None]
+    fix = "; begin with `inputs, sequences = losses.clean(inputs)`, which puts 0 at masked positions before any exp"
+    for poison in _POISONS:
+        filled = {key: jnp.where(dead, poison, getattr(inputs, key)) for key in fields}
+        poisoned, _, poisoned_grads = evaluate(dataclasses.replace(inputs, **filled))
+        if not _close(value, poisoned):
+            raise UserError(
+                f"loss {name}: {poison} at masked positions changes the value from {value} to {poisoned}{fix}"
+            )
+        for key, grad in grads.items():
+            if not _close(grad, poisoned_grads[key]):
+                raise UserError(f"loss {name}: {poison} at masked positions changes the gradient by inputs.{key}{fix}")
+    for key, grad in grads.items():
+        if np.any(np.asarray(grad)[np.asarray(dead)]):
+            raise UserError(f"loss {name}: inputs.{key} gets a gradient at masked positions{fix}")
+
+
+def _check_parts(
+    name: str, evaluate: Callable, parts: list[Inputs], value: Array, metrics: dict, grads: dict, what: str, axis: int
+) -> None:
+    results = [evaluate(part) for part in parts]
+    fix = "; sum over tokens and divide by inputs.totals (counts of the whole step), never by the batch's own size"
+    total = sum(part[0] for part in results)
+    if not _close(value, total):
+        raise UserError(
+            f"loss {name} depends on how the batch is split: {value} whole, {total} as the sum over {what}{fix}"
+        )
+    for key, whole in metrics.items():
+        values = jnp.stack([part[1][key] for part in results])
+        combined = values.max() if key.endswith("_max") else values.min() if key.endswith("_min") else values.sum()
+        if not _close(whole, combined):
+            raise UserError(f"loss {name}: metric {key!r} is {whole} whole but {combined} over {what}{fix}")
+    for key, grad in grads.items():
+        if not _close(grad, jnp.concatenate([part[2][key] for part in results], axis=axis)):
+            raise UserError(f"loss {name}: the gradient by inputs.{key} depends on the split, over {what}{fix}")
+
+
+def _slice(inputs: Inputs, index: Any) -> Inputs:
+    return jax.tree.map(lambda x: x[index] if jnp.ndim(x) else x, inputs)
+
+
+def _close(a: Array, b: Array) -> bool:
+    return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))

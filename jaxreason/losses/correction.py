@@ -1,0 +1,76 @@
+"""Corrections for a sampler that is not quite the policy, and masks that drop sequences or tokens.
+ rho = pi_old / pi_sampler, both at the rollout's parameters: 1 if sampler and trainer compute the same numbers. All
+results are detached weights [B, T] that multiply the policy term (not the KL term).
+"""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+
+from jaxreason.errors import UserError
+from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
+
+Correction = Literal["none", "tis", "tis_sequence", "icepop", "mis", "geo_rs"]
+CORRECTIONS = get_args(Correction)
+
+# (min, max) where the literature or its code states them.
+DEFAULT_BOUNDS = {
+    "none": (None, None),
+    "tis": (None, 2.0),
+    "tis_sequence": (None, 2.0),
+    "icepop": (0.5, 5.0),
+    "mis": (0.5, 2.0),
+    "geo_rs": (0.99, 1.01),  # no paper states them
+}
+
+
+def sampler_weights(
+    old_logp: Array,
+    sampler_logp: Array,
+    kind: Correction,
+    minimum: float | None,
+    maximum: float | None,
+    sequences: Sequences,
+) -> Array:
+    """[B, T] weights:
+
+    - ``tis``: min(rho_t, max), truncated importance sampling; ``tis_sequence``: min(prod_t rho_t, max).
+    - ``icepop``: rho_t where min <= rho_t <= max, else 0.
+    - ``mis``: prod_t rho_t where it lies in [min, max], else 0, for the whole sequence.
+    - ``geo_rs``: 1 where exp(mean_t log rho_t) lies in [min, max], else 0: rejection without weighting.
+
+    A bound of None does not bind.
+    """
+    log_rho = stop_gradient(old_logp - sampler_logp)
+    if kind in ("tis_sequence", "mis"):
+        log_rho = sequence_sum(log_rho, sequences)
+    elif kind == "geo_rs":
+        log_rho = sequence_mean(log_rho, sequences)
+    # float32 exp overflows at 88; no bound anybody sets is near e^60.
+    rho = jnp.exp(jnp.clip(log_rho, -60.0, 60.0))
+    if kind in ("tis", "tis_sequence"):
+        return jnp.clip(rho, minimum, maximum)
+    inside = jnp.ones(rho.shape, bool)
+    if minimum is not None:
+        inside &= rho >= minimum
+    if maximum is not None:
+        inside &= rho <= maximum
+    return jnp.where(inside, 1.0 if kind == "geo_rs" else rho, 0.0)
+
+
+def off_policy_keep(
+    logp: Array, behaviour_logp: Array, advantages: Array, threshold: float, sequences: Sequences
+) -> Array:
+    """[B, T] 0 where A < 0 and mean_t(log pi_behaviour - log pi_theta) > threshold, else 1. OPSM (DeepSeek-V3.2)."""
+    drift = stop_gradient(sequence_mean(behaviour_logp - logp, sequences))
+    return ((advantages >= 0) | (drift <= threshold)).astype(jnp.float32)
+
+
+def check_bounds(kind: str, minimum: float | None, maximum: float | None) -> None:
+    """Raises UserError for an empty interval or a bound that the correction does not read."""
+    if kind == "none" and (minimum is not None or maximum is not None):
+        raise UserError("correction_min and correction_max do nothing with correction none; choose a correction")
+    if minimum is not None and maximum is not None and minimum > maximum:
+        raise UserError(f"correction_min {minimum} is above correction_max {maximum}")

@@ -1,0 +1,106 @@
+"""What a loss sees: per-token arrays, never a network.
+
+Axes: B rows, T tokens. A sequence lies within one row and its positions are contiguous; a packed row holds several.
+Fields are aligned: position t of every array speaks about the same target token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxreason.errors import UserError
+from jaxreason.losses.segments import Sequences, sequence_counts, sequences_of
+from jaxreason.types import Totals, count_unique
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SftInputs:
+    """Inputs of a supervised loss, all [B, T] float32 unless said otherwise.
+
+    ``totals=None``: this batch is the whole optimizer step and its own counts divide.
+    """
+
+    logp: Array  # log p of the target
+    mask: Array  # > 0 where the target is supervised
+    entropy: Array | None = None  # entropy of the next-token distribution, nats
+    logsumexp: Array | None = None  # of the logits
+    mean_logp: Array | None = None  # mean over the vocabulary of log p_v
+    ref_logp: Array | None = None  # log-probs of the target under the reference model
+    ref_kl: Array | None = None  # KL(reference || policy) over the full vocabulary, nats
+    topk_entropy: Array | None = None  # entropy of the renormalised top-k (20) probabilities, nats
+    token_weights: Array | None = None  # multiplies every token's loss; the denominator stays the token count
+    sequence_ids: Array | None = None  # int32, unique within the optimizer step; None: one sequence a row
+    totals: Totals | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyInputs:
+    """Inputs of a policy-gradient loss, all [B, T] float32 unless said otherwise.
+
+    ``totals=None``: this batch is the whole optimizer step. The last three fields carry what a microbatch cannot know;
+    only the losses that name them need them, and only when ``totals`` is given.
+    """
+
+    logp: Array  # log-probs of the parameters being trained
+    old_logp: Array  # log-probs of the parameters that generated
+    advantages: Array
+    mask: Array  # > 0 on completion tokens
+    ref_logp: Array | None = None  # log-probs of the reference model
+    sampler_logp: Array | None = None  # log-probs that the sampler itself reported
+    entropy: Array | None = None  # entropy of the policy's next-token distribution, nats
+    sequence_ids: Array | None = None  # int32, unique within the optimizer step; None: one sequence a row
+    group_ids: Array | None = None  # int32 >= 0, the prompt
+    totals: Totals | None = None
+    group_tokens: Array | None = None  # supervised tokens of this position's prompt in the whole step (prompt-mean)
+    selected: Array | None = None  # > 0 where the loss's step-wide rule picked the token (``Loss.select``)
+    entropy_coef: Array | None = None  # [] float32, replaces the option of that name (adaptive entropy bonus)
+
+
+Inputs = SftInputs | PolicyInputs
+
+# Inputs that cost the caller something to produce; ``Loss.needs`` names those that a loss reads.
+OPTIONAL_INPUTS = {
+    "sft": ("entropy", "logsumexp", "mean_logp", "ref_logp", "ref_kl", "topk_entropy", "token_weights"),
+    "policy": ("ref_logp", "sampler_logp", "entropy", "group_tokens", "selected"),
+}
+_NOT_PER_TOKEN = {"mask", "sequence_ids", "group_ids", "totals", "entropy_coef"}
+
+
+def clean(inputs: Inputs) -> tuple[Inputs, Sequences]:
+    """Replaces every per-token value at masked positions by 0, in float32, and locates the sequences.
+
+    This is the inner half of the double ``where``: whatever a masked position held (1e30, NaN), every later ``exp``
+    sees 0 there, so neither value nor gradient can be touched by it (inf * 0 would be NaN).
+    """
+    live = inputs.mask > 0
+    values = dict(vars(inputs))
+    for name, value in values.items():
+        if name not in _NOT_PER_TOKEN and value is not None:
+            values[name] = jnp.where(live, value.astype(jnp.float32), 0.0)
+    return type(inputs)(**values), sequences_of(live, inputs.sequence_ids)
+
+
+def totals_of(inputs: Inputs, sequences: Sequences) -> Totals:
+    """The step's counts: those given, or those of this batch. Without ``group_ids`` every sequence is its own
+    prompt."""
+    if inputs.totals is not None:
+        return inputs.totals
+    tokens = jnp.sum(sequences.live, dtype=jnp.float32)
+    # Each sequence with n supervised tokens adds 1/n at n positions, that is 1.
+    lengths = jnp.maximum(sequence_counts(sequences), 1.0)
+    count = jnp.round(jnp.sum(jnp.where(sequences.live, 1.0 / lengths, 0.0)))
+    group_ids = getattr(inputs, "group_ids", None)
+    prompts = count if group_ids is None else count_unique(group_ids, inputs.mask)
+    return Totals(tokens=tokens, sequences=count, prompts=prompts)
+
+
+def need(inputs: Inputs, field: str, why: str) -> Array:
+    """The field's array. Raises UserError if it is None."""
+    value = getattr(inputs, field)
+    if value is None:
+        raise UserError(f"the loss needs {type(inputs).__name__}.{field} [B, T] ({why}), but it is None")
+    return value

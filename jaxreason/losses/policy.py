@@ -1,0 +1,203 @@
+"""A policy loss: ratio x surrogate x correction x masks x KL x aggregation, composed from one function an axis."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+
+from jaxreason.errors import UserError
+from jaxreason.losses.correction import DEFAULT_BOUNDS, off_policy_keep, sampler_weights
+from jaxreason.losses.inputs import PolicyInputs, clean, need, totals_of
+from jaxreason.losses.kl import kl
+from jaxreason.losses.ratio import log_ratio
+from jaxreason.losses.reduce import token_weights
+from jaxreason.losses.select import top_entropy_tokens
+from jaxreason.losses.surrogate import Surrogate, Tokens
+from jaxreason.types import Totals
+
+Metrics = dict[str, Array]
+
+# Options that every policy loss takes, with their defaults; a named variant changes some and adds its surrogate's own.
+OPTIONS: dict[str, Any] = {
+    "ratio": "token",
+    "log_ratio_clamp": 20.0,
+    "reduce": "seq-mean-token-mean",
+    "max_completion_tokens": None,
+    "kl_coef": 0.0,
+    "kl_estimator": "k3",
+    "kl_log_ratio_clamp": 20.0,
+    "kl_value_clamp": None,
+    "behaviour": "old",
+    "correction": "none",
+    "correction_min": None,
+    "correction_max": None,
+    "off_policy_threshold": None,
+    "off_policy_behaviour": "old",
+    "top_entropy": None,
+    "entropy_coef": 0.0,
+}
+BEHAVIOURS = ("old", "sampler")
+
+
+def policy_loss(
+    inputs: PolicyInputs,
+    *,
+    surrogate: Callable[..., Surrogate],
+    select: Callable[..., Array] | None,
+    ratio: str,
+    log_ratio_clamp: float | None,
+    reduce: str,
+    max_completion_tokens: int | None,
+    kl_coef: float,
+    kl_estimator: str,
+    kl_log_ratio_clamp: float | None,
+    kl_value_clamp: float | None,
+    behaviour: str,
+    correction: str,
+    correction_min: float | None,
+    correction_max: float | None,
+    off_policy_threshold: float | None,
+    off_policy_behaviour: str,
+    top_entropy: float | None,
+    entropy_coef: float,
+    **surrogate_options: Any,
+) -> tuple[Array, Metrics]:
+    """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t) - entropy_coef mean_t H_t.
+
+    Args:
+      inputs: arrays [B, T]; masked positions may hold anything.
+      surrogate: from ``jaxreason.losses.surrogate``; takes ``surrogate_options``.
+      select: the step-wide rule that fills ``inputs.selected``, or None.
+      ratio, log_ratio_clamp: see ``jaxreason.losses.ratio``.
+      reduce, max_completion_tokens: see ``jaxreason.losses.reduce``.
+      kl_coef, kl_estimator, kl_log_ratio_clamp, kl_value_clamp: KL in the loss, see ``jaxreason.losses.kl``. Neither
+        the keep masks nor rho touch it.
+      behaviour: whose log-probs the ratio divides by: ``old`` (recomputed by the trainer) or ``sampler`` (as the
+        sampler reported; verl's "bypass").
+      correction, correction_min, correction_max: rho, see ``jaxreason.losses.correction``; bounds of None: its
+        defaults.
+      off_policy_threshold, off_policy_behaviour: drop sequences with A < 0 that drifted further than this from
+        ``old`` or ``sampler``, nats per token (OPSM).
+      top_entropy: keep the surrogate of only this fraction of the step's tokens, those of highest entropy (2506.01939).
+      entropy_coef: coefficient of the entropy bonus; ``inputs.entropy_coef`` replaces it if given.
+
+    Returns:
+      The loss and metrics that add over microbatches (keys ending in _max: maximum; _min: minimum).
+    """
+    inputs, sequences = clean(inputs)
+    totals = totals_of(inputs, sequences)
+    behaviour_logp = _logp_of(behaviour, inputs)
+    log_w = log_ratio(inputs.logp, behaviour_logp, ratio, log_ratio_clamp, sequences)
+
+    selected = inputs.selected
+    if select is not None and selected is None:
+        if inputs.totals is not None:
+            raise UserError(
+                "this loss picks tokens over the whole optimizer step; in a microbatch (totals is given) set "
+                "PolicyInputs.selected to rows of Loss.select(inputs of the whole step, key)"
+            )
+        selected = select(inputs)
+
+    tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected)
+    loss, clipped_low, clipped_high = surrogate(tokens, **surrogate_options)
+    metrics = _ratio_metrics(log_w, clipped_low, clipped_high, sequences.live, totals)
+
+    if off_policy_threshold is not None:
+        drifted_from = _logp_of(off_policy_behaviour, inputs)
+        keep = off_policy_keep(inputs.logp, drifted_from, inputs.advantages, off_policy_threshold, sequences)
+        loss = loss * keep
+        metrics["off_policy_dropped"] = _mean(1.0 - keep, sequences.live, totals)
+    if top_entropy is not None:
+        loss = jnp.where(selected > 0, loss, 0.0)
+        metrics["selected_fraction"] = _mean(selected > 0, sequences.live, totals)
+    if correction != "none":
+        low, high = DEFAULT_BOUNDS[correction]
+        low = low if correction_min is None else correction_min
+        high = high if correction_max is None else correction_max
+        sampler_logp = need(inputs, "sampler_logp", f"correction {correction}")
+        rho = sampler_weights(inputs.old_logp, sampler_logp, correction, low, high, sequences)
+        loss = loss * rho
+        metrics["correction_mean"] = _mean(rho, sequences.live, totals)
+        metrics["correction_dropped"] = _mean(rho == 0, sequences.live, totals)
+    metrics |= _sampler_metrics(inputs, sequences.live, totals)
+
+    if kl_coef != 0 or inputs.ref_logp is not None:
+        estimate = kl(
+            inputs.logp,
+            need(inputs, "ref_logp", f"kl_coef {kl_coef}"),
+            kl_estimator,
+            log_ratio=log_ratio(inputs.logp, behaviour_logp, "token", log_ratio_clamp, sequences),
+            log_ratio_clamp=kl_log_ratio_clamp,
+            value_clamp=kl_value_clamp,
+        )
+        metrics["kl"] = _mean(estimate, sequences.live, totals)
+        if kl_coef != 0:
+            loss = loss + kl_coef * estimate
+
+    weights = token_weights(reduce, inputs, sequences, totals, max_completion_tokens)
+    value = jnp.sum(weights * loss)
+
+    coef = entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
+    if inputs.entropy is not None:
+        metrics["entropy"] = _mean(inputs.entropy, sequences.live, totals)
+    if inputs.entropy_coef is not None or entropy_coef != 0:
+        entropy = need(inputs, "entropy", "entropy_coef")
+        value = value - coef * jnp.sum(jnp.where(sequences.live, entropy, 0.0)) / jnp.maximum(totals.tokens, 1.0)
+    return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
+
+
+def adapt_entropy_coef(coef: float, entropy: float, target: float, delta: float = 0.005) -> tuple[float, float]:
+    """Skywork-OR1's controller (2505.22312), run by the host once a step.
+
+    The next coefficient is ``coef`` + delta below the target entropy and - delta above it, never negative; the bonus of
+    this step uses ``coef`` only while the entropy is at or below the target.
+
+    Returns:
+      (the coefficient to use now, the coefficient to carry to the next step).
+    """
+    carried = coef + delta if entropy < target else coef - delta if entropy > target else coef
+    return (coef if entropy <= target else 0.0), max(carried, 0.0)
+
+
+def top_entropy_rule(fraction: float) -> Callable[..., Array]:
+    """The step-wide rule of ``top_entropy``."""
+
+    def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
+        del key
+        return top_entropy_tokens(need(inputs, "entropy", "top_entropy"), inputs.mask, fraction)
+
+    return rule
+
+
+def _logp_of(behaviour: str, inputs: PolicyInputs) -> Array:
+    return inputs.old_logp if behaviour == "old" else need(inputs, "sampler_logp", "behaviour sampler")
+
+
+def _mean(values: Array, live: Array, totals: Totals) -> Array:
+    """This batch's contribution to the mean over the step's tokens."""
+    total = jnp.sum(jnp.where(live, values.astype(jnp.float32), 0.0))
+    return total / jnp.maximum(totals.tokens, 1.0)
+
+
+def _ratio_metrics(log_w: Array, low: Array, high: Array, live: Array, totals: Totals) -> Metrics:
+    w = jnp.exp(log_w)
+    return {
+        "ratio_mean": _mean(w, live, totals),
+        # mean^2 / mean of squares is the effective sample size as a fraction.
+        "ratio_square_mean": _mean(jnp.square(w), live, totals),
+        "ratio_max": jnp.max(jnp.where(live, w, 0.0)),
+        "ratio_min": jnp.min(jnp.where(live, w, jnp.inf)),
+        "policy_kl": _mean(jnp.expm1(log_w) - log_w, live, totals),
+        "clip_fraction": _mean(low | high, live, totals),
+        "clip_low_fraction": _mean(low, live, totals),
+        "clip_high_fraction": _mean(high, live, totals),
+    }
+
+
+def _sampler_metrics(inputs: PolicyInputs, live: Array, totals: Totals) -> Metrics:
+    if inputs.sampler_logp is None:
+        return {}
+    gap = jnp.abs(inputs.old_logp - inputs.sampler_logp)
+    return {"sampler_gap": _mean(gap, live, totals), "sampler_gap_max": jnp.max(jnp.where(live, gap, 0.0))}

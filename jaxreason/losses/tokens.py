@@ -1,0 +1,67 @@
+"""Advantages that differ from token to token: over [B, T], all rows of the optimizer step at once."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxreason.losses.segments import Sequences, sequences_of
+
+
+def reward_to_go(rewards: Array, sequences: Sequences, gamma: float = 1.0) -> Array:
+    """[B, T] G_t = r_t + gamma G_{t+1} within each sequence, over its supervised positions only."""
+    live = sequences.live
+    rewards = jnp.where(live, rewards, 0.0)
+    index = jnp.zeros(live.shape, jnp.int32) if sequences.index is None else sequences.index
+    last = jnp.concatenate([index[:, 1:] != index[:, :-1], jnp.ones_like(live[:, :1])], axis=1)
+    # A masked position passes the sum on undiscounted; the last position of a sequence takes nothing from its right.
+    decay = jnp.where(last, 0.0, jnp.where(live, gamma, 1.0))
+
+    def combine(right: tuple[Array, Array], left: tuple[Array, Array]) -> tuple[Array, Array]:
+        return right[0] * left[0], left[1] + left[0] * right[1]
+
+    _, returns = jax.lax.associative_scan(combine, (decay, rewards), reverse=True, axis=1)
+    return jnp.where(live, returns, 0.0)
+
+
+def reinforce_pp_tokens(
+    scores: Array,
+    old_logp: Array,
+    ref_logp: Array,
+    mask: Array,
+    sequence_ids: Array | None = None,
+    *,
+    kl_coef: float = 1e-3,
+    gamma: float = 1.0,
+    ddof: int = 1,
+    eps: float = 1e-8,
+) -> Array:
+    """[B, T] REINFORCE++ (2501.03262): token reward -kl_coef k1, plus the score at the last token; reward-to-go;
+    whitened over all tokens of the step.
+
+    ``scores`` [B, T] holds each sequence's reward at every position of it.
+    """
+    live = mask > 0
+    sequences = sequences_of(live, sequence_ids)
+    penalty = jnp.where(live, old_logp - ref_logp, 0.0)
+    rewards = jnp.where(_last_supervised(sequences), scores, 0.0) - kl_coef * penalty
+    return whiten(reward_to_go(rewards, sequences, gamma), live, ddof=ddof, eps=eps)
+
+
+def whiten(values: Array, live: Array, *, ddof: int = 1, eps: float = 1e-8) -> Array:
+    """[B, T] (x - mean) / (std + eps) over the positions where ``live``; 0 elsewhere."""
+    n = jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
+    centred = jnp.where(live, values - jnp.sum(jnp.where(live, values, 0.0)) / n, 0.0)
+    std = jnp.sqrt(jnp.sum(jnp.square(centred)) / jnp.maximum(n - ddof, 1.0))
+    return centred / (std + eps)
+
+
+def on_policy_distillation(old_logp: Array, teacher_logp: Array, mask: Array, coef: float = 1.0) -> Array:
+    """[B, T] -coef (log pi_student - log pi_teacher) of the sampled tokens: reverse KL as a per-token advantage,
+    without a task reward (Thinking Machines, "On-Policy Distillation")."""
+    return jnp.where(mask > 0, coef * (teacher_logp - old_logp), 0.0)
+
+
+def _last_supervised(sequences: Sequences) -> Array:
+    """[B, T] bool: the last supervised position of each sequence."""
+    after = reward_to_go(jnp.ones(sequences.live.shape, jnp.float32), sequences)
+    return sequences.live & (after == 1)
