@@ -44,6 +44,7 @@ class LlamaConfig:
     compute_dtype: str = "float32"
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
     remat: Remat = "none"
+    max_segments: int = 32  # of a packed row, its padding included; what the cudnn backend is compiled for
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

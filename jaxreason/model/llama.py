@@ -12,8 +12,9 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxreason.model.attention import attention, cached_attention
+from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.config import LlamaConfig
+from jaxreason.model.cudnn import refuse_overfull
 from jaxreason.model.rope import rope_tables, rotate
 
 _POLICIES = {
@@ -70,11 +71,12 @@ class Attention(nn.Module):
         k, v = (y.reshape(*batch, c.num_kv_heads, c.head_dim) for y in (k, v))
         q = checkpoint_name(rotate(q, tables), "query")
         k, v = checkpoint_name(rotate(k, tables), "key"), checkpoint_name(v, "value")
-        if cache is None:
-            out = attention(q, k, v, segment_ids, c.attention)
-        else:
+        if write is not None:
             cache = write(cache, k, v)
-            out = cached_attention(q, *cache, visible)
+        if visible is None:
+            out = attention(q, k, v, segment_ids, c.attention, c.max_segments)
+        else:
+            out = cached_attention(q, *cache, visible, c.attention)
         out = out.reshape(-1, c.num_heads * c.head_dim)
         return checkpoint_name(Dense(c.embed_dim, c.attention_bias, c, name="o")(out), "projection"), cache
 
@@ -123,6 +125,8 @@ class Llama(nn.Module):
         x = jnp.take(table, tokens, axis=0).astype(c.compute_dtype)
         if noise is not None:
             x = x + noise.astype(x.dtype)
+        if resolve(c.attention, x.dtype, c.head_dim) == "cudnn":
+            x = refuse_overfull(x, segment_ids, c.max_segments)
         batch, tables = tokens.shape, rope_tables(positions, c)
 
         def body(layer: Layer, carry: Array):
@@ -167,6 +171,24 @@ def unstack(params: dict, config: LlamaConfig) -> dict:
     cast = jax.tree.map(lambda w: w.astype(config.compute_dtype), params)
     layers = [jax.tree.map(lambda w, i=i: w[i], cast["layers"]) for i in range(config.num_layers)]
     return {**cast, "layers": layers}
+
+
+def prefill(params: dict, config: LlamaConfig, tokens: Array, segment_ids: Array) -> list[tuple[Array, Array]]:
+    """Per layer the (k, v), each [B, K, T, H], of rows that start at position 0; ``params`` from :func:`unstack`.
+
+    It attends as training does, in memory linear in T, and forms no logits.
+    """
+    x = jnp.take(params["embedding"], tokens, axis=0).astype(config.compute_dtype).reshape(-1, config.embed_dim)
+    tables = rope_tables(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), config)
+
+    def keep(_, k, v):
+        return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    entries = []
+    for layer in params["layers"]:
+        x, entry = Layer(config).apply({"params": layer}, x, tokens.shape, tables, segment_ids, None, keep)
+        entries.append(entry)
+    return entries
 
 
 def step_cached(params: dict, config: LlamaConfig, tokens, positions, caches: list, write, visible):

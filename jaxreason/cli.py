@@ -1,0 +1,104 @@
+"""The commands: parse, call one function, print. A UserError is one message and exit status 2."""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+
+
+def command(function: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
+    @functools.wraps(function)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            function(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+    return wrapped
+
+
+@command
+def train(argv=None) -> None:
+    """Trains what a config says: SFT or GRPO. A run that finds its own checkpoint resumes."""
+    parser = argparse.ArgumentParser(prog="train.py", description=train.__doc__)
+    parser.add_argument("--config", required=True, help="a name below configs/ (sft, llama3.2-3b/sft) or a YAML file")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--dry-run", action="store_true", help="prepare data, compile, show everything; train nothing")
+    args = parser.parse_args(argv)
+    config = cfg.load(args.config, args.words)
+    if args.print_config:
+        print(cfg.dump(config), end="")
+        return
+    from jaxreason.train.sft import train as train_sft
+
+    summary = train_sft(config, args.dry_run)
+    if summary:
+        from jaxreason.train.run import show_table
+
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in summary.items()}
+        show_table(f"{config.run.dir}/{config.run.name}/summary.json", list(shown.items()))
+
+
+@command
+def convert(argv=None) -> None:
+    """Converts between this project's checkpoints and Hugging Face directories."""
+    parser = argparse.ArgumentParser(prog="convert.py", description=convert.__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    out = verbs.add_parser("to-hf", help="a run or checkpoint to a directory that transformers and vLLM open")
+    out.add_argument("model", metavar="RUN|CHECKPOINT")
+    out.add_argument("out", metavar="OUT")
+    out.add_argument("--dtype", default=None, choices=["bfloat16", "float32"], help="default: the run's param_dtype")
+    back = verbs.add_parser("from-hf", help="a Hugging Face directory or hub id to a checkpoint")
+    back.add_argument("model", metavar="DIR|HUB_ID")
+    back.add_argument("out", metavar="OUT")
+    args = parser.parse_args(argv)
+    from jaxreason import convert as work
+
+    print(work.to_hf(args.model, args.out, args.dtype) if args.verb == "to-hf" else work.from_hf(args.model, args.out))
+
+
+@command
+def generate(argv=None) -> None:
+    """Answers a prompt, streaming the text."""
+    parser = argparse.ArgumentParser(prog="generate.py", description=generate.__doc__)
+    parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
+    parser.add_argument("--prompt", required=True, help="the user's message; - reads it from standard input")
+    parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Decode)))
+    args = parser.parse_args(argv)
+    options = cfg.parse_words(cfg.Decode, args.words)
+    from jaxreason.serve import answer
+
+    answer(args.model, sys.stdin.read() if args.prompt == "-" else args.prompt, options)
+
+
+@command
+def evaluate(argv=None) -> None:
+    """Accuracy of a model on problems with known answers."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=evaluate.__doc__)
+    parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
+    parser.add_argument("--task", required=True, help="embedded:NAME, a file or directory of problems, or a hub id")
+    parser.add_argument("--samples", type=int, default=1, help="completions a problem; above 1 set temperature")
+    parser.add_argument("--out", help="also write metrics and every completion to this JSON file")
+    parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Task)))
+    args = parser.parse_args(argv)
+    options = cfg.parse_words(cfg.Task, args.words)
+    if args.samples < 1 or (args.samples > 1 and options.temperature == 0):
+        raise UserError(f"--samples {args.samples} of greedy decoding are all the same; set e.g. temperature=0.6")
+    from jaxreason.serve import measure
+    from jaxreason.train.run import show_table
+
+    metrics, records = measure(args.model, args.task, args.samples, options)
+    show_table(f"{args.model} on {args.task}", [(k, f"{v:.4g}") for k, v in metrics.items()])
+    if args.out:
+        Path(args.out).write_text(json.dumps({"metrics": metrics, "completions": records}, indent=1))

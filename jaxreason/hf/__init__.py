@@ -1,0 +1,18 @@
+"""Hugging Face Llama directories, in and out: safetensors only, never a pickle, one tensor in memory at a time."""
+
+from jaxreason.hf.config import config_from_hf, config_to_hf
+from jaxreason.hf.hub import fetch
+from jaxreason.hf.read import Leaf, Placement, load, read_config, stored_dtype
+from jaxreason.hf.write import save
+
+__all__ = [
+    "Leaf",
+    "Placement",
+    "config_from_hf",
+    "config_to_hf",
+    "fetch",
+    "load",
+    "read_config",
+    "save",
+    "stored_dtype",
+]

@@ -1,0 +1,213 @@
+"""Reads a Hugging Face directory into our parameters, tensor by tensor or shard by shard."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError, safe_open
+
+from jaxreason.errors import UserError
+from jaxreason.hf.config import config_from_hf
+from jaxreason.hf.hub import fetch
+from jaxreason.hf.table import DTYPES, EMBEDDING, HEAD, rows, unflatten
+from jaxreason.model import LlamaConfig
+
+_BUFFER = "rotary_emb.inv_freq"  # old checkpoints store what rope.py computes
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+Placement = Callable[[tuple[str, ...], "Leaf"], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our parameters, still in its files. ``read`` touches only what ``index`` covers, so
+
+        jax.make_array_from_callback(leaf.shape, sharding, leaf.read)
+
+    brings each device its shard and the host never holds more than one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    tensors: tuple["_Tensor", ...]  # one a layer, or a single one
+    stacked: bool
+    transposed: bool
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Values at ``index``, one contiguous slice an axis, in ``dtype``."""
+        bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)]
+        out = np.empty([part.stop - part.start for part in bounds], self.dtype)
+        if self.stacked:
+            pairs, bounds = zip(out, self.tensors[bounds[0]]), bounds[1:]
+        else:
+            pairs = [(out, self.tensors[0])]
+        there = tuple(reversed(bounds)) if self.transposed else tuple(bounds)
+        for target, tensor in pairs:
+            values = tensor.read(there)
+            target[...] = values.T if self.transposed else values
+        return out
+
+    def read_all(self) -> np.ndarray:
+        """All of it."""
+        return self.read(tuple(slice(0, size) for size in self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a safetensors file, unread."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    kind: str
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened for each read: the mapped pages of one tensor are let go before the next is touched.
+        with _open(self.file) as file:
+            return file.get_slice(self.name)[index]
+
+
+def load(
+    path: str | os.PathLike,
+    param_dtype: str = "float32",
+    compute_dtype: str = "float32",
+    placement: Placement | None = None,
+) -> tuple[dict, LlamaConfig]:
+    """Parameters and architecture of a Hugging Face directory or hub id.
+
+    Args:
+      path: directory with config.json and safetensors, or OWNER/NAME on the hub (downloaded only if no such directory).
+      param_dtype, compute_dtype: ``float32`` or ``bfloat16``; weights are cast to the first as they are read.
+      placement: ``(path, leaf) -> Array`` puts one parameter on devices; None: the default device. See :class:`Leaf`.
+
+    Raises: UserError naming the file and the tensor or key for anything missing, extra, misshapen, cut short, or beyond
+    the model.
+    """
+    for key, value in (("param_dtype", param_dtype), ("compute_dtype", compute_dtype)):
+        if value not in DTYPES:
+            raise UserError(f"{key} is {value!r}; it is one of {', '.join(DTYPES)}")
+    directory = fetch(path)
+    config = read_config(directory).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
+    tensors = _read_headers(directory)
+    placement = placement or _place_whole
+    leaves = _match(tensors, config, directory)
+    return unflatten({path: placement(path, leaf) for path, leaf in leaves.items()}), config
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """The architecture in ``config.json``, with the stop ids of ``generation_config.json`` where that exists."""
+    where = directory / "config.json"
+    if not where.is_file():
+        raise UserError(f"{where}: no such file; a Hugging Face directory has one beside its weights")
+    generation = directory / "generation_config.json"
+    return config_from_hf(_read_json(where), str(where), _read_json(generation) if generation.is_file() else None)
+
+
+def stored_dtype(directory: Path) -> str:
+    """The narrowest of float32 and bfloat16 that holds every weight of the directory exactly (float64 apart)."""
+    kinds = {tensor.kind for name, tensor in _read_headers(directory).items() if not name.endswith(_BUFFER)}
+    return "bfloat16" if kinds == {"BF16"} else "float32"
+
+
+def _place_whole(_: tuple[str, ...], leaf: Leaf) -> Array:
+    # Waited for, since a copy under way keeps the host's array alive beside the next one.
+    return jax.block_until_ready(jax.device_put(leaf.read_all()))
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, "np")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file, though the checkpoint needs it; download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}); download or export it again") from None
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}); download or export it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a {type(value).__name__}; it is a JSON object")
+    return value
+
+
+def _read_headers(directory: Path) -> dict[str, _Tensor]:
+    """Every tensor of the directory by name, none of them read."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map; download or export it again")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    elif pickled := sorted(file.name for file in directory.glob("*.bin")):
+        raise UserError(
+            f"{directory} has {pickled[0]} but no safetensors; pickles run code when opened and are never read. "
+            "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+        )
+    else:
+        raise UserError(
+            f"{directory} has neither model.safetensors nor model.safetensors.index.json; give a Hugging Face "
+            "directory whose weights are stored as safetensors"
+        )
+    found = {}
+    for file in files:
+        with _open(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
+                view = handle.get_slice(name)
+                found[name] = _Tensor(name, file, tuple(view.get_shape()), view.get_dtype())
+    return found
+
+
+def _match(tensors: dict[str, _Tensor], config: LlamaConfig, directory: Path) -> dict[tuple[str, ...], Leaf]:
+    """Our leaves and the tensors that make them; every tensor is used, known to be redundant, or an error."""
+    left, leaves = dict(tensors), {}
+    for pattern, path, transposed, spec in rows(config):
+        stacked = path[0] == "layers"
+        names = [pattern.format(i) for i in range(config.num_layers)] if stacked else [pattern]
+        shape = spec.shape[1:] if stacked else spec.shape
+        parts = tuple(_expect(left, name, shape[::-1] if transposed else shape, directory) for name in names)
+        leaves[path] = Leaf(spec.shape, spec.dtype, parts, stacked, transposed)
+    if config.tie_embeddings and HEAD in left:
+        _check_tied(left.pop(HEAD), tensors[EMBEDDING])
+    if extra := sorted(name for name in left if not name.endswith(_BUFFER)):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise UserError(
+            f"{left[extra[0]].file} has {extra[0]}{more}, which {directory / 'config.json'} does not describe: check "
+            "num_hidden_layers, attention_bias and mlp_bias there, or give a plain Llama (merge adapters first)"
+        )
+    return leaves
+
+
+def _expect(left: dict[str, _Tensor], name: str, shape: tuple[int, ...], directory: Path) -> _Tensor:
+    tensor = left.pop(name, None)
+    if tensor is None:
+        hint = "; set tie_word_embeddings if the head is the embedding" if name == HEAD else ""
+        raise UserError(f"{directory}: tensor {name} {list(shape)} is in none of the safetensors files{hint}")
+    if tensor.shape != shape:
+        raise UserError(
+            f"{tensor.file}: {name} is {list(tensor.shape)}, but {directory / 'config.json'} makes it {list(shape)}"
+        )
+    if tensor.kind not in _FLOATS:
+        raise UserError(f"{tensor.file}: {name} is stored as {tensor.kind}; give the unquantized checkpoint")
+    return tensor
+
+
+def _check_tied(head: _Tensor, embedding: _Tensor) -> None:
+    """A head beside a tied config must be the embedding: otherwise one of the two would be dropped in silence."""
+    count, chunk = head.shape[0], 8192  # rows at a time: the tables are the largest tensors of a small model
+    parts = [(slice(i, min(i + chunk, count)), slice(None)) for i in range(0, count, chunk)]
+    if head.shape != embedding.shape or not all(np.array_equal(head.read(p), embedding.read(p)) for p in parts):
+        raise UserError(
+            f"{head.file}: {head.name} differs from {embedding.name}, but config.json says tie_word_embeddings true; "
+            "set it to false, or remove the tensor"
+        )

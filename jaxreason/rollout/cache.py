@@ -1,0 +1,96 @@
+"""KV buffers of the decoding slots: how long they are, how they grow, and how new entries get in.
+
+Entry c of a slot holds position c of its sequence, so a prompt and its completion stand side by side from 0. The
+attended length is the buffer's length: buffers are as long as the longest live sequence needs and no longer.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreason.model import LlamaConfig
+
+Caches = list[tuple[Array, Array]]  # per layer k and v, each [slots, K, C, H]
+
+_SHORTEST = 64
+
+
+def bucket(length: int, limit: int) -> int:
+    """Buffer length for ``length`` positions: 64·2^n, or ``limit`` where that is less, so that compiles stay few."""
+    size = _SHORTEST
+    while size < length:
+        size *= 2
+    return min(size, limit)
+
+
+def longest(length: int) -> int:
+    """The limit for sequences of at most ``length``: the next multiple of a quarter of the power of two below it.
+
+    Doubling to the end could waste half of the memory; this wastes a fifth at most, and calls whose longest
+    sequences differ a little still share their compiled functions.
+    """
+    step = _SHORTEST
+    while step * 8 <= length:
+        step *= 2
+    return -(-length // step) * step
+
+
+def allocate(config: LlamaConfig, slots: int, length: int) -> Caches:
+    """Empty buffers."""
+    shape = (slots, config.num_kv_heads, length, config.head_dim)
+    return [tuple(jnp.zeros(shape, config.compute_dtype) for _ in "kv") for _ in range(config.num_layers)]
+
+
+def num_bytes(config: LlamaConfig, slots: int, length: int) -> int:
+    """Bytes of ``slots`` buffers of ``length`` positions over all layers."""
+    entry = 2 * config.num_kv_heads * config.head_dim * np.dtype(jnp.dtype(config.compute_dtype)).itemsize
+    return config.num_layers * slots * length * entry
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _resize_one(buffer: Array, length: int) -> Array:
+    grow = length - buffer.shape[2]
+    return jnp.pad(buffer, ((0, 0), (0, 0), (0, grow), (0, 0))) if grow > 0 else buffer[:, :, :length]
+
+
+def resize(caches: Caches, length: int) -> Caches:
+    """The same entries in buffers of another length. Empties ``caches``: old and new coexist for one layer only."""
+    if caches[0][0].shape[2] == length:
+        return caches
+    resized = []
+    while caches:
+        k, v = caches.pop(0)
+        resized.append((_resize_one(k, length), _resize_one(v, length)))
+    return resized
+
+
+def write_at(positions: Array):
+    """``write`` of :func:`jaxreason.model.step_cached` for one new token a slot, at positions [slots]."""
+
+    def write(cache, k, v):
+        slots = jnp.arange(positions.shape[0])
+        return tuple(
+            buffer.at[slots, :, positions].set(new[:, 0], unique_indices=True, mode="drop")
+            for buffer, new in zip(cache, (k, v))
+        )
+
+    return write
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_one(buffer: Array, prompts: Array, slots: Array, rows: Array) -> Array:
+    # A batch may hold a longer prompt than those that are copied now, which fit into the buffer.
+    length = min(prompts.shape[2], buffer.shape[2])
+    return buffer.at[slots, :, :length].set(prompts[rows, :, :length], unique_indices=True, mode="drop")
+
+
+def copy_rows(caches: Caches, prompts: Caches, slots: Array, rows: Array) -> Caches:
+    """Puts row ``rows[i]`` of the prompts' entries [R, K, S, H] into slot ``slots[i]``; slots past the end are skipped.
+
+    ``slots`` holds no number twice. The buffers in ``caches`` are donated. Compiled for one buffer, not for all layers:
+    there is a variant for every pair of lengths.
+    """
+    return [tuple(_copy_one(b, p, slots, rows) for b, p in zip(*pair)) for pair in zip(caches, prompts)]

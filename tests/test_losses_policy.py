@@ -1,0 +1,357 @@
+"""Policy losses: hand numbers, double-loop twins with finite differences, poison, microbatch split."""
+
+import math
+
+import jax.numpy as jnp
+import losses_cases as cases
+import losses_twin as twin
+import numpy as np
+import pytest
+from losses_twin import clip, ppo
+
+from jaxreason import losses
+from jaxreason.errors import UserError
+from jaxreason.losses import policy, select
+
+exp, log = math.exp, math.log
+
+
+# name, options, token loss of the twin (sequence, position), aggregation
+def token_ppo(low, high):
+    return lambda s, t: ppo(s.ratio(t), s.advantages[t], low, high)
+
+
+def sequence_ppo(low, high):
+    return lambda s, t: ppo(exp(s.mean_log_ratio()), s.advantages[t], low, high)
+
+
+def gspo_token(s, t):
+    w = exp(s.mean_log_ratio(frozen=True)) * exp(s.logp[t] - s.logp0[t])
+    return ppo(w, s.advantages[t], 0.1, 0.2)
+
+
+def reinforce(s, t):
+    return -s.advantages[t] * s.logp[t]
+
+
+def gmpo(s, t):
+    a = s.advantages[t]
+    logs = [s.logp[k] - s.old_logp[k] for k in range(s.n)]
+    bound = [min(x, 0.4) if s.advantages[k] >= 0 else max(x, -0.4) for k, x in enumerate(logs)]
+    return -exp(sum(bound) / s.n) * a
+
+
+def sapo(s, t):
+    a, tau = s.advantages[t], 1.0 if s.advantages[t] > 0 else 1.05
+    return -4 / tau / (1 + exp(-tau * (s.ratio(t) - 1))) * a
+
+
+def vespo(s, t):
+    a = s.advantages[t]
+    big = exp(s.n * s.mean_log_ratio(frozen=True))
+    k, lam = (2, 3) if a >= 0 else (3, 2)
+    return -(big**k) * exp(lam * (1 - big)) * a * s.logp[t]
+
+
+def dppo(s, t):
+    a, moved = s.advantages[t], exp(s.logp0[t]) - exp(s.old_logp[t])
+    dropped = (moved > 0.1 and a > 0) or (moved < -0.1 and a < 0)
+    return (0 if dropped else -s.ratio(t) * a) + 1e-3 * (s.logp[t] - s.old_logp[t]) ** 2
+
+
+def two_sided(s, t):
+    w, a = s.ratio(t), s.advantages[t]
+    return -min(min(w, 1.1) * a, clip(w, 0.8, 1.2) * a)
+
+
+def dual_clip(s, t):
+    a = s.advantages[t]
+    return min(token_ppo(0.2, 0.2)(s, t), -1.1 * a) if a < 0 else token_ppo(0.2, 0.2)(s, t)
+
+
+def opsm(s, t):
+    drift = sum(s.old_logp[k] - s.logp0[k] for k in range(s.n)) / s.n
+    return 0.0 if s.advantages[t] < 0 and drift > 0.0 else token_ppo(0.2, 0.2)(s, t)
+
+
+def trajectory(s):
+    return exp(s.n * s.mean_log_ratio())
+
+
+def rho(s, t):
+    return exp(s.old_logp[t] - s.sampler_logp[t])
+
+
+def rho_all(s):
+    return exp(sum(s.old_logp[k] - s.sampler_logp[k] for k in range(s.n)))
+
+
+def rho_mean(s):
+    return exp(sum(s.old_logp[k] - s.sampler_logp[k] for k in range(s.n)) / s.n)
+
+
+def k3(s, t):
+    d = s.ref_logp[t] - s.logp[t]
+    return exp(d) - d - 1
+
+
+def k2(s, t):
+    return (s.ref_logp[t] - s.logp[t]) ** 2 / 2
+
+
+GRPO = token_ppo(0.2, 0.2)
+SEQ, TOK, SUM, CONST = "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum/const"
+CASES = [
+    ("grpo", {}, GRPO, SEQ),
+    ("dr_grpo", {"max_completion_tokens": 5}, GRPO, CONST),
+    ("dapo", {}, token_ppo(0.2, 0.28), TOK),
+    ("bnpo", {}, GRPO, TOK),
+    ("grpo", {"reduce": "prompt-mean"}, GRPO, "prompt-mean"),
+    ("gspo", {"clip_low": 0.1, "clip_high": 0.2}, sequence_ppo(0.1, 0.2), SEQ),
+    ("gspo", {}, sequence_ppo(3e-4, 4e-4), SEQ),
+    ("gspo_token", {"clip_low": 0.1, "clip_high": 0.2}, gspo_token, SEQ),
+    ("cispo", {"ratio_min": 0.8, "ratio_max": 1.3},
+     lambda s, t: -clip(exp(s.logp0[t] - s.old_logp[t]), 0.8, 1.3) * s.advantages[t] * s.logp[t], TOK),
+    ("gmpo", {}, gmpo, SEQ),
+    ("rloo", {}, reinforce, SUM),
+    ("reinforce", {}, reinforce, TOK),
+    ("gpg", {}, reinforce, TOK),
+    ("importance_sampling", {}, lambda s, t: -s.ratio(t) * s.advantages[t], TOK),
+    ("reinforce_pp", {}, GRPO, TOK),
+    ("reinforce_pp_baseline", {}, GRPO, TOK),
+    ("lite_ppo", {}, GRPO, TOK),
+    ("maxrl", {}, GRPO, SEQ),
+    ("gdpo", {}, GRPO, SEQ),
+    ("sapo", {}, sapo, SEQ),
+    ("tic_grpo", {}, lambda s, t: ppo(trajectory(s), s.advantages[t], 0.2, 0.2), SEQ),
+    ("tic_grpo_lc", {}, lambda s, t: -min(trajectory(s), 1.28) * s.advantages[t], SEQ),
+    ("luspo", {"clip_low": 0.1, "clip_high": 0.2}, sequence_ppo(0.1, 0.2), SUM),
+    ("vespo", {}, vespo, TOK),
+    ("dppo", {"max_rise": 0.1, "max_fall": 0.1}, dppo, TOK),
+    ("two_sided", {"ratio_cap": 1.1}, two_sided, SEQ),
+    ("dual_clip", {"dual_clip": 1.1}, dual_clip, SEQ),
+    ("opsm", {"off_policy_threshold": 0.0}, opsm, SEQ),
+    ("grpo_entropy", {"entropy_coef": 0.1}, GRPO, SEQ),
+    ("grpo", {"kl_coef": 0.3}, lambda s, t: GRPO(s, t) + 0.3 * k3(s, t), SEQ),
+    ("dapo", {"kl_coef": 0.3, "kl_estimator": "k2"}, lambda s, t: token_ppo(0.2, 0.28)(s, t) + 0.3 * k2(s, t), TOK),
+    ("grpo", {"kl_coef": 0.3, "kl_estimator": "k3_unbiased"},
+     lambda s, t: GRPO(s, t) + 0.3 * s.ratio(t) * k3(s, t), SEQ),
+    ("grpo", {"correction": "tis", "correction_max": 1.1}, lambda s, t: min(rho(s, t), 1.1) * GRPO(s, t), SEQ),
+    ("grpo", {"correction": "tis_sequence"}, lambda s, t: min(rho_all(s), 2.0) * GRPO(s, t), SEQ),
+    ("grpo", {"correction": "icepop", "correction_min": 0.9, "correction_max": 1.1},
+     lambda s, t: rho(s, t) * (0.9 <= rho(s, t) <= 1.1) * GRPO(s, t), SEQ),
+    ("grpo", {"correction": "mis", "correction_min": 0.8, "correction_max": 1.2},
+     lambda s, t: rho_all(s) * (0.8 <= rho_all(s) <= 1.2) * GRPO(s, t), SEQ),
+    ("grpo", {"correction": "geo_rs", "correction_min": 0.95, "correction_max": 1.05},
+     lambda s, t: float(0.95 <= rho_mean(s) <= 1.05) * GRPO(s, t), SEQ),
+    ("grpo", {"behaviour": "sampler"},
+     lambda s, t: ppo(exp(s.logp[t] - s.sampler_logp[t]), s.advantages[t], 0.2, 0.2), SEQ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "token_loss", "reduce"), CASES, ids=[f"{c[0]}-{k}" for k, c in enumerate(CASES)]
+)
+def test_twin(name, options, token_loss, reduce):
+    loss = losses.get(name, **options)
+    data = twin.arrays()
+    value, grad = cases.check_rules(loss, cases.make("policy", data, keys=loss.needs | {"ref_logp", "sampler_logp"}))
+
+    def slow(data, frozen):
+        result = twin.aggregate(reduce, token_loss, data, frozen, constant=5)
+        if coef := loss.options["entropy_coef"]:
+            result -= coef * data["entropy"][twin.MASK > 0].mean()
+        return result
+
+    np.testing.assert_allclose(value, slow(data, data), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
+
+
+def test_every_variant_has_a_twin_and_a_hand_number():
+    picked = {"clip_cov", "kl_cov", "top_entropy"}  # their twins are below
+    assert {c[0] for c in CASES} | picked == set(losses.names("policy"))
+    assert set(HAND) == set(losses.names("policy"))
+
+
+def test_selected_tokens_twin():
+    """Rules over the step: the covariance and entropy picks against sorting by hand, and their losses."""
+    data, live = twin.arrays(), twin.MASK > 0
+    a, x = data["advantages"], data["old_logp"]
+    cov = (a - a[live].mean()) * (x - x[live].mean())
+    top = np.zeros(live.shape)
+    for where in sorted(zip(*np.nonzero(live)), key=lambda p: -cov[p])[:4]:  # ceil(0.2 * 16 tokens) = 4
+        top[where] = 1
+    entropic = (live & (data["entropy"] >= np.quantile(data["entropy"][live], 0.75))).astype(float)
+    data["picked"] = top
+
+    for name, options, picked, token_loss in [
+        ("kl_cov", {"cov_fraction": 0.2}, top,
+         lambda s, t: -s.ratio(t) * s.advantages[t] + s.picked[t] * abs(s.logp[t] - s.old_logp[t])),
+        ("clip_cov", {"cov_fraction": 0.2, "cov_low": -99, "cov_high": 99}, None,
+         lambda s, t: ppo(exp((s.logp0 if s.picked[t] else s.logp)[t] - s.old_logp[t]), s.advantages[t], 0.2, 1.0)),
+        ("top_entropy", {"top_entropy": 0.25}, entropic, lambda s, t: s.picked[t] * token_ppo(0.2, 0.28)(s, t)),
+    ]:  # fmt: skip
+        loss = losses.get(name, **options)
+        on_policy = cases.make("policy", data | {"logp": data["old_logp"]}, keys=loss.needs)
+        found = np.asarray(loss.select(on_policy))
+        if picked is None:  # random: the right number, all supervised
+            assert found.sum() == 4 and not np.any(found[~live])
+        else:
+            np.testing.assert_array_equal(found, picked)
+        data["picked"] = found
+        inputs = cases.make("policy", data, keys=loss.needs)
+        inputs = inputs.__class__(**vars(inputs) | {"selected": jnp.asarray(found, jnp.float32)})
+        value, _, grad = cases.value_and_grad(loss, inputs)
+
+        def slow(data, frozen, token_loss=token_loss):
+            return twin.aggregate(TOK, token_loss, data, frozen)
+
+        np.testing.assert_allclose(value, slow(data, data), rtol=1e-5)
+        np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
+        cases.check_rules(loss, cases.make("policy", data, keys=loss.needs))
+
+
+# Two sequences: one token with p .4 -> .6 (ratio 1.5) and A = 1; three tokens with p .4 -> .2 (ratio .5) and A = -1.
+HAND = {
+    "grpo": ({}, -0.2),  # (-1.2 + .8) / 2
+    "importance_sampling": ({}, 0.0),  # (-1.5 + 3 * .5) / 4
+    "dr_grpo": ({"max_completion_tokens": 10}, 0.06),  # (-1.2 + 3 * .8) / (2 * 10)
+    "dapo": ({}, 0.28),  # (-1.28 + 3 * .8) / 4
+    "bnpo": ({}, 0.3),  # (-1.2 + 3 * .8) / 4
+    "gspo": ({}, -0.00035),  # (-1.0004 + .9997) / 2
+    "gspo_token": ({}, -0.00035),
+    "cispo": ({}, -0.4119796),  # (-1.5 ln .6 + 3 * .5 ln .2) / 4
+    "gmpo": ({}, -0.4107523),  # (-e^.4 + e^-.4) / 2
+    "rloo": ({}, -2.1587440),  # (-ln .6 + 3 ln .2) / 2
+    "reinforce": ({}, -1.0793720),  # the same / 4
+    "gpg": ({}, -1.0793720),
+    "reinforce_pp": ({}, 0.3),
+    "reinforce_pp_baseline": ({}, 0.3),
+    "lite_ppo": ({}, 0.3),
+    "maxrl": ({}, -0.2),
+    "gdpo": ({}, -0.2),
+    "sapo": ({}, -0.5369501),  # (-4 sigmoid(.5) + 4 / 1.05 sigmoid(-.525)) / 2
+    "tic_grpo": ({}, -0.2),  # (-1.2 + max(.125, .8)) / 2
+    "tic_grpo_lc": ({}, -0.5775),  # (-1.28 + .125) / 2
+    "luspo": ({}, 0.99575),  # (-1.0025 + 3 * .998) / 2
+    "vespo": ({}, 0.0505469),  # (-1.5^2 e^-1.5 ln .6 + 3 * .125^3 e^1.75 ln .2) / 4
+    "dppo": ({"max_rise": 0.1, "max_fall": 0.3}, 0.3754014),  # (0 + 3 * .5 + .001 (ln^2 1.5 + 3 ln^2 .5)) / 4
+    "two_sided": ({"ratio_cap": 0.5}, 0.35),  # min(.5, 1.2) -> (-.5 + 3 * .8 / 3) ... see below
+    "dual_clip": ({"dual_clip": 0.7}, -0.25),  # (-1.2 + .7) / 2
+    "clip_cov": ({}, 0.225),  # (-1.5 + 3 * .8) / 4
+    "kl_cov": ({}, 0.1013663),  # (-1.5 + ln 1.5 + 3 * .5) / 4
+    "top_entropy": ({}, -0.32),  # -1.28 / 4
+    "opsm": ({}, -0.6),  # drift ln 2 > .5: (-1.2 + 0) / 2
+    "grpo_entropy": ({}, -0.202),  # -.2 - .001 * 2
+}
+# two_sided: (-min(.5 * 1, 1.2 * 1) + .8) / 2 = .15
+HAND["two_sided"] = ({"ratio_cap": 0.5}, 0.15)
+
+
+def hand_inputs(**more):
+    p = np.log([[0.6, 0.9, 0.9], [0.2, 0.2, 0.2]])
+    old = np.log([[0.4, 0.9, 0.9], [0.4, 0.4, 0.4]])
+    return losses.PolicyInputs(
+        logp=jnp.asarray(p, jnp.float32),
+        old_logp=jnp.asarray(old, jnp.float32),
+        advantages=jnp.asarray([[1.0] * 3, [-1.0] * 3]),
+        mask=jnp.asarray([[1.0, 0, 0], [1, 1, 1]]),
+        entropy=jnp.full((2, 3), 2.0),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_hand_number(name):
+    options, expected = HAND[name]
+    loss = losses.get(name, **options)
+    more = {"selected": jnp.asarray([[1.0, 0, 0], [0, 0, 0]])} if "selected" in loss.needs else {}
+    value, _ = loss(hand_inputs(**more))
+    np.testing.assert_allclose(value, expected, atol=2e-6)
+
+
+def test_metrics_by_hand():
+    _, metrics = losses.get("grpo")(hand_inputs(sampler_logp=jnp.log(jnp.full((2, 3), 0.8))))
+    expected = {
+        "clip_fraction": 1.0, "clip_high_fraction": 0.25, "clip_low_fraction": 0.75, "ratio_mean": 0.75,
+        "ratio_max": 1.5, "ratio_min": 0.5, "ratio_square_mean": 0.75, "entropy": 2.0,
+        "policy_kl": (0.5 - log(1.5) + 3 * (-0.5 - log(0.5))) / 4, "sampler_gap": log(2), "sampler_gap_max": log(2),
+    }  # fmt: skip
+    assert set(metrics) == set(expected)
+    for key, number in expected.items():
+        np.testing.assert_allclose(metrics[key], number, rtol=1e-5, err_msg=key)
+
+
+def test_extreme_ratios_stay_finite():
+    """|log ratio| of 200 on supervised tokens: inf * 0 must not reach the gradient."""
+    data = twin.arrays() | {
+        "old_logp": np.where(np.arange(7) % 2, -200.0, 0.0) * np.ones((4, 7)),
+        "ref_logp": -199 * np.ones((4, 7)),
+    }
+    data["logp"] = np.where(np.arange(7) % 2, -0.1, -200.0) * np.ones((4, 7))
+    for name in losses.names("policy"):
+        loss = losses.get(name, **({} if name == "rloo" else {"kl_coef": 0.1}))
+        value, _, grad = cases.value_and_grad(loss, cases.make("policy", data, keys=loss.needs))
+        assert np.isfinite(value) and np.all(np.isfinite(grad)), name
+
+
+def test_strict_promotion_and_ranks():
+    import jax
+
+    data = twin.arrays()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for name in losses.names("policy"):
+            loss = losses.get(name)
+            loss(cases.make("policy", data, keys=loss.needs | {"ref_logp", "sampler_logp", "entropy"}))
+
+
+def test_rows_without_ids_equal_rows_with_ids():
+    data, loss = twin.arrays(), losses.get("gspo")
+    ids = np.arange(4)[:, None] * np.ones((1, 7))
+    one = loss(cases.make("policy", data, ids=None, groups=None, keys=()))[0]
+    assert one == loss(cases.make("policy", data, ids=ids, groups=None, keys=()))[0]
+    assert one != loss(cases.make("policy", data, groups=None, keys=()))[0]
+
+
+def test_a_step_of_padding_gives_zero():
+    data = twin.arrays()
+    for name in ("grpo", "dapo", "dr_grpo"):
+        value, _, grad = cases.value_and_grad(losses.get(name), cases.make("policy", data, mask=0 * twin.MASK, keys=()))
+        assert value == 0 and not np.any(grad)
+
+
+def test_missing_inputs_are_named():
+    inputs = cases.make("policy", twin.arrays(), keys=())
+    for options, field in [({"kl_coef": 0.1}, "ref_logp"), ({"correction": "tis"}, "sampler_logp"),
+                           ({"entropy_coef": 0.1}, "entropy"), ({"top_entropy": 0.2}, "entropy")]:  # fmt: skip
+        with pytest.raises(UserError, match=f"PolicyInputs.{field}"):
+            losses.get("grpo", **options)(inputs)
+
+
+def test_microbatch_without_step_wide_inputs_is_refused():
+    from jaxreason.types import Totals
+
+    inputs = cases.make("policy", twin.arrays(), keys={"entropy"})
+    part = inputs.__class__(**vars(inputs) | {"totals": Totals(jnp.float32(16), jnp.float32(6), jnp.float32(2))})
+    with pytest.raises(UserError, match="group_tokens"):
+        losses.get("grpo", reduce="prompt-mean")(part)
+    with pytest.raises(UserError, match="selected"):
+        losses.get("top_entropy")(part)
+
+
+def test_adaptive_entropy_coefficient():
+    assert policy.adapt_entropy_coef(0.01, entropy=0.1, target=0.2) == (0.01, pytest.approx(0.015))
+    assert policy.adapt_entropy_coef(0.01, entropy=0.3, target=0.2) == (0.0, pytest.approx(0.005))
+    assert policy.adapt_entropy_coef(0.001, entropy=0.3, target=0.2) == (0.0, 0.0)
+    inputs = hand_inputs(entropy_coef=jnp.float32(0.01))
+    np.testing.assert_allclose(losses.get("grpo")(inputs)[0], -0.22, rtol=1e-6)  # -.2 - .01 * 2
+
+
+def test_clip_cov_draws_from_the_band_only():
+    import jax
+
+    cov = jnp.asarray([[0.0, 2.0, 3.0, 9.0, 2.5, 4.0]])
+    mask = jnp.asarray([[1.0, 1, 1, 1, 0, 1]])
+    draws = [np.asarray(select.random_in_band(cov, mask, 1.0, 5.0, 0.3, jax.random.key(k))) for k in range(20)]
+    assert {d.sum() for d in draws} == {2.0}  # ceil(.3 * 5)
+    assert set(np.nonzero(sum(draws))[1]) == {1, 2, 5}
