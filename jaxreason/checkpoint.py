@@ -213,8 +213,10 @@ def _failed(step: int, error: BaseException) -> UserError:
 
 def restore_tree(path: Path, abstract: Any) -> Any:
     """Orbax's arrays at ``path``, in the shapes, dtypes and shardings of ``abstract``. Raises UserError."""
+    path = path.absolute()  # Orbax takes no other
     with ocp.StandardCheckpointer() as reader:
-        stored = {_name(p): m.shape for p, m in jax.tree_util.tree_leaves_with_path(reader.metadata(path).item_metadata.tree)}
+        tree = reader.metadata(path).item_metadata.tree
+        stored = {_name(p): m.shape for p, m in jax.tree_util.tree_leaves_with_path(tree)}
         wanted = {_name(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(abstract)}
         for name in sorted({*stored, *wanted}):
             if stored.get(name) != wanted.get(name):

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,9 +41,11 @@ def train(argv=None) -> None:
     if args.print_config:
         print(cfg.dump(config), end="")
         return
-    from jaxreason.train.sft import train as train_sft
-
-    summary = train_sft(config, args.dry_run)
+    if config.algorithm == "sft":
+        from jaxreason.train.sft import train as run
+    else:
+        from jaxreason.train.grpo import train as run
+    summary = run(config, args.dry_run)
     if summary:
         from jaxreason.train.run import show_table
 
@@ -102,3 +105,34 @@ def evaluate(argv=None) -> None:
     show_table(f"{args.model} on {args.task}", [(k, f"{v:.4g}") for k, v in metrics.items()])
     if args.out:
         Path(args.out).write_text(json.dumps({"metrics": metrics, "completions": records}, indent=1))
+
+
+@command
+def plan(argv=None) -> None:
+    """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
+    parser = argparse.ArgumentParser(prog="plan.py", description=plan.__doc__)
+    parser.add_argument("--config", required=True, help="a name below configs/ (llama3.2-3b/sft) or a YAML file")
+    parser.add_argument("--target", default="h100", help="a GPU of jaxreason/plan/targets/: a100, b200, h100, h200")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs of one host")
+    parser.add_argument("--hosts", type=int, default=1, metavar="M")
+    parser.add_argument("--price", type=float, help="USD for a GPU hour; default: an assumption in the target's file")
+    parser.add_argument("--document-tokens", type=int, help="mean tokens of an example; default: the longest allowed")
+    parser.add_argument("--examples", type=int, help="examples of an epoch; default: data.max_rows")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config")
+    args = parser.parse_intermixed_args(argv)
+    # The compiler must not look for a GPU, and its warnings about finding none are not the user's.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    from jaxreason.plan import Options
+    from jaxreason.plan import plan as make_plan
+
+    options = Options(args.target, args.hosts, args.devices, args.price, args.document_tokens, args.examples)
+    report = make_plan(args.config, args.words, options)
+    if args.json:
+        print(json.dumps(report))
+        return
+    from rich.console import Console
+
+    from jaxreason.plan.table import show
+
+    show(report, Console(highlight=False))

@@ -66,7 +66,7 @@ class Model(Section):
         return self
 
 
-class Data(Section):
+class Problems(Section):
     source: str
     """``embedded:NAME``, a .jsonl/.json/.parquet file, a directory of them, or a hub id."""
     split: str = "train"
@@ -76,7 +76,16 @@ class Data(Section):
     system_prompt: str | None = None
     """Put before every conversation that has no system message."""
     template: str | None = None
-    """Chat template: a Jinja file, or null for the tokenizer's own."""
+    """Chat template: a Jinja file, the name of a shipped one, or null for the tokenizer's own."""
+    max_rows: Positive | None = None
+    """Use only the first rows of the source."""
+    eval_source: str | None = None
+    """Held-out rows from another source."""
+    eval_split: str | None = None
+    """Split of ``eval_source``; null: ``eval`` of an embedded task, else ``split``."""
+
+
+class Data(Problems):
     keep_only_correct: bool = False
     """Drop rows whose correctness columns say wrong; an error where the rows have none."""
     max_length: Positive = 1024
@@ -89,12 +98,8 @@ class Data(Section):
     """A new order each epoch, from the seed; false: file order."""
     batch_size: Positive = 32
     """Sequences, or packed rows, in one optimizer step."""
-    max_rows: Positive | None = None
-    """Use only the first rows of the source."""
-    eval_source: str | None = None
-    """Held-out rows from another source; null: ``eval_rows`` of this one."""
     eval_rows: NonNegative = 0
-    """Held-out examples, chosen by seed before anything is trained; 0: none."""
+    """Held-out examples for the loss: of ``eval_source``, or chosen from this source by seed; 0: none."""
     workers: NonNegative = 2
     """Processes that tokenize; 0: in this one."""
     cache_dir: str | None = None
@@ -218,6 +223,93 @@ class Task(Decode):
     """At most so many problems, the first ones."""
 
 
+class GrpoData(Problems):
+    max_prompt_tokens: Positive = 512
+    """Problems with a longer prompt are dropped and counted."""
+    shuffle: bool = True
+    """A new order each epoch, from the seed; false: source order."""
+
+
+class GrpoLoss(Loss):
+    name: str = "grpo"
+    """A named policy loss, or ``package.module:function``."""
+    preset: Literal["trl", "verl", "nemo"] | None = None
+    """Conventions of another framework where they differ; ``options`` win over it."""
+
+
+class Rollout(Section):
+    prompts_per_step: Positive = 16
+    group_size: Positive = 8
+    """Completions of each prompt (G)."""
+    max_completion_tokens: Positive = 1024
+    temperature: float = Field(1.0, gt=0)
+    """Log-probs are of the distribution at this temperature, in the sampler and in the learner."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: NonNegative = 0
+    """0: all."""
+    min_p: Fraction = 0.0
+    slots: Positive = 64
+    """Sequences decoded at once."""
+    resample_rounds: NonNegative = 0
+    """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step."""
+
+
+class RewardTerm(Section):
+    name: str
+    """A named reward, or ``package.module:function``."""
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class Reward(Section):
+    functions: list[RewardTerm] = [RewardTerm(name="accuracy")]
+    """The reward is the weighted sum."""
+    workers: NonNegative = 2
+    """Grading processes; 0: in this one, without a time limit."""
+    timeout_s: float = Field(10.0, gt=0)
+    """A grader that takes longer is killed; its sample gets no reward and is counted."""
+    on_error: Literal["count", "stop"] = "count"
+
+
+class Advantage(Section):
+    name: str | None = None
+    """An estimator of ``jaxreason.losses.advantage``; null: the one that belongs to the loss."""
+    options: dict[str, Any] = {}
+
+
+class Kl(Section):
+    coef: float = Field(0.0, ge=0)
+    """0: no reference model is kept."""
+    estimator: Literal["k1", "k2", "k3", "k3+", "k3_unbiased"] = "k3"
+    placement: Literal["loss", "reward"] = "loss"
+    """In the loss by token, or subtracted from the sequence's reward (k1, summed over its tokens)."""
+
+
+class GrpoTrain(Train):
+    updates_per_rollout: Positive = 1
+    """Optimizer updates made from one rollout."""
+    minibatches: Positive = 1
+    """Parts that a rollout is split into; update u trains part u mod minibatches."""
+    truncated: Literal["train", "mask"] = "train"
+    """What a completion that ran into max_completion_tokens teaches: its reward, or nothing."""
+
+    @model_validator(mode="after")
+    def _whole_passes(self):
+        if self.updates_per_rollout % self.minibatches:
+            raise ValueError(
+                f"train.updates_per_rollout {self.updates_per_rollout} is not a multiple of "
+                f"train.minibatches {self.minibatches}"
+            )
+        return self
+
+
+class GrpoEval(Eval):
+    samples: Positive = 1
+    """Completions a problem beside the greedy one, for avg@k; 1: greedy only."""
+    temperature: float = Field(0.6, gt=0)
+    """Of those samples."""
+
+
 class SftConfig(Section):
     algorithm: Literal["sft"]
     run: Run
@@ -230,12 +322,38 @@ class SftConfig(Section):
     mesh: Mesh = Mesh()
 
 
-RunConfig = SftConfig
-ALGORITHMS: dict[str, type[Section]] = {"sft": SftConfig}
+class GrpoConfig(Section):
+    algorithm: Literal["grpo"]
+    run: Run
+    model: Model
+    data: GrpoData
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    advantage: Advantage = Advantage()
+    loss: GrpoLoss = GrpoLoss()
+    kl: Kl = Kl()
+    optimizer: Optimizer = Optimizer()
+    train: GrpoTrain
+    eval: GrpoEval = GrpoEval()
+    mesh: Mesh = Mesh()
+
+    @model_validator(mode="after")
+    def _splits(self):
+        sequences = self.rollout.prompts_per_step * self.rollout.group_size
+        if sequences % self.train.minibatches:
+            raise ValueError(
+                f"train.minibatches {self.train.minibatches} does not divide the {sequences} sequences of a rollout "
+                "(rollout.prompts_per_step x rollout.group_size)"
+            )
+        return self
+
+
+RunConfig = SftConfig | GrpoConfig
+ALGORITHMS: dict[str, type[Section]] = {"sft": SftConfig, "grpo": GrpoConfig}
 
 # Keys that a resumed run may change: they move where and how fast it runs, not what it computes.
 RESUMABLE = frozenset(
-    {"run.dir", "data.workers", "data.cache_dir", "train.save_every", "train.keep_checkpoints", "train.tensorboard",
+    {"run.dir", "data.workers", "data.cache_dir", "reward.workers", "train.save_every", "train.keep_checkpoints", "train.tensorboard",
      "train.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ def open_model(name: str, options: cfg.Decode, slots: int) -> Opened:
         max_completion_tokens=options.max_completion_tokens,
     )  # fmt: skip
     params = source.params(config, make_mesh(cfg.Mesh()))
-    params = jax.jit(lambda p: unstack(p, config), donate_argnums=0)(params)
+    params = jax.jit(lambda p: unstack(p, config))(params)
     return Opened(Engine(config, stops, sampling, slots=slots), params, tokenizer)
 
 

@@ -30,6 +30,8 @@ class Batch:
     old_logp: Array | None = None  # [B, T] float32, log-probs at the rollout's parameters
     ref_logp: Array | None = None  # [B, T] float32, log-probs of the reference model
     sampler_logp: Array | None = None  # [B, T] float32, log-probs that the sampler itself reported
+    group_tokens: Array | None = None  # [B, T] float32, trained tokens of the prompt in the whole step
+    selected: Array | None = None  # [B, T] float32, what the loss's step-wide rule picked
 
 
 @jax.tree_util.register_dataclass

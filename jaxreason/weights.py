@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxreason import checkpoint, hf
+from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, init
 from jaxreason.sharding import leaf_sharding, shardings
@@ -68,4 +69,6 @@ def locate(name: str) -> Source:
         return Source("checkpoint", path)
     if (path / "config.yaml").is_file():
         raise UserError(f"{path}: a run without a checkpoint; run its training first")
+    if not path.exists() and path.parts[:1] == (cfg.Run.model_fields["dir"].default,):
+        raise UserError(f"{name}: no such run yet; make it first, e.g.: python scripts/train.py --config {path.name}")
     return Source("hf", hf.fetch(name))

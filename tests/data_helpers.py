@@ -3,8 +3,8 @@
 import functools
 import json
 
-from tokenizers import Tokenizer as Backend
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from jaxreason.data.tokenizer import Tokenizer
@@ -81,8 +81,8 @@ def sentencepiece_like(chat_template: str) -> Tokenizer:
     letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz0123456789<>/|:+?="))
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3}
     vocabulary |= {letter: i for i, letter in enumerate(letters, len(vocabulary))}
-    merges = [("▁", "a"), ("a", "b"), ("▁", "ab")]
-    vocabulary |= {"▁a": len(vocabulary), "ab": len(vocabulary) + 1, "▁ab": len(vocabulary) + 2}
+    merges = [("a", "b"), ("▁", "ab")]
+    vocabulary |= {"ab": len(vocabulary), "▁ab": len(vocabulary) + 1}
     backend = Backend(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     backend.decoder = decoders.Sequence(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxreason import losses
 from jaxreason.losses.reduce import whole_step
 
-POISONS = (None, 1e30, float("nan"))
+POISONS = (1e30, float("nan"))
 
 
 def make(kind: str, data: dict, mask=twin.MASK, ids=twin.IDS, groups=twin.GROUPS, keys=None):
@@ -35,47 +35,39 @@ def value_and_grad(loss, inputs):
     return value, metrics, grad
 
 
-def poisoned(inputs):
-    """The inputs stacked over POISONS at their masked positions."""
-    dead = inputs.mask <= 0
-    fixed = {"mask", "sequence_ids", "group_ids", "totals"}
-
-    def fill(poison):
-        if poison is None:
-            return inputs
-        values = {k: v for k, v in vars(inputs).items() if v is not None and k not in fixed}
-        return dataclasses.replace(inputs, **{k: jnp.where(dead, poison, v) for k, v in values.items()})
-
-    return jax.tree.map(lambda *x: jnp.stack(x), *[fill(p) for p in POISONS])
-
-
-def rows(inputs):
-    """Microbatches of one row, stacked: [B, 1, T], totals repeated."""
-    b = inputs.mask.shape[0]
-    return jax.tree.map(lambda x: x[:, None] if jnp.ndim(x) else jnp.broadcast_to(x, (b,)), inputs)
-
-
 def check_rules(loss, inputs):
     """Poison and split invariance; returns value and gradient of the whole batch.
 
-    Run as single operations under vmap: compiling each loss would cost a hundred times the arithmetic.
+    One evaluation, vmapped over: the whole step, the step poisoned twice, and one microbatch a row (the others masked).
+    Run as single operations, because compiling each loss would cost a hundred times the arithmetic.
     """
-    run = jax.vmap(lambda x: value_and_grad(loss, x))
-    values, _, grads = run(poisoned(inputs))
+    inputs = whole_step(inputs)
+    if loss.select is not None and inputs.selected is None:
+        inputs = dataclasses.replace(inputs, selected=loss.select(inputs))
+    count = inputs.mask.shape[0]
+    parts = [dataclasses.replace(inputs, mask=inputs.mask * (jnp.arange(count) == r)[:, None]) for r in range(count)]
+    batches = [inputs] + [poisoned(inputs, poison) for poison in POISONS] + parts
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    values, metrics, grads = jax.tree.map(np.asarray, jax.vmap(lambda x: value_and_grad(loss, x))(stacked))
+
     assert np.isfinite(values[0]) and np.all(np.isfinite(grads[0]))
-    for k in range(1, len(POISONS)):
+    first = 1 + len(POISONS)
+    for k in range(1, first):
         assert values[k] == values[0]
         np.testing.assert_array_equal(grads[k], grads[0])
-    assert not np.any(np.asarray(grads[0])[np.asarray(inputs.mask) == 0])
-
-    whole = whole_step(inputs)
-    if loss.select is not None:
-        whole = dataclasses.replace(whole, selected=loss.select(inputs))
-    parts, metrics, part_grads = run(rows(whole))
-    np.testing.assert_allclose(parts.sum(), values[0], atol=1e-6, rtol=1e-6)
-    np.testing.assert_allclose(part_grads[:, 0], grads[0], atol=1e-6, rtol=1e-6)
-    _, whole_metrics, _ = value_and_grad(loss, inputs)
+    assert not np.any(grads[0][np.asarray(inputs.mask) == 0])
+    np.testing.assert_allclose(values[first:].sum(), values[0], atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(grads[first:].sum(axis=0), grads[0], atol=1e-6, rtol=1e-6)
     for key, x in metrics.items():
-        combined = x.max() if key.endswith("_max") else x.min() if key.endswith("_min") else x.sum()
-        np.testing.assert_allclose(combined, whole_metrics[key], atol=1e-6, rtol=1e-5, err_msg=key)
+        kind = key[-4:]
+        combined = x[first:].max() if kind == "_max" else x[first:].min() if kind == "_min" else x[first:].sum()
+        np.testing.assert_allclose(combined, x[0], atol=1e-6, rtol=1e-5, err_msg=key)
     return values[0], grads[0]
+
+
+def poisoned(inputs, poison):
+    """``poison`` at every masked position of every per-token input."""
+    dead = inputs.mask <= 0
+    fixed = {"mask", "sequence_ids", "group_ids", "totals"}
+    values = {k: v for k, v in vars(inputs).items() if v is not None and k not in fixed}
+    return dataclasses.replace(inputs, **{k: jnp.where(dead, poison, v) for k, v in values.items()})

@@ -1,5 +1,3 @@
-import datetime
-
 import data_helpers as helpers
 import pytest
 
@@ -46,12 +44,11 @@ def test_shipped_llama3_by_hand():
     assert completion == "<think>\nt\n</think>\n\na<|eot_id|>"
 
 
-def test_the_date_is_pinned(monkeypatch):
+def test_the_date_is_pinned():
     """Templates that ask the clock, or are given a date, render one text on any day."""
     clock = helpers.llama("{{ bos_token + strftime_now('%d %b %Y') + messages[0]['content'] }}")
     assert chats.resolve(clock).render_prompt(PLAIN) == "<|begin_of_text|>26 Jul 20242 + 2?"
     assert "Today Date: 26 Jul 2024" in chats.resolve(helpers.llama(helpers.DATED_TEMPLATE)).render_prompt(PLAIN)
-    assert chats.DATE < datetime.datetime.now()
 
 
 def test_a_template_that_drops_the_thought_still_trains_all_of_it():
@@ -121,5 +118,6 @@ def test_a_tokenizer_without_template_or_llama_tokens_needs_one():
 
 
 def test_generation_tag_renders_its_body():
-    template = "{{ bos_token }}{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %};{% endfor %}"
+    body = "{% generation %}{{ m['content'] }}{% endgeneration %};"
+    template = "{{ bos_token }}{% for m in messages %}" + body + "{% endfor %}"
     assert chats.resolve(helpers.llama(template)).render(PLAIN) == ("<|begin_of_text|>2 + 2?;", "four;")

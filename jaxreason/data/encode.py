@@ -94,7 +94,7 @@ def end_at_stop(completion: list[int], tokenizer: Tokenizer) -> list[int]:
     What a template writes behind the stop token (a line break) is never generated and so not trained. Raises Reject
     where text follows: the row itself holds a stop token and would teach the model to end early.
     """
-    stops = np.flatnonzero(np.isin(completion, tokenizer.stop_ids))
+    stops = np.flatnonzero(tokenizer.is_stop[completion])
     if not len(stops):
         eos = tokenizer.hf.eos_token_id
         return [*completion, tokenizer.stop_ids[0] if eos is None else eos]

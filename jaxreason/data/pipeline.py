@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from rich.text import Text
 
-from jaxreason.config import Data
+from jaxreason.config import Data, Problems
 from jaxreason.data import chat as chats
 from jaxreason.data.batches import Rows
 from jaxreason.data.chat import Chat
@@ -40,11 +40,11 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     Raises UserError for a source that cannot be read, for rows of which nothing is left to train, and for the template.
     """
     chat = chats.resolve(tokenizer, data.template, data.system_prompt)
-    store, kept, source = _source(data, data.source, data.max_rows, tokenizer, chat, seed, progress)
+    store, kept, source = _source(data, data.source, data.split, data.max_rows, tokenizer, chat, seed, progress)
     sources, held_out, train = [source], None, kept
     if data.eval_source is not None:
-        limit = data.eval_rows or None
-        eval_store, held_out, report = _source(data, data.eval_source, limit, tokenizer, chat, seed, progress)
+        name, limit = data.eval_source, data.eval_rows or None
+        eval_store, held_out, report = _source(data, name, eval_split(data), limit, tokenizer, chat, seed, progress)
         sources.append(report)
     elif data.eval_rows:
         eval_store, (held_out, train) = store, _split(kept, data, seed)
@@ -60,11 +60,17 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     return Prepared(rows, eval_rows, report, chat, store, tokenizer)
 
 
+def eval_split(data: Problems) -> str:
+    """The split that held-out rows are read from."""
+    embedded = (data.eval_source or data.source).startswith("embedded:")
+    return data.eval_split or ("eval" if embedded else data.split)
+
+
 def _source(
-    data: Data, name: str, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
+    data: Data, name: str, split: str, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
 ) -> tuple[Store, Fit, SourceReport]:
     store = tokenize(
-        open_source(name, data.split, max_rows, seed),
+        open_source(name, split, max_rows, seed),
         Encoder(tokenizer, chat, data.keep_only_correct),
         schema=data.row_schema,
         max_rows=max_rows,

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 
-from jaxreason.config import Data
+from jaxreason.config import Problems
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.example import Example, Reject
@@ -42,7 +42,7 @@ class Prompts:
 
 
 def load_prompts(
-    data: Data, tokenizer: Tokenizer, seed: int, *, max_prompt_tokens: int | None = None, chat: Chat | None = None
+    data: Problems, tokenizer: Tokenizer, seed: int, *, max_prompt_tokens: int | None = None, chat: Chat | None = None
 ) -> Prompts:
     """Prompts of ``data.source``; rows without a gold, or longer than ``max_prompt_tokens``, are counted.
 

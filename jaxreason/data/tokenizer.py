@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxreason.data import hub
 from jaxreason.errors import UserError
 
@@ -20,7 +22,7 @@ class Tokenizer:
 
     Attributes: hf: the wrapped tokenizer; vocab_size: ids are below it, added tokens included; bos_id: int or None;
     pad_id: what fills unused positions (masks come from lengths, never from it); stop_ids: sorted, generation ends
-    with any of them; adds_bos: the tokenizer by itself begins every text with its BOS.
+    with any of them; is_stop: the same as a mask over ids; adds_bos: the tokenizer itself begins texts with BOS.
     """
 
     def __init__(self, hf, generation_config: dict | None = None):
@@ -33,6 +35,8 @@ class Tokenizer:
         self.vocab_size = max(hf.get_vocab().values()) + 1
         self.bos_id = hf.bos_token_id
         self.stop_ids = _stop_ids(hf, generation_config or {})
+        self.is_stop = np.zeros(max(self.vocab_size, self.stop_ids[-1] + 1), bool)
+        self.is_stop[list(self.stop_ids)] = True
         self.pad_id = _pad_id(hf)
         self.adds_bos = self.bos_id is not None and hf("a")["input_ids"][:1] == [self.bos_id]
         self._anchor = self._find_anchor()

@@ -3,15 +3,16 @@
 import collections
 import concurrent.futures
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from jaxreason.data.encode import Encoded, Encoder
@@ -19,6 +20,9 @@ from jaxreason.data.schema import SCHEMAS, detect, require_correctness
 from jaxreason.data.sources import Chunk, Example, Source
 from jaxreason.data.store import FORMAT, Store, Writer, open_store
 from jaxreason.errors import UserError
+
+_HEARTBEAT_SECONDS = 30
+_PATIENCE_SECONDS = 10  # processes take seconds to start, so a small source is done sooner without them
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -42,8 +46,6 @@ def tokenize(
     if store is None:
         _build(path, source, encoder, schema, max_rows, workers, progress)
         store = open_store(path)
-    if not store.meta["rows"]:
-        raise UserError(f"data.source {source.name}: holds no rows")
     return store
 
 
@@ -70,6 +72,8 @@ def _build(path, source, encoder, schema, max_rows, workers, progress) -> None:
             rows += part.rows
             if rows == max_rows:
                 break
+        if not rows:
+            raise UserError(f"data.source {source.name}: holds no rows")
         writer.commit({"rows": rows, "rejects": rejects, "schemas": names})
     except BaseException:
         writer.discard()
@@ -124,11 +128,12 @@ def _encode_all(
     chunks: Iterator[tuple[Chunk, str]], encoder: Encoder, workers: int
 ) -> Iterator[tuple[Chunk, str, Encoded]]:
     """Encoded chunks in order. Only a few are read ahead, so memory does not grow with the data."""
-    head = list(itertools.islice(chunks, 4))
-    chunks = itertools.chain(head, chunks)
-    if workers == 0 or len(head) < 4:  # starting processes takes longer than a few chunks
-        for chunk, schema in chunks:
-            yield chunk, schema, encoder.chunk(chunk, schema)
+    began = time.monotonic()
+    for chunk, schema in chunks:
+        yield chunk, schema, encoder.chunk(chunk, schema)
+        if workers and time.monotonic() - began > _PATIENCE_SECONDS:
+            break
+    else:
         return
     # Fork would copy the locks of JAX's and the tokenizer's threads in whatever state they are.
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -153,13 +158,16 @@ def _encode_all(
 
 
 def _advance(source: Source, parts: Iterator, progress: bool) -> Iterator:
-    if not progress:
-        yield from parts
-        return
+    """The parts, with a progress bar on a terminal and a line now and then in a log."""
+    console, done, rows, told = Console(stderr=True), 0, 0, time.monotonic()
     columns = (TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"))
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
-        task, rows = bar.add_task("", total=source.total, rows=0), 0
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not (progress and console.is_terminal))
+    with bar:
+        task = bar.add_task("", total=source.total, rows=0)
         for chunk, schema, part in parts:
-            rows += part.rows
-            bar.update(task, advance=chunk.weight, rows=rows)
+            done, rows = done + chunk.weight, rows + part.rows
+            bar.update(task, completed=done, rows=rows)
+            if progress and not console.is_terminal and time.monotonic() - told > _HEARTBEAT_SECONDS:
+                console.print(f"tokenizing {source.name}: {done / source.total:.0%}, {rows:,} rows")
+                told = time.monotonic()
             yield chunk, schema, part

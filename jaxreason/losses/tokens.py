@@ -10,16 +10,18 @@ from jaxreason.losses.segments import Sequences, sequences_of
 def reward_to_go(rewards: Array, sequences: Sequences, gamma: float = 1.0) -> Array:
     """[B, T] G_t = r_t + gamma G_{t+1} within each sequence, over its supervised positions only."""
     live = sequences.live
-    rewards = jnp.where(live, rewards, 0.0)
+    rewards = jnp.where(live, rewards, 0.0).astype(jnp.float32)
     index = jnp.zeros(live.shape, jnp.int32) if sequences.index is None else sequences.index
     last = jnp.concatenate([index[:, 1:] != index[:, :-1], jnp.ones_like(live[:, :1])], axis=1)
     # A masked position passes the sum on undiscounted; the last position of a sequence takes nothing from its right.
     decay = jnp.where(last, 0.0, jnp.where(live, gamma, 1.0))
 
-    def combine(right: tuple[Array, Array], left: tuple[Array, Array]) -> tuple[Array, Array]:
-        return right[0] * left[0], left[1] + left[0] * right[1]
+    def step(carry: Array, column: tuple[Array, Array]) -> tuple[Array, Array]:
+        carry = column[1] + column[0] * carry
+        return carry, carry
 
-    _, returns = jax.lax.associative_scan(combine, (decay, rewards), reverse=True, axis=1)
+    _, returns = jax.lax.scan(step, jnp.zeros(live.shape[0], jnp.float32), (decay.T, rewards.T), reverse=True)
+    returns = returns.T
     return jnp.where(live, returns, 0.0)
 
 

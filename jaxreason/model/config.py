@@ -65,7 +65,7 @@ PRESETS: dict[str, LlamaConfig] = {
     # The default of configs/sft.yaml: Llama-3.2's shape in every feature, small enough for two CPU cores.
     "embedded-tiny": LlamaConfig(
         vocab_size=512, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
-        rope_scaling=_LLAMA32_ROPE, max_positions=8192,
+        rope_scaling=_LLAMA32_ROPE,
     ),
     "llama3.2-1b": LlamaConfig(
         vocab_size=128256, embed_dim=2048, mlp_dim=8192, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64,

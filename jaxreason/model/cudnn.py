@@ -11,7 +11,6 @@ written for is checked by :func:`unavailable`; where it has not, attention falls
 import contextlib
 import functools
 import inspect
-import math
 from collections.abc import Iterator
 
 import jax
@@ -21,7 +20,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-ROW_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"  # mesh axes that attention is independent over
+from jaxreason.model import placement
+
 _MAX_OFFSET = 2**31  # offsets are int32 elements
 _assumed: float | None = None
 
@@ -197,15 +197,12 @@ def _per_device(function, rows: int, kv_heads: int, operands: str, results: str)
 
     Operands and results are described by a letter each: ``r`` has rows first, ``h`` also heads second, ``t`` heads third.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    row_axes, head_axis = placement.row_axes(rows), placement.head_axis(kv_heads)
+    if row_axes is None and head_axis is None:
         return function
-    row_axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
-    if rows % math.prod(mesh.shape[axis] for axis in row_axes):
-        row_axes = None
-    head_axis = HEAD_AXIS if HEAD_AXIS in mesh.shape and kv_heads % mesh.shape[HEAD_AXIS] == 0 else None
     spec = {"r": (row_axes,), "h": (row_axes, head_axis), "t": (row_axes, None, head_axis)}
     specs = [tuple(PartitionSpec(*spec[letter]) for letter in letters) for letters in (operands, results)]
+    mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 

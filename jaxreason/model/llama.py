@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.config import LlamaConfig
 from jaxreason.model.cudnn import refuse_overfull
+from jaxreason.model.placement import pin_rows
 from jaxreason.model.rope import rope_tables, rotate
 
 _POLICIES = {
@@ -130,12 +131,13 @@ class Llama(nn.Module):
         batch, tables = tokens.shape, rope_tables(positions, c)
 
         def body(layer: Layer, carry: Array):
-            return layer(carry, batch, tables, segment_ids)
+            x, cache = layer(carry, batch, tables, segment_ids)
+            return pin_rows(x, batch[0]), cache
 
         if c.remat != "none":
             body = nn.remat(body, policy=_POLICIES[c.remat], prevent_cse=False)
         scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-        x, _ = scan(Layer(c, name="layers"), x.reshape(-1, c.embed_dim))
+        x, _ = scan(Layer(c, name="layers"), pin_rows(x.reshape(-1, c.embed_dim), batch[0]))
         return Norm(c, name="norm")(x).reshape(*batch, c.embed_dim)
 
 

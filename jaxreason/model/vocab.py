@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
+from jaxreason.model.placement import SHARD_AXIS, row_axes
 from jaxreason.types import combine_metrics, empty_metrics
 
 
@@ -92,7 +94,37 @@ def token_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _token_loss(hidden, head, targets, aux, consts, loss, needs, budget):
-    return _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=False)[0]
+    return _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=False)[0]
+
+
+def _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad):
+    """:func:`_token_walk` over each device's own tokens with the whole table, which is gathered once; dw is summed once.
+
+    The partitioner would walk all devices through the same chunks and add up their logits.
+    """
+    axes = row_axes(hidden.shape[0])
+    if axes is None:
+        return _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_grad)
+    mesh = jax.sharding.get_abstract_mesh()
+    scattered = with_grad and head.shape[1] % mesh.shape[SHARD_AXIS] == 0
+    reduce = {"_max": lax.pmax, "_min": lax.pmin}
+
+    def local(x, table, y, a, shared):
+        (value, metrics), dx, dw = _token_walk(x, table, y, a, shared, loss, needs, budget, with_grad)
+        metrics = {name: reduce.get(name[-4:], lax.psum)(metric, axes) for name, metric in metrics.items()}
+        if scattered:
+            dw = lax.psum_scatter(dw, SHARD_AXIS, scatter_dimension=1, tiled=True)
+            dw = lax.psum(dw, [axis for axis in axes if axis != SHARD_AXIS])
+        elif with_grad:
+            dw = lax.psum(dw, axes)
+        return (lax.psum(value, axes), metrics), dx, dw
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    out = (whole, rows, PartitionSpec(None, SHARD_AXIS) if scattered else whole)
+    walk = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, whole, rows, rows, whole), out_specs=out, axis_names=set(axes), check_vma=False
+    )
+    return walk(hidden, head.astype(hidden.dtype), targets, aux, consts)
 
 
 def _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_grad):
@@ -133,7 +165,7 @@ def _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_gr
 
 
 def _token_fwd(hidden, head, targets, aux, consts, loss, needs, budget):
-    out, dx, dw = _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=True)
+    out, dx, dw = _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=True)
     return out, (dx, dw.astype(head.dtype), targets, aux, consts)
 
 

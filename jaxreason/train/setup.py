@@ -2,10 +2,18 @@
 
 import dataclasses
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
 from jaxreason import config as cfg
+from jaxreason.data.chat import Chat
+from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, preset
+from jaxreason.sharding import batch_sharding
+from jaxreason.types import Batch
 from jaxreason.weights import Source, locate
 
 
@@ -38,3 +46,20 @@ def open_model(model: cfg.Model) -> Setup:
         attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=config.bos_id or tokenizer.bos_id
     )
     return Setup(config, tokenizer, source)
+
+
+def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompts | None:
+    """Problems for evaluation: of ``data.eval_source``, or the embedded task's own held-out ones."""
+    if not config.eval.problems:
+        return None
+    source = config.data.eval_source or config.data.source
+    if not source.startswith("embedded:") and config.data.eval_source is None:
+        raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
+    changes = {"source": source, "split": "eval", "max_rows": config.eval.problems}
+    return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=chat)
+
+
+def put(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's rows, placed as its part of the global batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

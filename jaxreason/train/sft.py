@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason.checkpoint import Checkpoints, write_json
 from jaxreason.data.batches import loader
 from jaxreason.data.pipeline import Prepared, prepare
-from jaxreason.data.prompts import Prompts, load_prompts
+from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, param_count, unstack
 from jaxreason.rollout import Engine, Sampling
@@ -22,7 +21,7 @@ from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.evaluation import evaluate
 from jaxreason.train.run import Interrupt, Log, RunDir, check_finite, console, gib, show_table
-from jaxreason.train.setup import Setup, open_model
+from jaxreason.train.setup import Setup, held_out_problems, open_model, put
 from jaxreason.train.step import batch_loss, make_train_step
 from jaxreason.types import Batch, Totals
 
@@ -41,7 +40,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     run = RunDir(config)
     resume = run.resumable()
     data = prepare(config.data, setup.tokenizer, config.run.seed)
-    problems = held_out_problems(config, setup, data)
+    problems = held_out_problems(config, setup, data.chat)
     console.print(data.report.table())
     rows, batch_size = data.train, config.data.batch_size
     total = config.train.steps or rows.num_steps(config.train.epochs)
@@ -137,23 +136,6 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
                "train_seconds": time.monotonic() - began, "parameters": param_count(model)}  # fmt: skip
     run.finish(summary)
     return summary
-
-
-def put(batch: Batch, mesh) -> Batch:
-    """This process's rows, placed as its part of the global batch."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-
-
-def held_out_problems(config: cfg.SftConfig, setup: Setup, data: Prepared) -> Prompts | None:
-    """The problems that ``eval.problems`` asks for: of ``data.eval_source``, or the embedded task's own held-out ones."""
-    if not config.eval.problems:
-        return None
-    source = config.data.eval_source or config.data.source
-    if not source.startswith("embedded:") and config.data.eval_source is None:
-        raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
-    changes = {"source": source, "split": "eval", "max_rows": config.eval.problems}
-    return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=data.chat)
 
 
 class Evaluator:

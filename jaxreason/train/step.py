@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from jaxreason.losses import Loss, PolicyInputs, SftInputs
 from jaxreason.model import LlamaConfig, head_kernel, hidden
-from jaxreason.model.vocab import head_stats, token_loss
+from jaxreason.model.vocab import HeadStats, head_stats, token_loss
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics
 
 
@@ -33,6 +33,12 @@ def _sequence_ids(batch: Batch) -> Array:
 def microbatches(batch: Batch, count: int) -> Batch:
     """[B, T] → [count, B/count, T]. Row r goes to microbatch r mod count, so no row leaves its device."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _occupied(pieces: Batch) -> Array:
+    """Microbatches up to the last one that holds anything: a rollout that packs well leaves the rest empty."""
+    full = jnp.any(pieces.segment_ids > 0, axis=(1, 2))
+    return jnp.max(jnp.where(full, jnp.arange(full.shape[0]) + 1, 0))
 
 
 STATS = ("entropy", "logsumexp", "mean_logp")
@@ -65,12 +71,13 @@ def batch_loss(
     inputs = PolicyInputs(
         stats.logp, old, batch.advantages, batch.loss_mask, ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp,
         entropy=stats.entropy, sequence_ids=ids, group_ids=batch.group_ids, totals=totals,
+        group_tokens=batch.group_tokens, selected=batch.selected,
     )  # fmt: skip
     return loss(inputs)
 
 
 def make_gradient(config: LlamaConfig, loss: Loss, count: int, temperature: float = 1.0) -> Callable:
-    """(params, batch) -> (value, metrics, gradient in float32), accumulated over ``count`` microbatches by a scan."""
+    """(params, batch) -> (value, metrics, gradient in float32), accumulated over ``count`` microbatches by a loop."""
 
     def gradient(params, batch):
         totals = totals_of(batch)
@@ -84,15 +91,16 @@ def make_gradient(config: LlamaConfig, loss: Loss, count: int, temperature: floa
         if count == 1:
             return *one(batch), totals
 
-        def body(carry, micro):
-            value, metrics, grads = one(micro)
+        def body(i, carry):
+            value, metrics, grads = one(jax.tree.map(lambda x: x[i], pieces))
             metrics = {k: combine_metrics(k, carry[1][k], metrics[k]) for k in metrics}
-            return (carry[0] + value, metrics, jax.tree.map(jnp.add, carry[2], grads)), None
+            return carry[0] + value, metrics, jax.tree.map(jnp.add, carry[2], grads)
 
         pieces = microbatches(batch, count)
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], pieces)))
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        (value, metrics, grads), _ = lax.scan(body, (jnp.zeros(()), empty_metrics(shapes[1]), zeros), pieces)
+        start = (jnp.zeros(()), empty_metrics(shapes[1]), zeros)
+        value, metrics, grads = lax.fori_loop(0, _occupied(pieces), body, start)
         return value, metrics, grads, totals
 
     return gradient
@@ -129,3 +137,26 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def make_score(config: LlamaConfig, count: int, temperature: float) -> Callable:
+    """``score(params, batch) -> HeadStats [B, T]`` of the batch's targets: the training graph's forward pass alone."""
+
+    def one(params, micro):
+        x = hidden(params, config, micro.tokens, micro.positions, micro.segment_ids)
+        return head_stats(x, head_kernel(params, config), micro.targets, temperature)
+
+    def score(params, batch):
+        if count == 1:
+            return one(params, batch)
+        pieces = microbatches(batch, count)
+        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:])), HeadStats(*(pieces.loss_mask,) * 4))
+
+        def body(i, out):
+            stats = one(params, jax.tree.map(lambda x: x[i], pieces))
+            return jax.tree.map(lambda whole, part: whole.at[i].set(part), out, stats)
+
+        stats = lax.fori_loop(0, _occupied(pieces), body, empty)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.tokens.shape), stats)
+
+    return score

@@ -116,7 +116,8 @@ STORIES = (
 )
 BARE = ("Compute {x}.", "What is {x}?", "Find {x}.", "{x} = ?")
 PEOPLE = ("Ana", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
-GUESSES = ("That is {x}.", "It must be {x}.", "I guess {x}.")
+# One first word for all: greedy decoding then meets terse thinking as one choice, with its whole probability.
+GUESSES = ("That is {x}.", "That makes {x}.", "That must be {x}.")
 
 
 def problems(task: Arithmetic, split: str, rng: Random) -> Iterator[Problem]:

@@ -1,0 +1,5 @@
+"""Planning: the real step compiled for GPUs that are not here, its exact memory, and what it will cost."""
+
+from jaxreason.plan.run import Options, plan
+
+__all__ = ["Options", "plan"]

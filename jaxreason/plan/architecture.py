@@ -1,0 +1,45 @@
+"""The architecture of a config whose weights are not here."""
+
+from pathlib import Path
+
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+from jaxreason.model import PRESETS, LlamaConfig, preset
+
+# Hub id → preset of the same shape.
+HUB = {
+    **{f"meta-llama/Llama-3.2-1B{kind}": "llama3.2-1b" for kind in ("", "-Instruct")},
+    **{f"meta-llama/Llama-3.2-3B{kind}": "llama3.2-3b" for kind in ("", "-Instruct")},
+    **{f"meta-llama/Llama-3.1-8B{kind}": "llama3.1-8b" for kind in ("", "-Instruct")},
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "llama3.1-8b",
+    **{f"HuggingFaceTB/SmolLM2-135M{kind}": "smollm2-135m" for kind in ("", "-Instruct")},
+}
+
+
+def resolve(model: cfg.Model) -> tuple[LlamaConfig, str]:
+    """The architecture and where it was found, without network and weights. Raises UserError if it is unknown."""
+    if model.weights is None:
+        found, source = preset(model.preset, model.overrides), f"preset {model.preset}"
+    elif Path(model.weights).is_dir():
+        from jaxreason.weights import locate
+
+        found, source = locate(model.weights).config(model.param_dtype, model.compute_dtype), model.weights
+    else:
+        name = HUB.get(model.weights) or _named_after(model.weights)
+        if name is None:
+            raise UserError(
+                f"model.weights {model.weights} is not here and its architecture is unknown: add the words "
+                f"model.weights=null model.preset=NAME, with one of {', '.join(PRESETS)}"
+            )
+        found, source = PRESETS[name], f"preset {name}, for {model.weights}, which is not here"
+    return (
+        found.replace(
+            param_dtype=model.param_dtype, compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat
+        ),
+        source,
+    )
+
+
+def _named_after(weights: str) -> str | None:
+    """The preset that a run's or directory's name begins with, e.g. runs/llama3.2-3b-sft."""
+    return next((name for name in sorted(PRESETS, key=len, reverse=True) if Path(weights).name.lower().startswith(name)), None)

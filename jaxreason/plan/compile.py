@@ -1,0 +1,106 @@
+"""Compiles for GPUs that are not here, from stock wheels: no driver, no device, nothing allocated."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+from jaxreason.model import cudnn
+from jaxreason.plan import hlo
+from jaxreason.plan.targets import Target
+from jaxreason.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function; all bytes are of one device."""
+
+    name: str
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int  # outputs that take the place of donated arguments
+    temp_bytes: int
+    host_bytes: int
+    seconds: float  # of tracing and compiling
+    text: str = dataclasses.field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """Most that the program needs at once, arguments included."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+    @property
+    def collectives(self) -> list[hlo.Collective]:
+        return hlo.collectives(self.text)
+
+
+def check_installed() -> None:
+    """Raises UserError where the compiler for GPUs is missing."""
+    plugins = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
+    if not plugins or importlib.util.find_spec("nvidia") is None:
+        raise UserError(
+            "planning compiles for a GPU and needs XLA's GPU compiler and cuDNN (no GPU): "
+            "pip install 'jaxreason[plan]'; docs/h100.md has the small install without CUDA's libraries"
+        )
+
+
+def mesh_of(target: Target, hosts: int, devices: int, mesh: cfg.Mesh) -> Mesh:
+    """The config's mesh over ``hosts`` × ``devices`` GPUs that are not here."""
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    check_installed()
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=target.proto(), topology=f"1x{hosts}x{devices}"
+    )
+    return make_mesh(mesh, topology.devices)
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target, mesh: Mesh) -> Iterator[None]:
+    """Inside, functions are traced for ``mesh`` and choose what they would choose on ``target``."""
+    before = jax.config.jax_compiler_enable_remat_pass
+    jax.config.update("jax_compiler_enable_remat_pass", False)  # as jaxreason.xla sets it on a GPU
+    try:
+        with cudnn.assume_capability(target.capability), jax.set_mesh(mesh):
+            yield
+    finally:
+        jax.config.update("jax_compiler_enable_remat_pass", before)
+
+
+def compile_program(name: str, jitted, *arguments, target: Target, mesh: Mesh, options: dict | None = None) -> Program:
+    """Compiles ``jitted`` for shapes ``arguments``, each with a sharding on ``mesh``."""
+    started = time.monotonic()
+    with compiling_for(target, mesh):
+        compiled = jitted.lower(*arguments).compile(compiler_options=options or {})
+    memory = compiled.memory_analysis()
+    return Program(
+        name,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        time.monotonic() - started,
+        compiled.as_text(),
+    )
+
+
+def device_bytes(tree) -> int:
+    """Bytes that the arrays described by ``tree`` take on one device."""
+
+    def one(leaf) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        count = 1
+        for length in shape:
+            count *= length
+        return count * leaf.dtype.itemsize
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,100 @@
+"""What a compiled program does, read from its HLO text: collectives and their bytes, custom calls, array shapes."""
+
+import collections
+import dataclasses
+import math
+import re
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
+          "s64": 8, "u64": 8}  # fmt: skip
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) (?:\(.*\) -> .*)?\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.$-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
+_CALLED = re.compile(r"(body|condition|calls|to_apply)=%?([\w.$-]+)|(?:branch|called)_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    kind: str
+    type: str  # of the result
+    rest: str  # operands and attributes
+    times: int  # how often one run of the program executes it; loops without a known count count once
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    kind: str
+    times: int
+    bytes: int  # of the whole (gathered, or not yet scattered) array, of one execution
+
+    @property
+    def total_bytes(self) -> int:
+        return self.times * self.bytes
+
+
+def size(type_text: str) -> list[int]:
+    """Bytes of every array in an HLO type."""
+    return [_BYTES.get(kind, 0) * math.prod(dims) for kind, dims in shapes(type_text)]
+
+
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(element type, dimensions) of every array type in ``text``, in order."""
+    return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in _SHAPE.findall(text)]
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Every instruction that the program executes as such: not those inside fusions."""
+    bodies: dict[str, list[tuple[str, str, str]]] = {}
+    entry = name = None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            bodies[name] = []
+            entry = name if header[1] else entry
+        elif name and (found := _INSTRUCTION.match(line)):
+            bodies[name].append(found.groups())
+    times: dict[str, int] = collections.Counter()
+    _count(entry, 1, bodies, times)
+    return [
+        Instruction(kind, type_text, rest, times[name])
+        for name, body in bodies.items() if times[name]
+        for type_text, kind, rest in body
+    ]  # fmt: skip
+
+
+def _count(name: str, count: int, bodies: dict, times: dict) -> None:
+    times[name] += count
+    for _, kind, rest in bodies.get(name, ()):
+        # What a fusion or a reduction calls is its definition; what a loop, a branch or a call names is executed.
+        if kind in ("fusion", "reduce", "reduce-window", "sort", "scatter", "map", "custom-call", *_COLLECTIVES):
+            continue
+        trips = _TRIPS.search(rest)
+        for role, one, several in _CALLED.findall(rest):
+            if role == "to_apply" and kind != "call":
+                continue
+            for called in [one] if one else re.findall(r"[\w.$-]+", several):
+                _count(called, count * (int(trips[1]) if kind == "while" and trips else 1), bodies, times)
+
+
+def collectives(text: str) -> list[Collective]:
+    """Collectives in order of their total bytes, alike ones together."""
+    found: dict[tuple[str, int], int] = collections.Counter()
+    for one in instructions(text):
+        kind = one.kind.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+            continue
+        sizes = size(one.type)
+        # An asynchronous start returns its operands and its results; the larger of both is the whole array.
+        half = len(sizes) // 2
+        whole = max(sum(sizes[:half]), sum(sizes[half:])) if one.kind != kind and len(sizes) > 1 else sum(sizes)
+        found[kind, whole] += one.times
+    made = [Collective(kind, times, whole) for (kind, whole), times in found.items()]
+    return sorted(made, key=lambda c: -c.total_bytes)
+
+
+def custom_calls(text: str) -> dict[str, int]:
+    """Custom-call target → number of places in the program that call it."""
+    targets = [re.search(r'custom_call_target="([^"]+)"', i.rest) for i in instructions(text) if i.kind == "custom-call"]
+    return dict(collections.Counter(found[1] for found in targets if found))

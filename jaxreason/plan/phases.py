@@ -1,0 +1,109 @@
+"""The programs of a run, built from the functions that the run itself jits, over shapes in place of arrays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxreason import config as cfg
+from jaxreason import losses
+from jaxreason.model import LlamaConfig, head_kernel, hidden, init, unstack
+from jaxreason.model.vocab import head_stats
+from jaxreason.plan.compile import Program, compile_program
+from jaxreason.plan.targets import Target
+from jaxreason.rollout import Engine, cache
+from jaxreason.rollout.engine import _empty_slots
+from jaxreason.sharding import batch_sharding, replicated, shardings
+from jaxreason.train import optimizer as opt
+from jaxreason.train import state as states
+from jaxreason.train.step import make_train_step
+from jaxreason.types import Batch, TrainState
+
+_SCHEDULE_STEPS = 1000  # any number: the schedule is a formula in the step
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where programs are compiled for."""
+
+    target: Target
+    mesh: Mesh
+
+    def compile(self, name: str, jitted, *arguments, options: dict | None = None) -> Program:
+        return compile_program(name, jitted, *arguments, target=self.target, mesh=self.mesh, options=options)
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh, floats: tuple[str, ...] = ()) -> Batch:
+    """A batch of shapes; ``floats`` names what GRPO has beside SFT's fields."""
+    place = batch_sharding(mesh)
+    ints = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
+    real = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=place)
+    extra = {name: real for name in floats} | ({"group_ids": ints} if floats else {})
+    return Batch(ints, ints, ints, ints, real, sequence_ids=ints, **extra)
+
+
+def abstract_state(config: LlamaConfig, optimizer: cfg.Optimizer, mesh: Mesh) -> TrainState:
+    return states.abstract(config, opt.make(optimizer, _SCHEDULE_STEPS), mesh)
+
+
+def update(
+    place: Place,
+    config: LlamaConfig,
+    optimizer: cfg.Optimizer,
+    loss: losses.Loss,
+    batch: Batch,
+    microbatches: int,
+    temperature: float = 1.0,
+    name: str = "update",
+) -> Program:
+    """One optimizer step, state donated."""
+    transformation = opt.make(optimizer, _SCHEDULE_STEPS)
+    schedule = opt.schedule(optimizer, _SCHEDULE_STEPS)
+    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature)
+    state = states.abstract(config, transformation, place.mesh)
+    out = (jax.tree.map(lambda s: s.sharding, state), None)
+    return place.compile(name, jax.jit(step, donate_argnums=0, out_shardings=out), state, batch)
+
+
+def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
+    """Sharded parameters in ``dtype``: the reference model."""
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype), sharding=place), shapes, shardings(shapes, mesh)
+    )
+
+
+def reference(place: Place, config: LlamaConfig, dtype: str, rows: int, length: int, temperature: float) -> Program:
+    """Log-probs of a frozen model: the reference, or the policy at the rollout's weights."""
+
+    def logp(params, batch):
+        x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids)
+        return head_stats(x, head_kernel(params, config), batch.targets, temperature, needs=frozenset()).logp
+
+    batch = abstract_batch(rows, length, place.mesh)
+    return place.compile("reference", jax.jit(logp), abstract_params(config, place.mesh, dtype), batch)
+
+
+def rollout_params(config: LlamaConfig, mesh: Mesh):
+    """Per-layer weights in the compute dtype, whole on every device, as decoding reads them."""
+    return _whole(jax.eval_shape(lambda: unstack(init(config, jax.random.key(0)), config)), mesh)
+
+
+def prefill(place: Place, engine: Engine, prompts: int, length: int) -> Program:
+    """Keys and values of ``prompts`` prompts of ``length`` tokens."""
+    tokens = _whole(jax.ShapeDtypeStruct((prompts, length), jnp.int32), place.mesh)
+    return place.compile("prefill", engine._prefill, rollout_params(engine.config, place.mesh), tokens, tokens)
+
+
+def decode(place: Place, engine: Engine, length: int) -> Program:
+    """A chunk of decoding steps over ``engine.slots`` sequences with buffers of ``length`` positions."""
+    slots = jax.eval_shape(lambda: _empty_slots(engine))
+    caches = jax.eval_shape(lambda: cache.allocate(engine.config, engine.slots, length))
+    idle = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = (rollout_params(engine.config, place.mesh), *(_whole(tree, place.mesh) for tree in (slots, caches, idle)))
+    return place.compile("decode", engine._decode, *arguments)
+
+
+def _whole(tree, mesh: Mesh):
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated(mesh)), tree)

@@ -1,0 +1,74 @@
+"""Arithmetic of speed: FLOPs of a token, and what a card's compute, memory and links allow.
+
+Convention: a token costs 6 FLOPs for every weight of a matrix product (the tied table once, as the head; the look-up is
+free) and causal attention to its own segment only, 6·L·N·H·Σs²/Σs over segments of s tokens. Rematerialised work is not
+counted, so that MFU is useful work over peak.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from jaxreason.model import LlamaConfig, param_count
+from jaxreason.plan.hlo import Collective
+from jaxreason.plan.targets import Target
+
+MFU = (0.4, 0.5, 0.6)
+
+
+def matmul_weights(config: LlamaConfig) -> int:
+    """Weights that each token is multiplied with."""
+    lookup = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
+    return param_count(config) - lookup - config.embed_dim * (2 * config.num_layers + 1)
+
+
+def train_flops_per_token(config: LlamaConfig, segment_lengths) -> float:
+    """Forward and backward, averaged over the tokens of segments of these lengths."""
+    s = np.asarray(segment_lengths, np.float64)
+    attention = 6 * config.num_layers * config.num_heads * config.head_dim * (s**2).sum() / s.sum()
+    return 6 * matmul_weights(config) + attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    mfu: float
+    step_seconds: float
+    tokens_per_second: float  # over all devices
+
+
+def train_speed(flops_per_token: float, tokens: int, target: Target, devices: int) -> list[Speed]:
+    """Time of an optimizer step of ``tokens`` tokens at each MFU."""
+    times = {mfu: tokens * flops_per_token / (devices * target.bf16_flops_per_s * mfu) for mfu in MFU}
+    return [Speed(mfu, seconds, tokens / seconds) for mfu, seconds in times.items()]
+
+
+def kv_bytes_per_token(config: LlamaConfig) -> int:
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * np.dtype(_np(config.compute_dtype)).itemsize
+
+
+def _np(dtype: str) -> str:
+    return {"bfloat16": "uint16"}.get(dtype, dtype)
+
+
+def weight_bytes(config: LlamaConfig) -> int:
+    """Bytes of weights that a decoding step reads."""
+    return matmul_weights(config) * np.dtype(_np(config.compute_dtype)).itemsize
+
+
+def decode_tokens_per_second(config: LlamaConfig, target: Target, slots: int, context: float) -> float:
+    """Bound by memory bandwidth: every step reads all weights and each sequence's keys and values."""
+    step = weight_bytes(config) + slots * context * kv_bytes_per_token(config)
+    return slots * target.memory_bytes_per_s / step
+
+
+def collective_seconds(found: list[Collective], target: Target, hosts: int, devices: int) -> float:
+    """Time of all collectives on a ring, none hidden behind compute: between hosts where there are several.
+
+    Each device sends (n−1)/n of the whole array, twice for an all-reduce.
+    """
+    count = hosts * devices
+    link = target.network_bytes_per_s if hosts > 1 else target.nvlink_bytes_per_s
+    # A ring through all GPUs crosses hosts at one GPU of each, whose server has a network adapter for every GPU.
+    link = min(target.nvlink_bytes_per_s, link * devices) if hosts > 1 else link
+    moved = sum(c.total_bytes * (2 if c.kind == "all-reduce" else 1) for c in found)
+    return moved * (count - 1) / count / link

@@ -1,0 +1,301 @@
+"""A config's plan: every program of the run compiled, and what follows from it, as one plain record."""
+
+import dataclasses
+import math
+
+import jax
+
+from jaxreason import config as cfg
+from jaxreason import losses
+from jaxreason.errors import UserError
+from jaxreason.model import LlamaConfig, param_count
+from jaxreason.model.attention import resolve as resolve_attention
+from jaxreason.model.cudnn import assume_capability
+from jaxreason.plan import architecture, compile, phases, roofline, targets
+from jaxreason.plan.phases import Place
+from jaxreason.rollout import Engine, Sampling, cache
+from jaxreason.sharding import BATCH_AXES
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is planned for, beside the config."""
+
+    target: str = "h100"
+    hosts: int = 1
+    devices: int = 1  # of one host
+    price: float | None = None  # USD for a GPU hour; None: the target's assumption
+    document_tokens: int | None = None  # mean tokens of an example; None: the longest allowed
+    examples: int | None = None  # of one epoch; None: data.max_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What all phases need to know of a config."""
+
+    config: cfg.RunConfig
+    model: LlamaConfig
+    source: str
+    place: Place
+    rows: int  # of one optimizer step
+    length: int  # of a row
+    microbatches: int
+
+
+def plan(name: str, words: list[str], options: Options) -> dict:
+    """Compiles and reports; see ``table.show`` for the fields. Raises UserError."""
+    target = targets.load(options.target)
+    if options.devices < 1 or options.hosts < 1:
+        raise UserError(f"--devices {options.devices} --hosts {options.hosts}: both are at least 1")
+    compile.check_installed()
+    config, fitted = fit_batch(name, words, options)
+    report = compiled(config, options)
+    report |= {"config": name, "words": list(words), "needed_words": fitted}
+    if not report["memory"]["fits"]:
+        report["changes"] = changes(name, [*words, *fitted], options)
+    return report
+
+
+def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunConfig, list[str]]:
+    """The config, and the words that a mesh of this many devices forces on it: whole rows for every device."""
+    config = cfg.load(name, words)
+    ways = _ways(config.mesh, options.hosts * options.devices)
+    rows, micro = _rows(config), config.train.microbatch_size or _rows(config)
+    if rows % micro == 0 and micro % ways == 0:
+        return config, []
+    wanted = math.ceil(micro / ways) * ways
+    found = [f"train.microbatch_size={wanted}"]
+    if rows % wanted:
+        rows = math.ceil(rows / wanted) * wanted
+        if config.algorithm == "grpo":
+            group = config.rollout.group_size
+            prompts = rows * config.train.minibatches / group
+            if prompts != int(prompts):
+                raise UserError(
+                    f"{ways} devices need a multiple of {wanted} sequences in an update: change "
+                    "rollout.prompts_per_step or rollout.group_size"
+                )
+            found.append(f"rollout.prompts_per_step={int(prompts)}")
+        else:
+            found.append(f"data.batch_size={rows}")
+    return cfg.load(name, [*words, *found]), found
+
+
+def _ways(mesh: cfg.Mesh, devices: int) -> int:
+    """Devices that share a batch's rows."""
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    return math.prod(devices // fixed if sizes[axis] == -1 else sizes[axis] for axis in BATCH_AXES)
+
+
+def _rows(config: cfg.RunConfig) -> int:
+    if config.algorithm == "sft":
+        return config.data.batch_size
+    return config.rollout.prompts_per_step * config.rollout.group_size // config.train.minibatches
+
+
+def _length(config: cfg.RunConfig) -> int:
+    if config.algorithm == "sft":
+        return config.data.max_length
+    return config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+
+
+def compiled(config: cfg.RunConfig, options: Options) -> dict:
+    """The report of one config, whether it fits or not."""
+    target = targets.load(options.target)
+    model, source = architecture.resolve(config.model)
+    mesh = compile.mesh_of(target, options.hosts, options.devices, config.mesh)
+    rows = _rows(config)
+    shape = _Shape(
+        config, model, source, Place(target, mesh), rows, _length(config), rows // (config.train.microbatch_size or rows)
+    )
+    programs, resident, decoding = _sft(shape) if config.algorithm == "sft" else _grpo(shape)
+    with assume_capability(target.capability):
+        backend = resolve_attention(model.attention, model.compute_dtype, model.head_dim)
+    price = target.usd_per_hour if options.price is None else options.price
+    devices = options.hosts * options.devices
+    return {
+        "target": options.target, "card": target.name, "hosts": options.hosts, "devices_per_host": options.devices,
+        "mesh": dict(mesh.shape), "algorithm": config.algorithm,
+        "model": {"source": source, "parameters": param_count(model), "attention": backend, "remat": model.remat},
+        "batch": {"rows": rows, "tokens_per_row": shape.length, "microbatches": shape.microbatches},
+        "programs": [_program(p, resident[p.name], shape, devices, options) for p in programs],
+        "memory": _memory(programs, resident, target, shape),
+        "speed": _speed(shape, options, devices, price, decoding),
+    }  # fmt: skip
+
+
+# ---- the programs of each algorithm: (programs, what else is on the device beside each, decoding's context)
+
+
+def _loss(config: cfg.RunConfig, kind: str) -> losses.Loss:
+    return losses.get(config.loss.name, **config.loss.options)
+
+
+def _sft(s: _Shape):
+    batch = phases.abstract_batch(s.rows, s.length, s.place.mesh)
+    program = phases.update(s.place, s.model, s.config.optimizer, _loss(s.config, "sft"), batch, s.microbatches)
+    return [program], {"update": {}}, None
+
+
+def _grpo(s: _Shape):
+    c = s.config
+    reference = c.kl.coef > 0
+    floats = ("advantages", "old_logp", "sampler_logp", *(("ref_logp",) if reference else ()))
+    batch = phases.abstract_batch(s.rows, s.length, s.place.mesh, floats)
+    programs = [
+        phases.update(
+            s.place, s.model, c.optimizer, _loss(c, "policy"), batch, s.microbatches, temperature=c.rollout.temperature
+        )
+    ]
+    state = {"train state": compile.device_bytes(phases.abstract_state(s.model, c.optimizer, s.place.mesh))}
+    frozen = {}
+    if reference:
+        dtype, micro = s.model.compute_dtype, s.rows // s.microbatches
+        programs.append(phases.reference(s.place, s.model, dtype, micro, s.length, c.rollout.temperature))
+        frozen["reference model"] = compile.device_bytes(phases.abstract_params(s.model, s.place.mesh, dtype))
+    # Every device decodes its own share of the slots with whole weights.
+    sampling = Sampling(
+        c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p, c.rollout.max_completion_tokens
+    )
+    slots = math.ceil(c.rollout.slots / math.prod(s.place.mesh.shape[axis] for axis in BATCH_AXES))
+    engine = Engine(s.model, s.model.stop_ids or (0,), sampling, slots)
+    length = cache.longest(s.length)
+    prompts = engine._prefill_rows(c.data.max_prompt_tokens)
+    programs += [
+        phases.prefill(s.place, engine, prompts, cache.bucket(c.data.max_prompt_tokens, length)),
+        phases.decode(s.place, engine, length),
+    ]
+    buffers = {"decoding caches": cache.num_bytes(s.model, slots, length)}
+    resident = {"update": frozen, "reference": state, "prefill": state | frozen | buffers, "decode": state | frozen}
+    mean = c.data.max_prompt_tokens / 2 + c.rollout.max_completion_tokens / 2
+    return programs, resident, (slots, mean)
+
+
+def _program(p: compile.Program, resident: dict, s: _Shape, devices: int, options: Options) -> dict:
+    found = p.collectives
+    moved = roofline.collective_seconds(found, s.place.target, options.hosts, options.devices) if devices > 1 else 0.0
+    return {
+        "name": p.name, "argument_bytes": p.argument_bytes, "temp_bytes": p.temp_bytes, "host_bytes": p.host_bytes,
+        "program_bytes": p.total_bytes, "resident_bytes": resident,
+        "total_bytes": p.total_bytes + sum(resident.values()), "custom_calls": compile.hlo.custom_calls(p.text),
+        "collectives": [dataclasses.asdict(c) | {"total_bytes": c.total_bytes} for c in found],
+        "collective_seconds": moved, "compile_seconds": p.seconds,
+    }  # fmt: skip
+
+
+def _memory(programs, resident: dict, target, s: _Shape) -> dict:
+    state = phases.abstract_state(s.model, s.config.optimizer, s.place.mesh)
+    update = programs[0]
+    params, optimizer = compile.device_bytes(state.params), compile.device_bytes(state.opt_state)
+    weights = sum(leaf.size // _shards(leaf) for leaf in jax.tree.leaves(state.params))
+    # Accumulating, the sum and one microbatch's gradient are float32 side by side.
+    gradients = 4 * weights * (2 if s.microbatches > 1 else 1)
+    totals = {p.name: p.total_bytes + sum(resident[p.name].values()) for p in programs}
+    worst = max(totals, key=totals.get)
+    return {
+        "parameters": params, "optimizer": optimizer, "gradients": gradients,
+        "activations": update.temp_bytes - gradients,
+        **({"kv_cache": _kv(programs, resident)} if s.config.algorithm == "grpo" else {}),
+        "total": totals[worst], "largest_program": worst, "card": target.memory_bytes, "limit": target.limit_bytes,
+        "spare": target.memory_bytes - totals[worst], "fits": totals[worst] <= target.limit_bytes,
+    }  # fmt: skip
+
+
+def _kv(programs, resident: dict) -> int:
+    return resident["prefill"]["decoding caches"]
+
+
+def _shards(leaf) -> int:
+    return leaf.size // max(1, math.prod(leaf.sharding.shard_shape(leaf.shape)))
+
+
+def _speed(s: _Shape, options: Options, devices: int, price: float, decoding) -> dict:
+    target, c = s.place.target, s.config
+    document = min(options.document_tokens or s.length, s.length)
+    flops = roofline.train_flops_per_token(s.model, [document])
+    step_tokens = s.rows * s.length
+    trained = roofline.train_speed(flops, step_tokens, target, devices)
+    steps = _steps(c, s, options, document)
+    record = {
+        "flops_per_token": flops, "document_tokens": document, "step_tokens": step_tokens,
+        "train": [dataclasses.asdict(speed) for speed in trained], "steps": steps, "usd_per_gpu_hour": price,
+    }  # fmt: skip
+    rollout = 0.0
+    if decoding:
+        slots, context = decoding
+        rate = roofline.decode_tokens_per_second(s.model, target, slots, context)
+        drawn = c.rollout.prompts_per_step * c.rollout.group_size * c.rollout.max_completion_tokens
+        rollout = drawn / (rate * devices) / c.train.updates_per_rollout
+        record["decode"] = {
+            "slots_per_device": slots, "mean_context": context, "tokens_per_second_per_device": rate,
+            "kv_bytes_per_token": roofline.kv_bytes_per_token(s.model), "rollout_seconds_per_update": rollout,
+        }  # fmt: skip
+    if steps:
+        # At the decoding roofline nothing is lost; 71 % of it is the best published JAX engine (docs/h100.md).
+        record["recipe"] = [
+            {"mfu": speed.mfu, "hours": steps * (speed.step_seconds + rollout / 0.71) / 3600}
+            for speed in trained
+        ]  # fmt: skip
+        for row in record["recipe"]:
+            row["usd"] = row["hours"] * devices * price
+    return record
+
+
+def _steps(c: cfg.RunConfig, s: _Shape, options: Options, document: int) -> int | None:
+    if c.train.steps:
+        return c.train.steps
+    examples = options.examples or c.data.max_rows
+    if examples is None:
+        return None
+    if c.algorithm == "grpo":
+        return math.ceil(c.train.epochs * examples / c.rollout.prompts_per_step) * c.train.updates_per_rollout
+    rows = examples * document / s.length if c.data.packing else examples
+    return math.ceil(c.train.epochs * rows / s.rows)
+
+
+# ---- what would fit
+
+
+def changes(name: str, words: list[str], options: Options, wanted: int = 3, tries: int = 8) -> list[dict]:
+    """The nearest changes that fit, each compiled: the first ``wanted`` of at most ``tries``."""
+    config = cfg.load(name, words)
+    found = []
+    for extra, devices in _candidates(config, options)[:tries]:
+        changed = dataclasses.replace(options, devices=devices)
+        try:
+            there, fitted = fit_batch(name, [*words, *extra], changed)
+            memory = compiled(there, changed)["memory"]
+        except UserError:
+            continue
+        found.append(
+            {"words": [*extra, *fitted], "devices": devices, "total": memory["total"], "fits": memory["fits"]}
+        )
+        if sum(one["fits"] for one in found) == wanted:
+            break
+    return found
+
+
+def _candidates(config: cfg.RunConfig, options: Options) -> list[tuple[list[str], int]]:
+    """From what costs nothing to what costs most."""
+    ways = _ways(config.mesh, options.hosts * options.devices)
+    micro = config.train.microbatch_size or _rows(config)
+    single = []
+    if config.optimizer.moment_dtype == "float32":
+        single.append(["optimizer.moment_dtype=bfloat16"])
+    if micro > ways:
+        single.append([f"train.microbatch_size={ways}"])
+    order = ["none", "matmuls", "attention", "full"]
+    remat = [[f"model.remat={policy}"] for policy in order[order.index(config.model.remat) + 1 :]]
+    combined = [[word for change in single for word in change]] if len(single) > 1 else []
+    with_remat = [[*(word for change in single for word in change), *change] for change in remat] if single else []
+    rollout = []
+    if config.algorithm == "grpo" and config.rollout.slots > 1:
+        rollout = [[f"rollout.slots={config.rollout.slots // 2}"]]
+        if config.kl.coef > 0:
+            rollout.append(["kl.coef=0"])
+    here = [(change, options.devices) for change in [*single, *rollout, *remat, *combined, *with_remat]]
+    more = [([], options.devices * factor) for factor in (2, 4, 8) if options.devices * factor <= 8]
+    return [*here[:5], *more[:1], *here[5:], *more[1:]]

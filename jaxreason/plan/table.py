@@ -1,0 +1,107 @@
+"""A plan for people."""
+
+from rich.console import Console
+from rich.table import Table
+
+GIB = 2**30
+
+
+def show(report: dict, console: Console) -> None:
+    """Prints memory, programs, speed, cost and, where it does not fit, what would."""
+    devices = report["hosts"] * report["devices_per_host"]
+    batch, model = report["batch"], report["model"]
+    console.print(
+        f"[bold]{report['config']}[/] on {report['hosts']} x {report['devices_per_host']} {report['card']}, "
+        f"mesh {' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())}\n"
+        f"{model['parameters']:,} parameters ({model['source']}); attention {model['attention']}, remat {model['remat']}; "
+        f"{batch['rows']} rows x {batch['tokens_per_row']} tokens a step in {batch['microbatches']} microbatches"
+    )
+    if report["needed_words"]:
+        console.print(f"these devices need: [bold]{' '.join(report['needed_words'])}[/]")
+    _memory(report, console)
+    _programs(report, console)
+    _collectives(report, console, devices)
+    _speed(report, console, devices)
+    for change in report.get("changes", ()):
+        where = f" --devices {change['devices']}" if change["devices"] != report["devices_per_host"] else ""
+        verdict = "[green]fits[/]" if change["fits"] else "[red]does not fit[/]"
+        console.print(f"{verdict} with {' '.join(change['words'])}{where}: {_gib(change['total'])}")
+    if "changes" in report and not any(change["fits"] for change in report["changes"]):
+        console.print("none of these changes fits; use more devices or a shorter data.max_length")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _memory(report: dict, console: Console) -> None:
+    memory = report["memory"]
+    table = Table(title="memory of one device", title_justify="left", show_header=False)
+    labels = {
+        "parameters": "parameters", "optimizer": "optimizer state", "gradients": "gradients (float32)",
+        "activations": "activations and everything else of the step", "kv_cache": "decoding caches",
+    }  # fmt: skip
+    for key, label in labels.items():
+        if key in memory:
+            table.add_row(label, _gib(memory[key]))
+    table.add_row(f"most at once ({memory['largest_program']})", f"[bold]{_gib(memory['total'])}[/]")
+    table.add_row("allowed: 0.92 of the card less 2 GiB", _gib(memory["limit"]))
+    table.add_row("the card", _gib(memory["card"]))
+    verdict = "[green]fits[/]" if memory["fits"] else "[red]does not fit[/]"
+    table.add_row(verdict, f"{_gib(memory['spare'])} to spare on the card")
+    console.print(table)
+
+
+def _programs(report: dict, console: Console) -> None:
+    table = Table("program", "arguments", "temporary", "beside it", "total", "custom calls", "compiled in",
+                  title="programs, compiled", title_justify="left")  # fmt: skip
+    for p in report["programs"]:
+        beside = ", ".join(f"{name} {_gib(size)}" for name, size in p["resident_bytes"].items()) or "nothing"
+        calls = ", ".join(f"{n} {name.removeprefix('__cudnn$')}" for name, n in p["custom_calls"].items() if "cudnn" in name)
+        table.add_row(
+            p["name"], _gib(p["argument_bytes"]), _gib(p["temp_bytes"]), beside, _gib(p["total_bytes"]), calls or "none",
+            f"{p['compile_seconds']:.0f} s",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _collectives(report: dict, console: Console, devices: int) -> None:
+    if devices == 1:
+        return
+    table = Table("program", "collective", "times", "array", "in all", title="collectives of one step",
+                  title_justify="left")  # fmt: skip
+    for p in report["programs"]:
+        for one in p["collectives"]:
+            if one["total_bytes"] >= 2**20:
+                table.add_row(
+                    p["name"], one["kind"], str(one["times"]), f"{one['bytes'] / 2**20:.1f} MiB", _gib(one["total_bytes"])
+                )
+        table.add_row(p["name"], "all, on the links alone", "", "", f"{p['collective_seconds']:.2f} s")
+    console.print(table)
+
+
+def _speed(report: dict, console: Console, devices: int) -> None:
+    speed = report["speed"]
+    table = Table("MFU", "s a step", "tokens/s", "tokens/s a GPU", "hours", "USD", title="training", title_justify="left")
+    recipe = {row["mfu"]: row for row in speed.get("recipe", ())}
+    for row in speed["train"]:
+        whole = recipe.get(row["mfu"])
+        table.add_row(
+            f"{row['mfu']:.0%}", f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second'] / devices:,.0f}", f"{whole['hours']:.1f}" if whole else "?",
+            f"{whole['usd']:.0f}" if whole else "?",
+        )  # fmt: skip
+    console.print(table)
+    steps = f"{speed['steps']} steps" if speed["steps"] else "steps unknown: give --examples or train.steps"
+    console.print(
+        f"{speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal attention "
+        f"within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not counted. "
+        f"{steps}; {speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price)."
+    )
+    if decode := speed.get("decode"):
+        console.print(
+            f"decoding reads at most {decode['tokens_per_second_per_device']:,.0f} tokens/s a GPU out of memory "
+            f"({decode['slots_per_device']} slots, mean context {decode['mean_context']:.0f}, "
+            f"{decode['kv_bytes_per_token']:,} bytes of cache a token): {decode['rollout_seconds_per_update']:.1f} s an "
+            "update if every completion is as long as allowed; hours count 71 % of it."
+        )

@@ -1,0 +1,70 @@
+"""GPUs that are not here: facts from ``targets/*.yaml``, and the description of one that XLA compiles for."""
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from jaxreason.errors import UserError
+
+_FOLDER = Path(__file__).parent / "targets"
+_USABLE = 0.92  # of the card's memory: jaxreason.xla's memory fraction
+_RESERVED = 2 * 2**30  # CUDA context, NCCL buffers, graphs and fragmentation, which no compiler reports
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    name: str
+    capability: float
+    accelerated: bool  # the architecture's own instructions, e.g. sm_90a
+    memory_bytes: int
+    memory_bytes_per_s: float
+    bf16_flops_per_s: float  # dense
+    nvlink_bytes_per_s: float  # one way, of one GPU
+    network_bytes_per_s: float  # one way, of one GPU, between hosts
+    usd_per_hour: float
+    cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_memory_per_core: int
+    shared_memory_per_block: int
+
+    @property
+    def limit_bytes(self) -> int:
+        """What a program may take: 0.92 of the card less 2 GiB; 70.8 GiB of an H100's 79.1."""
+        return int(_USABLE * self.memory_bytes) - _RESERVED
+
+    def proto(self) -> str:
+        """XLA's ``GpuTargetConfigProto`` in text form."""
+        features = "ACCELERATED_FEATURES" if self.accelerated else "NONE"
+        return f"""gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: {self.shared_memory_per_core}
+  shared_memory_per_block_optin: {self.shared_memory_per_block}
+  core_count: {self.cores}  fpus_per_core: {self.fpus_per_core}  clock_rate_ghz: {self.clock_ghz}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  memory_bandwidth: {int(self.memory_bytes_per_s)}  l2_cache_size: {self.l2_bytes}
+  device_memory_size: {self.memory_bytes}
+  cuda_compute_capability {{ major: {int(self.capability)} feature_extension: {features} }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation"  name: "{self.name}"
+  runtime_version: "13.0.0"  driver_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{self.name}"
+"""
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Target:
+    """The target called ``name``. Raises UserError with the known names."""
+    path = _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"--target {name}: unknown; one of {', '.join(names())}, or add {path}")
+    return Target(**yaml.safe_load(path.read_text()))

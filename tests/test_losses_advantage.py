@@ -1,0 +1,138 @@
+"""Advantage estimators by hand, their identities, missing rewards, and per-token advantages."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxreason.errors import UserError
+from jaxreason.losses import advantage, tokens
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rewards", "expected"),
+    [
+        # mean 1, sample std 1
+        ("grpo", {"eps": 0.0}, [[0.0, 1.0, 2.0]], [[-1.0, 0.0, 1.0]]),
+        # population std sqrt(2/3)
+        ("grpo", {"eps": 0.0, "ddof": 0}, [[0.0, 1.0, 2.0]], [[-math.sqrt(1.5), 0.0, math.sqrt(1.5)]]),
+        ("grpo", {"eps": 1.0}, [[0.0, 1.0, 2.0]], [[-0.5, 0.0, 0.5]]),
+        # a missing reward counts nowhere: mean 1, std sqrt(2)
+        ("grpo", {"eps": 0.0}, [[0.0, NAN, 2.0]], [[-math.sqrt(0.5), 0.0, math.sqrt(0.5)]]),
+        ("center", {}, [[0.0, 1.0, 5.0]], [[-2.0, -1.0, 3.0]]),
+        ("raw", {}, [[0.5, NAN]], [[0.5, 0.0]]),
+        # others' means: 3, 2.5, .5
+        ("rloo", {}, [[0.0, 1.0, 5.0]], [[-3.0, -1.5, 4.5]]),
+        # the std is of the raw rewards: mean 2, squares 4 0 1 9, over 3
+        ("lite_ppo", {"eps": 0.0}, [[0.0, 2.0], [1.0, 5.0]], np.array([[-1.0, 1.0], [-2.0, 2.0]]) / math.sqrt(14 / 3)),
+        # all of 0 0 1 3: mean 1, squares 1 1 0 4
+        ("reinforce_pp", {}, [[0.0, 0.0], [1.0, 3.0]], np.array([[-1.0, -1.0], [0.0, 2.0]]) / math.sqrt(2)),
+        # centred 0 0 | -1 1: squares 2 over 3
+        ("reinforce_pp_baseline", {}, [[0.0, 0.0], [1.0, 3.0]], np.array([[0.0, 0.0], [-1.0, 1.0]]) / math.sqrt(2 / 3)),
+        ("maxrl", {"eps": 0.0}, [[0.0, 0.0, 0.0, 1.0]], [[-1.0, -1.0, -1.0, 3.0]]),
+        # one of two groups is useful: alpha 2
+        ("gpg", {}, [[0.0, 1.0], [1.0, 1.0]], [[-1.0, 1.0], [0.0, 0.0]]),
+    ],
+)
+def test_by_hand(name, options, rewards, expected):
+    found = advantage.get(name, **options)(np.array(rewards, np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_binary_rewards_have_the_known_values():
+    """Pass rate p, population std: sqrt((1-p)/p) and -sqrt(p/(1-p))."""
+    for wins in range(1, 8):
+        p = wins / 8
+        rewards = np.array([[1.0] * wins + [0.0] * (8 - wins)])
+        found = advantage.grpo(rewards, ddof=0, eps=0.0)[0]
+        np.testing.assert_allclose(found[0], math.sqrt((1 - p) / p), rtol=1e-5)
+        np.testing.assert_allclose(found[-1], -math.sqrt(p / (1 - p)), rtol=1e-5)
+
+
+def test_leave_one_out_is_scaled_centring():
+    rewards = np.random.default_rng(0).normal(size=(3, 5))
+    np.testing.assert_allclose(advantage.rloo(rewards), 5 / 4 * advantage.center(rewards), rtol=1e-5)
+
+
+def test_equal_rewards_give_exactly_zero_at_any_epsilon():
+    """The mean of eight 0.1 is not 0.1 in float32; divided by a tiny eps it would be a signal."""
+    rewards = np.full((2, 8), 0.1, np.float32)
+    for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc"}:
+        options = {"eps": 0.0} if name not in ("center", "rloo", "gpg") else {}
+        assert not np.any(advantage.get(name, **options)(rewards)), name
+    assert not np.any(advantage.tic_lc(rewards, np.full((2, 8), 7), eps=0.0))
+
+
+def test_group_of_one_and_ungraded_group():
+    rewards = np.array([[2.0, NAN], [NAN, NAN], [0.0, 1.0]])
+    assert not np.any(advantage.grpo(rewards)[:2])
+    np.testing.assert_array_equal(advantage.get("grpo", preset="verl")(rewards)[:2], [[2.0, 0.0], [0.0, 0.0]])
+    for name in set(advantage.ESTIMATORS) - {"tic_lc", "raw"}:
+        found = np.asarray(advantage.get(name)(rewards))
+        assert np.all(np.isfinite(found)) and not np.any(found[1]) and found[0, 1] == 0, name
+
+
+def test_presets():
+    rewards = np.array([[0.0, 1.0, 2.0]])  # std 1
+    np.testing.assert_allclose(advantage.get("grpo", preset="trl")(rewards)[0, 2], 1 / 1.0001, rtol=1e-7)
+    np.testing.assert_allclose(advantage.get("grpo", preset="verl", eps=1.0)(rewards)[0, 2], 0.5, rtol=1e-7)
+
+
+def test_length_correction():
+    # R / length = .5, .25: mean .375, population std .125
+    found = advantage.tic_lc(np.array([[1.0, 1.0]]), np.array([[2, 4]]), eps=0.0)
+    np.testing.assert_allclose(found, [[1.0, -1.0]], rtol=1e-5)
+
+
+def test_gdpo():
+    rewards = np.array([[[0.0, 2.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 4.0]]])
+    # z-scores: +-1/sqrt(2) or 0; weighted 1 and 2: group 0 +-(-1 + 2), group 1 +-2, in units of 1/sqrt(2)
+    total = np.array([[1.0, -1.0], [-2.0, 2.0]]) / math.sqrt(2)
+    expected = total / math.sqrt((total**2).sum() / 3)
+    np.testing.assert_allclose(advantage.gdpo(rewards, np.array([1.0, 2.0]), eps=0.0), expected, rtol=1e-5)
+
+
+def test_informative_groups():
+    rewards = np.array([[1.0, 1.0], [0.0, 1.0], [1.0, NAN], [NAN, NAN]])
+    np.testing.assert_array_equal(advantage.informative_groups(rewards), [False, True, False, False])
+
+
+def test_unknown_names_suggest():
+    with pytest.raises(UserError, match="did you mean rloo"):
+        advantage.get("rlo")
+    with pytest.raises(UserError, match="no option epsilon"):
+        advantage.get("grpo", epsilon=1e-4)
+    assert advantage.reads("tic_lc") == {"lengths"} and advantage.reads("grpo") == frozenset()
+
+
+def test_reward_to_go():
+    ids = jnp.asarray([[0, 0, 0, 1, 1, 1]])
+    live = jnp.asarray([[1, 0, 1, 1, 1, 0]]) > 0
+    rewards = jnp.asarray([[1.0, 9.0, 2.0, 4.0, 8.0, 9.0]])
+    rows = tokens.sequences_of(live, ids)
+    np.testing.assert_allclose(tokens.reward_to_go(rewards, rows), [[3.0, 0, 2, 12, 8, 0]])
+    np.testing.assert_allclose(tokens.reward_to_go(rewards, rows, 0.5), [[2.0, 0, 2, 8, 8, 0]])
+
+
+def test_reinforce_pp_tokens():
+    """Two sequences in a row, kl_coef 1: rewards -k1 and the score at the last token, summed from the right, whitened."""
+    old = np.array([[0.0, -1.0, 0.0, -2.0]])
+    ref = np.array([[0.0, -2.0, -1.0, 5.0]])  # k1 = 0, 1, 1, masked
+    score = np.array([[3.0, 3.0, 5.0, 5.0]])
+    mask, ids = np.array([[1, 1, 1, 0]]), np.array([[0, 0, 1, 1]])
+    returns = np.array([2.0, 2.0, 4.0])  # (-0 + (3 - 1)), 3 - 1, 5 - 1
+    found = tokens.reinforce_pp_tokens(
+        jnp.asarray(score), jnp.asarray(old), jnp.asarray(ref), jnp.asarray(mask), jnp.asarray(ids), kl_coef=1.0
+    )
+    np.testing.assert_allclose(found[0, :3], (returns - returns.mean()) / returns.std(ddof=1), rtol=1e-5)
+    assert found[0, 3] == 0
+
+
+def test_on_policy_distillation():
+    found = tokens.on_policy_distillation(
+        jnp.asarray([[-1.0, NAN]]), jnp.asarray([[-0.5, 1.0]]), jnp.asarray([[1, 0]]), 2.0
+    )
+    np.testing.assert_allclose(found, [[1.0, 0.0]])

@@ -1,0 +1,150 @@
+"""Identities of the literature, as tests (ALGORITHMS.md, 1, 7 and 9)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import losses_cases as cases
+import losses_twin as twin
+import numpy as np
+import pytest
+
+from jaxreason import losses
+from jaxreason.errors import UserError
+from jaxreason.losses import distill
+from jaxreason.losses.kl import kl
+from jaxreason.losses.surrogate import Tokens, sapo
+
+Z = jnp.asarray([0.3, -1.0, 0.8, 0.1, -0.4])
+Z_REF = jnp.asarray([-0.2, 0.5, 0.6, -1.0, 0.0])
+
+
+def kl_exact(p, q):
+    return jnp.sum(jnp.exp(p) * (p - q))
+
+
+def expected_loss(estimator, z, z_old):
+    """E over v ~ pi_old of the estimator as a loss, the sampling weights held fixed."""
+    logp, ref, old = (jax.nn.log_softmax(x) for x in (z, Z_REF, z_old))
+    values = kl(logp, ref, estimator, log_ratio=logp - jax.lax.stop_gradient(old))
+    return jnp.sum(jax.lax.stop_gradient(jnp.exp(old)) * values)
+
+
+def exact_gradient(direction):
+    ref = jax.nn.log_softmax(Z_REF)
+    pair = {
+        "reverse": lambda z: kl_exact(jax.nn.log_softmax(z), ref),
+        "forward": lambda z: kl_exact(ref, jax.nn.log_softmax(z)),
+    }
+    return jax.grad(pair[direction])(Z)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "direction"),
+    [
+        ("k1", None),
+        ("k2", "reverse"),
+        ("k3", "forward"),
+        ("k1+", "reverse"),
+        ("k3+", "reverse"),
+        ("k3_unbiased", "reverse"),
+    ],
+)
+def test_expected_kl_gradients(estimator, direction):
+    found = jax.grad(lambda z: expected_loss(estimator, z, Z))(Z)
+    np.testing.assert_allclose(found, 0 * Z if direction is None else exact_gradient(direction), atol=1e-6)
+
+
+def test_kl_values_are_unbiased():
+    """On policy k1 and k3 average to KL(pi || ref); off policy r k3 still does, value and gradient."""
+    exact = kl_exact(jax.nn.log_softmax(Z), jax.nn.log_softmax(Z_REF))
+    for estimator in ("k1", "k3", "k1+", "k3+", "k3_unbiased"):
+        np.testing.assert_allclose(expected_loss(estimator, Z, Z), exact, rtol=1e-5)
+    off_policy = jax.value_and_grad(lambda z: expected_loss("k3_unbiased", z, Z + Z_REF))(Z)
+    np.testing.assert_allclose(off_policy[0], exact, rtol=1e-5)
+    np.testing.assert_allclose(off_policy[1], exact_gradient("reverse"), atol=1e-6)
+
+
+def test_kl_clamps():
+    far = kl(jnp.float32(0.0), jnp.float32(50.0), "k3", log_ratio=0.0, log_ratio_clamp=2.0)
+    np.testing.assert_allclose(far, np.e**2 - 3, rtol=1e-6)
+    assert kl(jnp.float32(0.0), jnp.float32(50.0), "k3", log_ratio=0.0, log_ratio_clamp=20.0, value_clamp=10.0) == 10
+
+
+def test_at_ratio_one_clipped_losses_share_the_gradient_of_reinforce():
+    """Up to aggregation, so all with token-mean; advantages equal within a sequence, as GRPO's are."""
+    data = twin.arrays()
+    per_sequence = np.take(np.random.default_rng(1).normal(size=20), twin.IDS + 3)
+    data |= {"old_logp": data["logp"], "advantages": per_sequence}
+    inputs = cases.make("policy", data, keys=())
+    grads = {}
+    for name in ("reinforce", "importance_sampling", "grpo", "cispo", "sapo", "gspo_token", "gmpo", "gspo", "dppo"):
+        options = {"log_ratio_coef": 0.0} if name == "dppo" else {}
+        grads[name] = cases.value_and_grad(losses.get(name, reduce="token-mean", **options), inputs)[2]
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, grads["reinforce"], atol=1e-7, err_msg=name)
+    tic = cases.value_and_grad(losses.get("tic_grpo", reduce="seq-mean-token-mean"), inputs)[2]
+    summed = cases.value_and_grad(losses.get("grpo", reduce="seq-mean-token-sum"), inputs)[2]
+    np.testing.assert_allclose(tic, summed, atol=1e-7)
+
+
+def test_gspo_token_equals_gspo_for_constant_advantages():
+    data = twin.arrays()
+    data["advantages"] = np.take(np.random.default_rng(2).normal(size=20), twin.IDS + 3)
+    inputs = cases.make("policy", data, keys=())
+    options = {"clip_low": 0.1, "clip_high": 0.1}
+    a, b = (cases.value_and_grad(losses.get(n, **options), inputs) for n in ("gspo", "gspo_token"))
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    np.testing.assert_allclose(a[2], b[2], atol=1e-7)
+
+
+def test_cispo_gradient_is_the_clipped_ratio_times_the_advantage():
+    data = twin.arrays()
+    inputs = cases.make("policy", data, ids=None, groups=None, keys=())
+    _, _, grad = cases.value_and_grad(losses.get("cispo", ratio_max=1.1), inputs)
+    ratio = np.exp(data["logp"] - data["old_logp"])
+    assert np.any(ratio > 1.1)
+    expected = np.where(twin.MASK > 0, -np.minimum(ratio, 1.1) * data["advantages"] / 16, 0)
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sign", "tau"), [(1.0, 1.0), (-1.0, 1.05)])
+def test_sapo_slope_is_sech_squared(sign, tau):
+    def f(w):
+        x = Tokens(None, None, jnp.full((1, 1), sign), jnp.log(w).reshape(1, 1), None, None)
+        return -sign * sapo(x).loss[0, 0]
+
+    for w in (0.3, 1.0, 2.5):
+        np.testing.assert_allclose(jax.grad(f)(w), 1 / np.cosh(tau * (w - 1) / 2) ** 2, rtol=1e-5)
+
+
+def test_mask_order_and_entropy_bonus_gradient():
+    """The entropy bonus reaches the entropy input with weight -coef / tokens on supervised positions alone."""
+    inputs = cases.make("policy", twin.arrays(), keys={"entropy"})
+    loss = losses.get("grpo", entropy_coef=0.32)
+    grad = jax.grad(lambda e: loss(dataclasses.replace(inputs, entropy=e))[0])(inputs.entropy)
+    np.testing.assert_allclose(grad, -0.02 * twin.MASK, atol=1e-8)  # 16 tokens
+
+
+def test_jsd_limits():
+    forward, reverse = distill.forward_kl(Z, Z_REF), distill.reverse_kl(Z, Z_REF)
+    np.testing.assert_allclose(forward, kl_exact(jax.nn.log_softmax(Z_REF), jax.nn.log_softmax(Z)), rtol=1e-6)
+    np.testing.assert_allclose(reverse, kl_exact(jax.nn.log_softmax(Z), jax.nn.log_softmax(Z_REF)), rtol=1e-6)
+    assert distill.generalized_jsd(Z, Z_REF, 0.0) == forward
+    assert distill.generalized_jsd(Z, Z_REF, 1.0) == reverse
+    np.testing.assert_allclose(distill.generalized_jsd(Z, Z_REF, 1e-3) / 1e-3, forward, rtol=5e-3)
+    np.testing.assert_allclose(distill.generalized_jsd(Z, Z_REF, 1 - 1e-3) / 1e-3, reverse, rtol=5e-3)
+    half = distill.generalized_jsd(Z, Z_REF, 0.5)
+    np.testing.assert_allclose(half, distill.generalized_jsd(Z_REF, Z, 0.5), rtol=1e-5)
+    with pytest.raises(UserError, match="beta is 1.5"):
+        distill.generalized_jsd(Z, Z_REF, 1.5)
+
+
+def test_jsd_by_hand_and_with_impossible_tokens():
+    # p_S = (1/2, 1/2), p_T = (1, 0), beta 1/2: M = (3/4, 1/4)
+    student, teacher = jnp.log(jnp.asarray([0.5, 0.5])), jnp.asarray([0.0, -jnp.inf])
+    expected = 0.5 * np.log(4 / 3) + 0.5 * (0.5 * np.log(2 / 3) + 0.5 * np.log(2))
+    value, grad = jax.value_and_grad(distill.generalized_jsd)(student, teacher)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert np.all(np.isfinite(grad))
+    np.testing.assert_allclose(distill.forward_kl(student, teacher), np.log(2), rtol=1e-6)

@@ -1,0 +1,143 @@
+"""Supervised losses: hand numbers, double-loop twins with finite differences, poison, split, chunks of tokens."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import losses_cases as cases
+import losses_twin as twin
+import numpy as np
+import pytest
+
+from jaxreason import losses
+from jaxreason.errors import UserError
+from jaxreason.losses import sft
+
+exp, log = math.exp, math.log
+
+
+def power(a, b):
+    return lambda s, t: -(exp(s.logp0[t]) ** a) * (1 - exp(s.logp0[t])) ** b * s.logp[t]
+
+
+def iw_sequence(s, t):
+    gap = sum(s.logp0[k] - s.ref_logp[k] for k in range(s.n)) / s.n
+    return -min(exp(2 * gap), 1.1) * s.logp[t]
+
+
+CASES = [
+    ("nll", {}, lambda s, t: -s.logp[t], "token-mean"),
+    ("nll", {"reduce": "seq-mean-token-mean"}, lambda s, t: -s.logp[t], "seq-mean-token-mean"),
+    ("nll", {"reduce": "seq-sqrt"}, lambda s, t: -s.logp[t], "seq-sqrt"),
+    ("power", {"a": 0.5, "b": 1.5}, power(0.5, 1.5), "token-mean"),
+    ("dft", {}, power(1, 0), "token-mean"),
+    ("focal", {}, power(0, 2), "token-mean"),
+    ("chord_phi", {}, power(1, 1), "token-mean"),
+    ("label_smoothing", {}, lambda s, t: -0.9 * s.logp[t] - 0.1 * s.mean_logp[t], "token-mean"),
+    ("z_loss", {}, lambda s, t: -s.logp[t] + 1e-4 * s.logsumexp[t] ** 2, "token-mean"),
+    ("asft", {}, lambda s, t: power(1, 0)(s, t) + 0.05 * s.ref_kl[t], "token-mean"),
+    ("sft_kl", {}, lambda s, t: -s.logp[t] + 0.05 * s.ref_kl[t], "token-mean"),
+    ("iw_sft", {"tau": 2.0, "weight_max": 1.1}, iw_sequence, "token-mean"),
+    ("iw_sft", {"level": "token"},
+     lambda s, t: -twin.clip(exp(s.logp0[t] - s.ref_logp[t]), 0.2, 1.8) * s.logp[t], "token-mean"),
+    ("eaft", {"alpha": 1.5}, lambda s, t: -((s.topk_entropy[t] / 3) ** 1.5) * s.logp[t], "token-mean"),
+    ("rho1", {}, lambda s, t: -s.logp[t] * (s.ref_logp[t] > s.logp0[t]), "token-mean"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "token_loss", "reduce"), CASES, ids=[f"{c[0]}-{k}" for k, c in enumerate(CASES)]
+)
+def test_twin(name, options, token_loss, reduce):
+    loss = losses.get(name, **options)
+    data = twin.arrays()
+    inputs = cases.make("sft", data, keys=loss.needs | {"token_weights"})
+    value, grad = cases.check_rules(loss, inputs)
+
+    def slow(data, frozen):
+        return twin.aggregate(reduce, lambda s, t: s.token_weights[t] * token_loss(s, t), data, frozen)
+
+    np.testing.assert_allclose(value, slow(data, data), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
+
+
+# Three tokens with p = .5, .25, .25 in sequences of one and two.
+HAND = {
+    "nll": 5 * log(2) / 3,
+    "power": 5 * log(2) / 3,
+    "dft": (0.5 + 0.5 + 0.5) * log(2) / 3,
+    "focal": (0.25 * 1 + 2 * 0.5625 * 2) * log(2) / 3,
+    "chord_phi": (0.25 * 1 + 2 * 0.1875 * 2) * log(2) / 3,
+    "label_smoothing": 0.9 * 5 * log(2) / 3 + 0.1 * 3.0,  # mean log p_v = -3
+    "z_loss": 5 * log(2) / 3 + 1e-4 * 4,  # logsumexp 2
+    "asft": 0.5 * log(2) + 0.05 * 0.2,  # KL .2
+    "sft_kl": 5 * log(2) / 3 + 0.05 * 0.2,
+    "iw_sft": (2 * 1 + 1 * 4) * log(2) / 3,  # p_ref .25: weights 2 and 1
+    "eaft": 5 * log(2) / 3 * 0.5,  # H = 1.5
+    "rho1": 0.0,  # p_ref is nowhere above p
+}
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_hand_number(name):
+    full = lambda x: jnp.full((2, 2), x)  # noqa: E731
+    inputs = losses.SftInputs(
+        logp=jnp.log(jnp.asarray([[0.5, 0.9], [0.25, 0.25]])), mask=jnp.asarray([[1.0, 0], [1, 1]]), ref_kl=full(0.2),
+        logsumexp=full(2.0), mean_logp=full(-3.0), ref_logp=full(log(0.25)), topk_entropy=full(1.5), entropy=full(0.7),
+    )  # fmt: skip
+    value, metrics = losses.get(name)(inputs)
+    np.testing.assert_allclose(value, HAND[name], rtol=1e-5)
+    np.testing.assert_allclose(metrics["nll"], 5 * log(2) / 3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["entropy"], 0.7, rtol=1e-5)
+
+
+def test_all_are_covered():
+    assert set(HAND) == set(losses.names("sft")) == {c[0] for c in CASES}
+
+
+def test_tokenwise_losses_allow_chunks_of_tokens():
+    data = twin.arrays()
+    for name in losses.names("sft"):
+        loss = losses.get(name)
+        assert loss.tokenwise == (name != "iw_sft")
+        if not loss.tokenwise:
+            continue
+        inputs = losses.reduce.whole_step(cases.make("sft", data, keys=loss.needs))
+        flat = jax.tree.map(lambda x: x.reshape(1, -1) if jnp.ndim(x) else x, inputs)
+        chunks = [jax.tree.map(lambda x, k=k: x[:, k : k + 7] if jnp.ndim(x) else x, flat) for k in range(0, 28, 7)]
+        np.testing.assert_allclose(sum(loss(c)[0] for c in chunks), loss(inputs)[0], rtol=1e-6)
+    assert not losses.get("nll", reduce="seq-mean-token-mean").tokenwise
+    assert losses.get("iw_sft", level="token").tokenwise
+
+
+def test_dft_gradient_is_that_of_minus_p():
+    """grad of -sg[p] log p by the logits equals grad of -p, which vanishes as p -> 0."""
+    logits = jnp.asarray([1.0, -2.0, 0.5, 3.0])
+
+    def dft(z):
+        inputs = losses.SftInputs(logp=jax.nn.log_softmax(z)[1].reshape(1, 1), mask=jnp.ones((1, 1)))
+        return losses.get("dft")(inputs)[0]
+
+    np.testing.assert_allclose(jax.grad(dft)(logits), jax.grad(lambda z: -jax.nn.softmax(z)[1])(logits), atol=1e-7)
+
+
+def test_certain_token_has_finite_focal_gradient():
+    inputs = losses.SftInputs(logp=jnp.zeros((1, 1)), mask=jnp.ones((1, 1)))
+    for b in (0.5, 2.0):
+        _, _, grad = cases.value_and_grad(losses.get("power", b=b), inputs)
+        assert grad[0, 0] == 0
+
+
+def test_neftune_scale():
+    mask = jnp.asarray([[1.0] * 16 + [0.0] * 48, [1.0] * 64])
+    noise = sft.neftune(jnp.zeros((2, 64, 9)), mask, jax.random.key(0), alpha=5.0)
+    # alpha / sqrt(16 * 9) = 5 / 12 and alpha / sqrt(64 * 9) = 5 / 24
+    assert 0.98 * 5 / 12 < jnp.max(jnp.abs(noise[0])) <= 5 / 12
+    assert 0.98 * 5 / 24 < jnp.max(jnp.abs(noise[1])) <= 5 / 24
+
+
+def test_missing_inputs_are_named():
+    inputs = losses.SftInputs(logp=jnp.zeros((1, 2)), mask=jnp.ones((1, 2)))
+    for name, field in [("asft", "ref_kl"), ("iw_sft", "ref_logp"), ("z_loss", "logsumexp"), ("eaft", "topk_entropy")]:
+        with pytest.raises(UserError, match=f"SftInputs.{field}"):
+            losses.get(name)(inputs)

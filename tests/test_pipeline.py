@@ -1,0 +1,323 @@
+import json
+import os
+import sys
+import types
+
+import data_helpers as helpers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from jaxreason.config import Data
+from jaxreason.data import sources
+from jaxreason.data.batches import loader
+from jaxreason.data.example import Example
+from jaxreason.data.pipeline import prepare
+from jaxreason.data.prompts import load_prompts
+from jaxreason.errors import UserError
+
+TRACES = [helpers.trace(i, words=1 + i % 7) for i in range(24)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(source, **options):
+        defaults = {"max_length": 256, "batch_size": 2, "workers": 0, "cache_dir": str(tmp_path / "cache")}
+        return Data(source=str(source), **{**defaults, **options})
+
+    return make
+
+
+def run(config, seed=0, tokenizer=None):
+    return prepare(config, tokenizer or helpers.llama(), seed, progress=False)
+
+
+def texts(rows):
+    """Every example's text in stored order."""
+    tokenizer = helpers.llama()
+    return [tokenizer.decode(rows._store.example(int(i))) for i in rows.index]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "lines.json", "array.json", "parquet", "directory"])
+def test_every_kind_of_source_gives_the_same_examples(kind, tmp_path, config, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 700)  # so that lines lie across chunk borders
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 5)
+    path = tmp_path / f"rows.{kind}"
+    if kind in ("jsonl", "lines.json"):
+        helpers.write_jsonl(path, TRACES)
+    elif kind == "array.json":
+        path.write_text("\n " + json.dumps(TRACES, indent=1))
+    elif kind == "parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(TRACES), path, row_group_size=10)
+    else:
+        (path / "below").mkdir(parents=True)
+        (path / ".hidden").mkdir()
+        helpers.write_jsonl(path / ".hidden" / "x.jsonl", [{"odd": 1}])
+        pa.parquet.write_table(pa.Table.from_pylist(TRACES[:9]), path / "a.parquet")
+        # Another format in the same directory: formats are found for each file.
+        rows = [{"prompt": r["messages"][0]["content"], "completion": r["messages"][1]["content"]} for r in TRACES[9:]]
+        helpers.write_jsonl(path / "below" / "b.jsonl", rows)
+    prepared = run(config(path))
+    expected = run(config(helpers.write_jsonl(tmp_path / "expected.jsonl", TRACES)))
+    assert texts(prepared.train) == texts(expected.train) and len(texts(expected.train)) == 24
+    assert prepared.report.sources[0].rows == 24
+
+
+def test_large_row_groups_are_read_in_pieces(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(sources, "_GROUP_ROWS", 6)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 5)
+    pa.parquet.write_table(pa.Table.from_pylist(TRACES), tmp_path / "a.parquet")
+    chunks = list(sources.open_source(str(tmp_path / "a.parquet"), "train", None, 0).chunks())
+    assert [chunk.weight for chunk in chunks] == [5, 5, 5, 5, 4]
+    assert chunks[1].place(2).endswith("a.parquet, row 8")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"text": "a"}\n\n{"text": \n{"text": "b"}\n', r"rows\.jsonl, line 3: not valid JSON.*repair or remove"),
+        ('{"text": "a"}\n{"text": "b', r"rows\.jsonl, line 2: not valid JSON.*may be cut short"),
+        ('{"text": "a"}\n[1]\n', r"rows\.jsonl, line 2: a row is an object with columns, found list"),
+        ("", r"rows\.jsonl: the file is empty"),
+        ("\n\n", r"rows\.jsonl: holds no rows"),
+        ('{"txt": "a"}\n', r"rows\.jsonl, line 1: columns txt match no known row format"),
+        (b'{"text": "\xff"}\n', r"rows\.jsonl, line 1: not valid JSON"),
+    ],
+)
+def test_damaged_files_name_file_and_line_and_leave_nothing(content, message, tmp_path, config):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        run(config(path))
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_damaged_array_and_parquet(tmp_path, config):
+    cut = tmp_path / "a.json"
+    cut.write_text('[{"text": "a"},\n{"text": ')
+    with pytest.raises(UserError, match=r"a\.json, about line 2: not valid JSON"):
+        run(config(cut))
+    broken = tmp_path / "a.parquet"
+    broken.write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
+        run(config(broken))
+
+
+def test_sources_that_are_not_there(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("jaxreason.data.hub.offline", lambda: True)
+    with pytest.raises(UserError, match=r"data\.source open-r1/Mixture-of-Thoughts.*cannot be reached.*hf auth login"):
+        run(config("open-r1/Mixture-of-Thoughts:all"))
+    with pytest.raises(UserError, match="no such file or directory"):
+        run(config("data/none.jsonl"))
+    with pytest.raises(UserError, match=r"holds no \.jsonl"):
+        run(config(tmp_path))
+    (tmp_path / "rows.csv").write_text("a")
+    with pytest.raises(UserError, match="unknown kind of file"):
+        run(config(tmp_path / "rows.csv"))
+    with pytest.raises(UserError, match=r"data\.schema nope: no such row format; known: auto, openr1"):
+        run(config(helpers.write_jsonl(tmp_path / "a.jsonl", TRACES), schema="nope"))
+
+
+def test_hub_rows_come_through_datasets(config, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((*args, options["split"]))
+        return datasets.Dataset.from_list(TRACES)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prepared = run(config("owner/name:part", split="train[:24]"))
+    assert asked == [("owner/name", "part", "train[:24]")] and prepared.report.sources[0].kept == 24
+
+
+def test_embedded_task(config, monkeypatch):
+    task = types.ModuleType("jaxreason.data.embedded")
+    task.examples = lambda name, split, n, seed: [Example(f"{name} {split} {i}", "a") for i in range(seed, seed + n)]
+    monkeypatch.setitem(sys.modules, "jaxreason.data.embedded", task)
+    monkeypatch.setattr("jaxreason.data.embedded", task, raising=False)
+    prepared = run(config("embedded:sums", max_rows=3, eval_source="embedded:sums", eval_rows=2), seed=5)
+    assert "sums train 5" in texts(prepared.train)[0] and "sums eval 5" in texts(prepared.eval)[0]
+    assert len(texts(prepared.train)) == 3 and len(texts(prepared.eval)) == 2
+
+
+# --- cache -----------------------------------------------------------------------------------------------------------
+
+
+def test_cache_hits_until_something_changes(tmp_path, config, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    helpers.write_jsonl(path, TRACES)
+    made = lambda: {p.parent.name for p in (tmp_path / "cache").rglob("tokens.bin")}  # noqa: E731
+    first = texts(run(config(path)).train)
+    assert len(made()) == 1
+    monkeypatch.setattr("jaxreason.data.encode.Encoder.chunk", None)  # a hit encodes nothing
+    assert texts(run(config(path)).train) == first
+    # Length, packing, order and held-out rows are chosen after tokenization.
+    assert run(config(path, max_length=128, packing=False, eval_rows=3), seed=4).eval is not None
+    monkeypatch.undo()
+    run(config(path, system_prompt="think"))
+    run(config(path, template="r1_zero"))
+    run(config(path), tokenizer=helpers.llama(generation_config={"eos_token_id": 9}))
+    assert len(made()) == 4
+    helpers.write_jsonl(path, [helpers.trace(99), *TRACES[1:]])
+    os.utime(path, ns=(1, 1))  # a coarse clock must not hide the change
+    assert "99 + 1" in texts(run(config(path)).train)[0] and len(made()) == 5
+
+
+def test_processes_give_the_same_data(tmp_path, config, monkeypatch):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", [*TRACES, {"messages": []}, *TRACES])
+    alone = run(config(path, max_rows=40))
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 900)
+    monkeypatch.setattr("jaxreason.data.tokenizing._PATIENCE_SECONDS", 0)
+    together = run(config(path, max_rows=40, workers=2, cache_dir=str(tmp_path / "other")))
+    assert texts(together.train) == texts(alone.train) and len(texts(alone.train)) == 39
+    assert together.report.sources == alone.report.sources
+    assert alone.report.sources[0].first_dropped == {
+        "messages is empty or not a list": f"{path}, line 25"
+    }  # fmt: skip
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def test_report_counts_every_row(tmp_path, config):
+    rows = [helpers.trace(1), helpers.trace(2, words=60), {"messages": []}, {"messages": None}, helpers.trace(3)]
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", rows)
+    prepared = run(config(path, max_length=100, batch_size=1))
+    report = prepared.report.sources[0]
+    assert report.rows == 5 and report.kept == 2 and report.truncated == 0
+    assert report.dropped == {"messages is empty or not a list": 2, "longer than max_length": 1}
+    lengths = sorted(len(prepared.train._store.example(i)) for i in range(3))
+    assert (report.length_percentiles["p5"], report.length_percentiles["p100"]) == (lengths[0], lengths[2])
+    assert report.tokens == sum(lengths[:2]) and report.schemas == ("messages",)
+    trained = sum(prepared.train.batch(step).loss_mask.sum() for step in range(prepared.train.num_steps()))
+    assert report.trained_tokens == trained
+    rows_report = prepared.report.train
+    assert rows_report.packing_efficiency == report.tokens / (rows_report.rows_per_epoch * 100)
+    written = json.loads(json.dumps(prepared.report.to_dict()))
+    assert written["sources"][0]["dropped"]["longer than max_length"] == 1 and written["eval"] is None
+
+
+def test_truncated_rows_are_counted_and_get_no_stop_token(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", [helpers.trace(1), helpers.trace(2, words=60)])
+    tokenizer = helpers.llama()
+    prepared = run(config(path, max_length=100, over_length="truncate", packing=False, shuffle=False))
+    assert prepared.report.sources[0].truncated == 1 and prepared.report.sources[0].kept == 2
+    batch = prepared.train.batch(0)
+    trained = [set(batch.targets[row][batch.loss_mask[row] > 0].tolist()) for row in range(2)]
+    stop = tokenizer.hf.convert_tokens_to_ids("<|eot_id|>")
+    assert stop in trained[0] and not trained[1] & set(tokenizer.stop_ids)
+
+
+def test_nothing_to_train_is_an_error(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+    with pytest.raises(UserError, match=r"no trained token in 24 rows \(dropped by reason: longer than max_length: 24"):
+        run(config(path, max_length=8))
+    questions = helpers.write_jsonl(tmp_path / "q.jsonl", [{"nums": [1, 2], "target": 3}])
+    with pytest.raises(UserError, match=r"no answer to train on: 1; first: .*q\.jsonl, line 1"):
+        run(config(questions))
+
+
+def test_unpacked_rows_are_as_long_as_the_longest_example_needs(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+    prepared = run(config(path, packing=False, eval_rows=4))
+    longest = max(len(prepared.train._store.example(i)) for i in range(24))
+    assert prepared.train.length == prepared.eval.length == -(-longest // 64) * 64 < 256
+    assert run(config(path, packing=False, max_length=longest + 1)).train.length == longest + 1
+    assert run(config(path)).train.length == 256
+
+
+def test_held_out_rows_are_chosen_by_seed_and_never_trained(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+
+    def held_out(seed):
+        prepared = run(config(path, eval_rows=6), seed=seed)
+        train, chosen = texts(prepared.train), texts(prepared.eval)
+        assert len(chosen) == 6 and sorted(train + chosen) == sorted(texts(run(config(path)).train))
+        return chosen
+
+    assert held_out(0) == held_out(0) != held_out(1)
+    with pytest.raises(UserError, match="eval_rows=24 leaves nothing to train"):
+        run(config(path, eval_rows=24))
+
+
+def test_eval_source(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+    other = helpers.write_jsonl(tmp_path / "other.jsonl", [helpers.trace(i) for i in range(70, 79)])
+    prepared = run(config(path, eval_source=other, eval_rows=5))
+    assert len(texts(prepared.train)) == 24 and len(texts(prepared.eval)) == 5
+    assert [source.source for source in prepared.report.sources] == [path, other]
+
+
+def test_preview_marks_trained_tokens_without_colour(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+    shown = run(config(path)).preview(2)
+    assert len(shown) == 2
+    assert "\n\n[[<think>\nadd 0\n</think>\n\n1<|eot_id|>]]" in shown[0].plain
+
+
+def test_table_prints_reasons(tmp_path, config):
+    from rich.console import Console
+
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", [*TRACES, {"messages": []}])
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(run(config(path, eval_rows=2)).report.table())
+    printed = console.export_text()
+    assert "dropped: messages is empty or not a list" in printed and f"{path}, line 25" in printed
+    assert "p50" in printed and "eval" in printed
+
+
+# --- loader ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_restarted_loader_goes_on_where_it_was(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+    rows = run(config(path, packing=True)).train
+    straight = [batch.tokens for batch in loader(rows, 12)]
+    assert len(straight) == 12
+    interrupted = loader(rows, 12)
+    for _ in range(5):
+        next(interrupted)
+    state = json.loads(json.dumps(interrupted.get_state()))
+    resumed = loader(run(config(path)).train, 12)
+    resumed.set_state(state)
+    np.testing.assert_array_equal([batch.tokens for batch in resumed], straight[5:])
+    np.testing.assert_array_equal([batch.tokens for batch in loader(rows, 12, start_step=9)], straight[9:])
+    half = next(loader(rows, 12, start_step=3, process_index=1, process_count=2, threads=0))
+    np.testing.assert_array_equal(half.tokens, straight[3][1:])
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_untrained_part_of_training_rows(tmp_path, config):
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+    prepared, prompts = run(config(path)), load_prompts(config(path), helpers.llama(), 0)
+    assert len(prompts) == 24 and prompts.rows == 24 and prompts.dropped == {}
+    store = prepared.train._store
+    for i, prompt in enumerate(prompts.prompts):
+        assert list(prompt.ids) == store.example(i)[: store.starts[i]].tolist()
+        assert (prompt.gold, prompt.user, prompt.index) == (str(i + 1), f"{i} + 1 =", i)
+
+
+def test_prompts_without_gold_or_too_long_are_counted(tmp_path, config):
+    rows = [{"question": "q", "answer": "x #### 5"}, {"question": "q " * 99, "answer": "6"}, {"question": "q"}]
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", rows)
+    prompts = load_prompts(config(path), helpers.llama(), 0, max_prompt_tokens=90)
+    assert [prompt.gold for prompt in prompts.prompts] == ["5"]
+    assert prompts.dropped == {"prompt longer than 90 tokens": 1, "no answer": 1}
+    assert load_prompts(config(path, max_rows=1), helpers.llama(), 0).rows == 1
+    golden = helpers.write_jsonl(tmp_path / "none.jsonl", [{"messages": TRACES[0]["messages"]}])
+    with pytest.raises(UserError, match=r"no usable prompt in 1 rows \(no gold answer: 1\)"):
+        load_prompts(config(golden), helpers.llama(), 0)
+
+
+def test_openr1_rows_without_a_usable_trace_are_still_prompts(tmp_path, config):
+    row = {"problem": "q", "answer": "4", "generations": ["<think>cut"], "is_reasoning_complete": [False]}
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert load_prompts(config(path), helpers.llama(), 0)[0].gold == "4"
