@@ -8,7 +8,7 @@ from jaxreason.data import chat as chats
 from jaxreason.data import tokenizer as tokenizers
 from jaxreason.data.encode import Encoder, encode_prompt, end_at_stop, fit
 from jaxreason.data.example import Example, Reject
-from jaxreason.data.sources import Inline
+from jaxreason.data.files import Inline
 from jaxreason.errors import UserError
 
 

@@ -118,7 +118,7 @@ def test_reward_to_go():
 
 
 def test_reinforce_pp_tokens():
-    """Two sequences in a row, kl_coef 1: rewards -k1 and the score at the last token, summed from the right, whitened."""
+    """Two sequences in a row, kl_coef 1: -k1 and the score at the last token, summed from the right, whitened."""
     old = np.array([[0.0, -1.0, 0.0, -2.0]])
     ref = np.array([[0.0, -2.0, -1.0, 5.0]])  # k1 = 0, 1, 1, masked
     score = np.array([[3.0, 3.0, 5.0, 5.0]])

@@ -1,4 +1,4 @@
-"""``preset="trl"`` against TRL 1.x's formulas written out as loops over unpacked rows; verl and NeMo by their differences."""
+"""``preset="trl"`` against TRL 1.x's formulas as loops over unpacked rows; verl and NeMo by their differences."""
 
 import math
 

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxreason.config import Data
-from jaxreason.data import sources
+from jaxreason.data import files, sources
 from jaxreason.data.batches import loader
 from jaxreason.data.example import Example
 from jaxreason.data.pipeline import prepare
@@ -44,8 +44,8 @@ def texts(rows):
 
 @pytest.mark.parametrize("kind", ["jsonl", "lines.json", "array.json", "parquet", "directory"])
 def test_every_kind_of_source_gives_the_same_examples(kind, tmp_path, config, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 700)  # so that lines lie across chunk borders
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 700)  # so that lines lie across chunk borders
+    monkeypatch.setattr(files, "CHUNK_ROWS", 5)
     path = tmp_path / f"rows.{kind}"
     if kind in ("jsonl", "lines.json"):
         helpers.write_jsonl(path, TRACES)
@@ -64,12 +64,13 @@ def test_every_kind_of_source_gives_the_same_examples(kind, tmp_path, config, mo
     prepared = run(config(path))
     expected = run(config(helpers.write_jsonl(tmp_path / "expected.jsonl", TRACES)))
     assert texts(prepared.train) == texts(expected.train) and len(texts(expected.train)) == 24
+    assert prepared.train._store.rows.tolist() == list(range(24))
     assert prepared.report.sources[0].rows == 24
 
 
 def test_large_row_groups_are_read_in_pieces(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(sources, "_GROUP_ROWS", 6)
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(files, "_GROUP_ROWS", 6)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 5)
     pa.parquet.write_table(pa.Table.from_pylist(TRACES), tmp_path / "a.parquet")
     chunks = list(sources.open_source(str(tmp_path / "a.parquet"), "train", None, 0).chunks())
     assert [chunk.weight for chunk in chunks] == [5, 5, 5, 5, 4]
@@ -172,7 +173,7 @@ def test_cache_hits_until_something_changes(tmp_path, config, monkeypatch):
 def test_processes_give_the_same_data(tmp_path, config, monkeypatch):
     path = helpers.write_jsonl(tmp_path / "rows.jsonl", [*TRACES, {"messages": []}, *TRACES])
     alone = run(config(path, max_rows=40))
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 900)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 900)
     monkeypatch.setattr("jaxreason.data.tokenizing._PATIENCE_SECONDS", 0)
     together = run(config(path, max_rows=40, workers=2, cache_dir=str(tmp_path / "other")))
     assert texts(together.train) == texts(alone.train) and len(texts(alone.train)) == 39

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxreason.data.chat import Chat
 from jaxreason.data.example import Example, Reject
+from jaxreason.data.files import Chunk
 from jaxreason.data.schema import parse
-from jaxreason.data.sources import Chunk
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.errors import UserError
 

@@ -7,8 +7,9 @@ from jaxreason.config import Problems
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.example import Example, Reject
+from jaxreason.data.files import Chunk
 from jaxreason.data.schema import parse
-from jaxreason.data.sources import Chunk, open_source
+from jaxreason.data.sources import open_source
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.data.tokenizing import row_formats
 from jaxreason.errors import UserError

@@ -1,113 +1,24 @@
-"""Where rows come from: files, directories, the hub, or a program; cut into chunks that any process can read alone."""
+"""What ``data.source`` names: files, a hub data set, or a program that writes examples."""
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from jaxreason.data import hub
-from jaxreason.data.example import Example
+from jaxreason.data import files, hub
 from jaxreason.errors import UserError
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
-CHUNK_BYTES = 4 << 20
-CHUNK_ROWS = 512
-_GROUP_ROWS = 4096  # larger parquet row groups are read here in pieces, to bound what one process holds
-
-Row = dict[str, Any]
-
-
-class Chunk(Protocol):
-    """Some rows of a source. ``origin`` names the file, whose rows share one format."""
-
-    origin: str
-    weight: int  # of the source's ``total``, for progress
-
-    def rows(self) -> Iterator[tuple[int, Row | Example]]:
-        """(key, row) pairs; ``place(key)`` names the row for a message. Raises UserError for a damaged file."""
-
-    def place(self, key: int) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     name: str
     total: int  # sum of the chunks' weights
-    chunks: Callable[[], Iterator[Chunk]]
+    chunks: Callable[[], Iterator[files.Chunk]]
     fingerprint: str  # changes with the rows
-
-
-@dataclasses.dataclass(frozen=True)
-class JsonLines:
-    """The lines of a file that begin in bytes [start, stop)."""
-
-    origin: str
-    start: int
-    stop: int
-
-    @property
-    def weight(self) -> int:
-        return self.stop - self.start
-
-    def rows(self) -> Iterator[tuple[int, Row]]:
-        with open(self.origin, "rb") as file:
-            if self.start:
-                file.seek(self.start - 1)
-                file.readline()  # the line before began in the chunk before
-            while (at := file.tell()) < self.stop:
-                line = file.readline()
-                if line.strip():
-                    yield at, self._parse(line, at)
-
-    def _parse(self, line: bytes, at: int) -> Row:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            cut = "" if line.endswith(b"\n") else ", and the file ends there: it may be cut short"
-            detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{self.place(at)}: not valid JSON: {detail}{cut}; repair or remove the line") from None
-        return _require_object(row, self.place, at)
-
-    def place(self, key: int) -> str:
-        line = 1
-        with open(self.origin, "rb") as file:
-            while (left := key - file.tell()) > 0:
-                line += file.read(min(left, 1 << 20)).count(b"\n")
-        return f"{self.origin}, line {line}"
-
-
-@dataclasses.dataclass(frozen=True)
-class ParquetGroup:
-    origin: str
-    group: int
-    first: int
-    weight: int
-
-    def rows(self) -> Iterator[tuple[int, Row]]:
-        for batch in _read_parquet(self.origin, self.group):
-            yield from batch
-
-    def place(self, key: int) -> str:
-        return f"{self.origin}, row {self.first + key + 1}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Inline:
-    """Rows that were read already."""
-
-    origin: str
-    first: int
-    items: tuple[Row | Example, ...]
-    weight: int
-
-    def rows(self) -> Iterator[tuple[int, Row | Example]]:
-        yield from enumerate(self.items)
-
-    def place(self, key: int) -> str:
-        return f"{self.origin}, row {self.first + key + 1}"
 
 
 def open_source(source: str, split: str, max_rows: int | None, seed: int) -> Source:
@@ -116,139 +27,17 @@ def open_source(source: str, split: str, max_rows: int | None, seed: int) -> Sou
         return _embedded(source, split, max_rows, seed)
     path = Path(source).expanduser()
     if path.exists():
-        return _files(source, path)
+        paths = files.find(source, path)
+        stamps = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in paths]
+        total = sum(map(files.weight, paths))
+        return Source(source, total, lambda: itertools.chain.from_iterable(map(files.chunks, paths)), _digest(stamps))
     name, _, config = source.partition(":")
-    if hub.ID.match(name) and path.suffix not in SUFFIXES and "/" in name:
+    if hub.ID.match(name) and path.suffix not in files.SUFFIXES and "/" in name:
         return _hub(name, config or None, split)
     raise UserError(
-        f"data.source {source}: no such file or directory; give a {', '.join(SUFFIXES)} file, a directory of them, "
-        "a hub id (owner/name or owner/name:config), or embedded:NAME"
+        f"data.source {source}: no such file or directory; give a {', '.join(files.SUFFIXES)} file, a directory of "
+        "them, a hub id (owner/name or owner/name:config), or embedded:NAME"
     )
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _files(source: str, path: Path) -> Source:
-    paths = [path]
-    if path.is_dir():
-        below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        paths = sorted(file for file in below if file.suffix in SUFFIXES and file.is_file())
-    if not paths:
-        raise UserError(f"data.source {source}: the directory holds no {', '.join(SUFFIXES)} file")
-    stamps = []
-    for file in paths:
-        if file.suffix not in SUFFIXES:
-            raise UserError(f"data.source {file}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-        stat = file.stat()
-        if stat.st_size == 0:
-            raise UserError(f"data.source {file}: the file is empty")
-        stamps.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-    weights = [_parquet(file).metadata.num_rows if file.suffix == ".parquet" else file.stat().st_size for file in paths]
-
-    def chunks() -> Iterator[Chunk]:
-        for file in paths:
-            if file.suffix == ".parquet":
-                yield from _parquet_chunks(file)
-            elif file.suffix == ".json" and _first_byte(file) == b"[":
-                yield from _array_chunks(file)
-            else:
-                size = file.stat().st_size
-                for start in range(0, size, CHUNK_BYTES):
-                    yield JsonLines(str(file), start, min(start + CHUNK_BYTES, size))
-
-    return Source(source, sum(weights), chunks, _digest(stamps))
-
-
-def _require_object(row: Any, place: Callable[[int], str], key: int) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{place(key)}: a row is an object with columns, found {type(row).__name__}")
-    return row
-
-
-def _first_byte(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        while (byte := file.read(1)).isspace():
-            pass
-    return byte
-
-
-def _array_chunks(path: Path) -> Iterator[Inline]:
-    """Objects of one JSON array, decoded one after the other from a growing buffer, never the whole file at once."""
-    items, first, weight = [], 0, 0
-    for row, size in _array_items(path):
-        items.append(_require_object(row, lambda key: f"{path}, element {key + 1}", first + len(items)))
-        weight += size
-        if len(items) == CHUNK_ROWS or weight >= CHUNK_BYTES:
-            yield Inline(str(path), first, tuple(items), weight)
-            items, first, weight = [], first + len(items), 0
-    if items:
-        yield Inline(str(path), first, tuple(items), weight)
-
-
-def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
-    """(element, its characters) of a JSON array."""
-    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
-    with open(path, encoding="utf-8") as file:
-        buffer, want, line = file.read(CHUNK_BYTES).lstrip(), CHUNK_BYTES, 1
-        at = 1  # behind the "["
-        while True:
-            begin = separator.match(buffer, at).end()
-            if buffer[begin : begin + 1] == "]":
-                return
-            try:
-                row, end = decoder.raw_decode(buffer, begin)
-            except json.JSONDecodeError as error:
-                more = file.read(want)
-                want *= 2  # so that one huge element is not parsed again for every few bytes
-                if not more:
-                    line += buffer.count("\n", 0, error.pos)
-                    raise UserError(
-                        f"{path}, about line {line}: not valid JSON: {error.msg}; the file may be cut short"
-                    ) from None
-                line += buffer.count("\n", 0, at)
-                buffer, at = buffer[at:] + more, 0
-                continue
-            yield row, end - at
-            at = end
-
-
-def _parquet(path: Path | str):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {hub.reason(error)}") from None
-
-
-def _parquet_chunks(path: Path) -> Iterator[Chunk]:
-    metadata, first = _parquet(path).metadata, 0
-    for group in range(metadata.num_row_groups):
-        count = metadata.row_group(group).num_rows
-        if count <= _GROUP_ROWS:
-            yield ParquetGroup(str(path), group, first, count)
-        else:
-            for batch in _read_parquet(str(path), group):
-                yield Inline(str(path), first + batch[0][0], tuple(row for _, row in batch), len(batch))
-        first += count
-
-
-def _read_parquet(path: str, group: int) -> Iterator[list[tuple[int, Row]]]:
-    import pyarrow
-
-    at = 0
-    try:
-        for batch in _parquet(path).iter_batches(CHUNK_ROWS, row_groups=[group]):
-            rows = batch.to_pylist()
-            yield list(enumerate(rows, at))
-            at += len(rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}, near row {at + 1} of row group {group}: damaged: {hub.reason(error)}") from None
-
-
-# --- hub and embedded ------------------------------------------------------------------------------------------------
 
 
 def _hub(name: str, config: str | None, split: str) -> Source:
@@ -265,34 +54,28 @@ def _hub(name: str, config: str | None, split: str) -> Source:
     if not isinstance(table, datasets.Dataset):
         raise UserError(f"data.source {name}: data.split {split} is not one split; known: {', '.join(table)}")
 
-    def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(table), CHUNK_ROWS):
-            rows = tuple(table.select(range(start, min(start + CHUNK_ROWS, len(table)))))
-            yield Inline(f"{name} ({split})", start, rows, len(rows))
+    def chunks() -> Iterator[files.Chunk]:
+        for start in range(0, len(table), files.CHUNK_ROWS):
+            rows = tuple(table.select(range(start, min(start + files.CHUNK_ROWS, len(table)))))
+            yield files.Inline(f"{name} ({split})", start, rows, len(rows))
 
     stamp = [name, config, split, len(table), sorted(file["filename"] for file in table.cache_files)]
     return Source(name, len(table), chunks, _digest(stamp))
 
 
-class _without_network:
+@contextlib.contextmanager
+def _without_network(offline: bool) -> Iterator[None]:
     """The hub client's offline switch, for one call: without it every request is retried for half a minute."""
+    import datasets
+    from huggingface_hub import constants
 
-    def __init__(self, offline: bool):
-        self.offline = offline
-
-    def __enter__(self):
-        import datasets
-        from huggingface_hub import constants
-
-        self.saved = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-        if self.offline:
-            datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-
-    def __exit__(self, *_):
-        import datasets
-        from huggingface_hub import constants
-
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = self.saved
+    saved = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
 
 
 def _embedded(source: str, split: str, max_rows: int | None, seed: int) -> Source:
@@ -300,10 +83,10 @@ def _embedded(source: str, split: str, max_rows: int | None, seed: int) -> Sourc
 
     examples = embedded.examples(source.removeprefix("embedded:"), split, max_rows, seed)
 
-    def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(examples), CHUNK_ROWS):
-            items = tuple(examples[start : start + CHUNK_ROWS])
-            yield Inline(source, start, items, len(items))
+    def chunks() -> Iterator[files.Chunk]:
+        for start in range(0, len(examples), files.CHUNK_ROWS):
+            items = tuple(examples[start : start + files.CHUNK_ROWS])
+            yield files.Inline(source, start, items, len(items))
 
     return Source(source, len(examples), chunks, _digest([repr(example) for example in examples]))
 

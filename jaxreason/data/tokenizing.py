@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from jaxreason.data.encode import Encoded, Encoder
+from jaxreason.data.example import Example
+from jaxreason.data.files import Chunk
 from jaxreason.data.schema import SCHEMAS, detect, require_correctness
-from jaxreason.data.sources import Chunk, Example, Source
+from jaxreason.data.sources import Source
 from jaxreason.data.store import FORMAT, Store, Writer, open_store
 from jaxreason.errors import UserError
 

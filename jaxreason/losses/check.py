@@ -119,8 +119,7 @@ def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Array, dict, dict]]:
         _check_result(loss.name, result)
         return result
 
-    # Not compiled: single operations are compiled once for all losses and shapes, which is faster for a tiny batch.
-    differentiate = jax.value_and_grad(value_and_metrics, has_aux=True)
+    differentiate = jax.jit(jax.value_and_grad(value_and_metrics, has_aux=True))
 
     def evaluate(inputs: Inputs) -> tuple[Array, dict, dict]:
         parts = {key: value for key in _DIFFERENTIABLE if (value := getattr(inputs, key, None)) is not None}

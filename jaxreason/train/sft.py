@@ -32,9 +32,8 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     """Runs the config, or resumes it, and returns its summary. Raises UserError for everything a user can mend."""
     # ---- inputs: nothing here starts a device
     setup: Setup = open_model(config.model)
-    loss = losses.get(config.loss.name, **config.loss.options)
-    if loss.kind != "sft":
-        raise UserError(f"loss.name {config.loss.name} is a loss of GRPO; SFT takes e.g. nll")
+    loss = losses.get(config.loss.name, kind="sft", **config.loss.options)
+    losses.check(loss)
     if missing := set(loss.needs) - {"entropy", "logsumexp", "mean_logp"}:
         raise UserError(f"loss.name {config.loss.name} needs {', '.join(sorted(missing))}, which SFT does not provide")
     run = RunDir(config)

@@ -1,0 +1,227 @@
+"""From YAML and ``key=value`` words to a validated config, with errors that name the key and the nearest valid one."""
+
+import contextlib
+import difflib
+import functools
+import operator
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from jaxreason.config.schema import ALGORITHMS, RunConfig, Section
+from jaxreason.errors import UserError
+
+
+def find(name: str) -> Path:
+    """The YAML file that ``--config NAME|PATH`` means. Raises UserError with the known names."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise UserError(f"--config {name}: no such file")
+    here = Path(__file__).resolve().parent.parent
+    roots = [Path.cwd() / "configs", here.parent / "configs", here / "configs"]
+    for root in roots:
+        if (root / f"{name}.yaml").is_file():
+            return root / f"{name}.yaml"
+    known = sorted({str(p.relative_to(r).with_suffix("")) for r in roots if r.is_dir() for p in r.rglob("*.yaml")})
+    raise UserError(f"--config {name}: no such config{_nearest(name, known)}; known: {', '.join(known)}")
+
+
+def load(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Reads config ``name``, applies ``key=value`` words, validates. Raises UserError."""
+    path = find(name)
+    return build(_read_yaml(path.read_text(), str(path)), overrides, str(path))
+
+
+def build(values: dict, overrides: typing.Sequence[str] = (), where: str = "config") -> RunConfig:
+    """A validated config from plain values and ``key=value`` words; ``where`` names the file in messages."""
+    values = _copy(values)
+    words = {}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
+        words[key] = word
+        _assign(values, key, _read_yaml(text, word), word)
+    algorithm = values.get("algorithm")
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"{where}: algorithm is {algorithm!r}; it is one of {', '.join(ALGORITHMS)}")
+    config_class = ALGORITHMS[algorithm]
+    try:
+        return config_class.model_validate(_numbers(values, config_class, ""))
+    except pydantic.ValidationError as error:
+        raise UserError(_explain(error, config_class, where, words)) from None
+
+
+def parse_words(section: type[Section], words: typing.Sequence[str]) -> Section:
+    """A section from ``key=value`` words alone. Raises UserError."""
+    values = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not of the form key=value, e.g. temperature=0.6")
+        _assign(values, key, _read_yaml(text, word), word)
+    try:
+        return section.model_validate(_numbers(values, section, ""))
+    except pydantic.ValidationError as error:
+        raise UserError(_explain(error, section, "command line", {})) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML, every key present."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys (dotted) whose values differ between two dumped configs, with both values."""
+    found = {}
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+def json_schema() -> dict:
+    """JSON Schema of the config files, for editors."""
+    return pydantic.TypeAdapter(functools.reduce(operator.or_, ALGORITHMS.values())).json_schema(by_alias=True)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    return value
+
+
+def _copy(values: Any) -> Any:
+    return {key: _copy(value) for key, value in values.items()} if isinstance(values, dict) else values
+
+
+def _assign(values: dict, key: str, value: Any, word: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.get(parent)
+        if inner is None:
+            inner = values[parent] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{word}: {parent} is a value, not a section")
+        values = inner
+    values[last] = value
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The Section in an annotation, looking through Optional and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        if found := _section(inner):
+            return found
+    return None
+
+
+def _wants_float(annotation: Any) -> bool:
+    if annotation is float:
+        return True
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return any(_wants_float(inner) for inner in typing.get_args(annotation))
+    return False
+
+
+def _numbers(values: Any, section: type[BaseModel], prefix: str) -> Any:
+    """YAML 1.1 reads ``3e-4`` as a string; where the schema wants a float, make it one."""
+    if not isinstance(values, dict):
+        return values
+    fields = {field.alias or name: field for name, field in section.model_fields.items()}
+    done = {}
+    for key, value in values.items():
+        field = fields.get(key)
+        if field is not None and isinstance(value, str) and _wants_float(field.annotation):
+            try:
+                value = float(value)
+            except ValueError:
+                raise UserError(f"{prefix}{key} is {value!r}, which is not a number") from None
+        elif field is not None and (inner := _section(field.annotation)) and isinstance(value, dict):
+            value = _numbers(value, inner, f"{prefix}{key}.")
+        elif isinstance(value, dict):
+            value = _loose_numbers(value)
+        done[key] = value
+    return done
+
+
+def _loose_numbers(values: dict) -> dict:
+    """The same for free-form options, where no schema says what is a number."""
+    done = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = _loose_numbers(value)
+        elif isinstance(value, str) and value[:1] in "+-.0123456789" and value[:1]:
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        done[key] = value
+    return done
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key below ``section``."""
+    found = []
+    for name, field in section.model_fields.items():
+        key = prefix + (field.alias or name)
+        inner = _section(field.annotation)
+        found += keys(inner, key + ".") if inner else [key]
+    return found
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _explain(error: pydantic.ValidationError, config_class: type[BaseModel], where: str, words: dict) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        place = f"{words[key]} (command line)" if key in words else f"{where}{_line(where, item['loc'])}"
+        if item["type"] == "extra_forbidden":
+            known = keys(config_class)
+            sections = sorted({k.split(".")[0] for k in known})
+            if (owner := [name for name, other in ALGORITHMS.items() if other is not config_class
+                          and any(k == key or k.startswith(key + ".") for k in keys(other))]):  # fmt: skip
+                lines.append(f"{place}: {key} is a key of algorithm {owner[0]}, not of this config's")
+            else:
+                pool = known if "." in key else known + sections
+                lines.append(f"{place}: unknown key {key}{_nearest(key, pool)}")
+        elif item["type"] == "missing":
+            lines.append(f"{place}: {key} is missing")
+        elif item["type"] == "value_error":
+            lines.append(f"{place}: {item['ctx']['error']}")
+        else:
+            lines.append(f"{place}: {key} is {item['input']!r}: {item['msg']}")
+    return "\n".join(lines)
+
+
+def _line(where: str, loc: tuple) -> str:
+    """``, line N`` of a key in a YAML file, if it stands there."""
+    path = Path(where)
+    if not path.is_file():
+        return ""
+    node, line = yaml.compose(path.read_text()), None
+    for part in loc:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        match = [(k, v) for k, v in pairs if k.value == str(part)]
+        if not match:
+            break
+        line, node = match[0][0].start_mark.line + 1, match[0][1]
+    return f", line {line}" if line else ""
+

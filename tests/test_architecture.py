@@ -1,0 +1,54 @@
+"""Imports go one way; flax stays where DESIGN puts it; importing the package starts nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] / "jaxreason"
+# Each room may import from rooms of a lower number, and from itself.
+LEVEL = {
+    "errors": 0, "config": 1, "types": 1, "data": 2, "model": 2, "losses": 2, "rewards": 2, "sharding": 3,
+    "rollout": 4, "checkpoint": 4, "hf": 4, "weights": 5, "convert": 6, "train": 6, "xla": 2, "plan": 7, "serve": 7,
+    "compare": 7, "cli": 8,
+}  # fmt: skip
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "jaxreason":
+                yield from (f"jaxreason.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "jaxreason" and len(parts) > 1 and parts[1] != room and not parts[1].startswith("__"):
+                if LEVEL[parts[1]] >= LEVEL[room]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+            if parts[0] == "flax" and room not in ("model", "sharding"):
+                wrong.append(f"{path.relative_to(ROOT)} imports flax")
+            if parts[0] == "torch":
+                wrong.append(f"{path.relative_to(ROOT)} imports torch")
+    assert not wrong
+
+
+def test_reading_a_config_imports_no_jax():
+    code = "import sys, jaxreason.config as c; c.load('sft'); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_files_are_small():
+    long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 450}
+    assert not long

@@ -1,0 +1,231 @@
+"""The engine against transformers and the full forward, and against itself with other slots, chunks and neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jaxreason import hf, model
+from jaxreason.errors import UserError
+from jaxreason.rollout import Engine, Sampling, cache
+
+CONFIG = model.LlamaConfig(
+    vocab_size=97, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12,
+    rope_theta=10000.0, max_positions=512, init_std=0.3,
+)  # fmt: skip
+STOPS = (5, 11, 40)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return model.init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def unstacked(params):
+    return model.unstack(params, CONFIG)
+
+
+def ragged(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+
+
+PROMPTS = ragged([1, 2, 17, 70, 9])
+SAMPLED = Sampling(30, temperature=1.3, top_p=0.95)
+
+
+def make(slots=4, chunk=8, sampling=SAMPLED, stops=STOPS) -> Engine:
+    return Engine(CONFIG, stops, sampling, slots, chunk)
+
+
+def ids(completions):
+    return [(c.prompt_index, c.sample_index, c.tokens.tolist(), c.truncated) for c in completions]
+
+
+@pytest.fixture(scope="module")
+def reference(unstacked):
+    """Three samples of every prompt; more sequences than slots, so that slots are refilled."""
+    return make().generate(unstacked, PROMPTS, 3, seed=1, step=2)
+
+
+def test_order_stop_tokens_and_lengths(reference):
+    assert [(c.prompt_index, c.sample_index) for c in reference] == [(p, g) for p in range(5) for g in range(3)]
+    assert {c.truncated for c in reference} == {True, False}  # both endings occur, or this test shows nothing
+    for c in reference:
+        assert c.tokens.dtype == np.int32 and len(c.tokens) == len(c.sampler_logp) == len(c.full_logp)
+        assert not np.isin(c.tokens[:-1], STOPS).any()
+        assert np.isin(c.tokens[-1], STOPS) == (not c.truncated)
+        assert len(c.tokens) == 30 if c.truncated else len(c.tokens) <= 30
+    ends = {int(c.tokens[-1]) for c in reference if not c.truncated}
+    assert len(ends) > 1  # every stop id ends a completion, not only the first
+
+
+def test_a_stop_token_at_the_limit_is_not_truncation(unstacked, reference):
+    stopped = next(c for c in reference if not c.truncated)
+    sampling = Sampling(len(stopped.tokens), temperature=1.3, top_p=0.95)
+    again = make(sampling=sampling).generate(unstacked, PROMPTS, 3, seed=1, step=2)
+    same = next(c for c in again if (c.prompt_index, c.sample_index) == (stopped.prompt_index, stopped.sample_index))
+    assert same.tokens.tolist() == stopped.tokens.tolist() and not same.truncated
+
+
+@pytest.mark.parametrize(("slots", "chunk"), [(7, 64), (32, 8), (32, 64), (1, 64)])
+def test_slots_and_chunk_change_nothing(unstacked, reference, slots, chunk):
+    found = make(slots, chunk).generate(unstacked, PROMPTS, 3, seed=1, step=2)
+    assert ids(found) == ids(reference)
+    for a, b in zip(found, reference):
+        np.testing.assert_allclose(a.full_logp, b.full_logp, atol=1e-5)
+
+
+def test_neighbours_change_nothing(unstacked, reference):
+    others = [*PROMPTS[:3], *ragged([40, 3], seed=9)]
+    assert ids(make().generate(unstacked, others, 3, seed=1, step=2))[:9] == ids(reference)[:9]
+    assert ids(make().generate(unstacked, PROMPTS, 5, seed=1, step=2))[:3] == ids(reference)[:3]
+
+
+def test_seed_step_and_sample_each_change_the_draws(unstacked, reference):
+    engine = make()
+    assert ids(engine.generate(unstacked, PROMPTS, 3, seed=2, step=2)) != ids(reference)
+    assert ids(engine.generate(unstacked, PROMPTS, 3, seed=1, step=3)) != ids(reference)
+    assert reference[0].tokens.tolist() != reference[1].tokens.tolist()
+
+
+def test_log_probabilities_equal_the_full_forward(params, reference):
+    for c in reference:
+        prompt = PROMPTS[c.prompt_index]
+        row = jnp.asarray([prompt + c.tokens.tolist()])
+        logits = np.asarray(model.logits(params, CONFIG, row), np.float64)[0, len(prompt) - 1 : -1] / 1.3
+        full = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        np.testing.assert_allclose(c.full_logp, full[np.arange(len(c.tokens)), c.tokens], atol=1e-4)
+        for t, token in enumerate(c.tokens):
+            order = np.argsort(-full[t])
+            nucleus = order[: np.searchsorted(np.cumsum(np.exp(full[t][order])), 0.95) + 1]
+            assert token in nucleus
+            expected = full[t, token] - np.log(np.exp(full[t][nucleus]).sum())
+            np.testing.assert_allclose(c.sampler_logp[t], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_transformers_generate(tmp_path, tied):
+    config = CONFIG.replace(tie_embeddings=tied)
+    params = model.init(config, jax.random.key(3))
+    hf.save(params, config, tmp_path / "hf", dtype="float32")
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    width, padded = max(map(len, PROMPTS)), np.zeros((len(PROMPTS), max(map(len, PROMPTS))), np.int64)
+    mask = np.zeros_like(padded)
+    for row, prompt in enumerate(PROMPTS):  # transformers pads on the left
+        padded[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    with torch.inference_mode():
+        out = twin.generate(
+            torch.tensor(padded), attention_mask=torch.tensor(mask), do_sample=False, max_new_tokens=50,
+            eos_token_id=list(STOPS), pad_token_id=0,
+        )[:, width:].tolist()  # fmt: skip
+
+    engine = Engine(config, STOPS, Sampling(50, temperature=0.0), slots=3, chunk=16)
+    found = engine.generate(model.unstack(params, config), PROMPTS, 1, seed=0, step=0)
+
+    lengths = [len(c.tokens) for c in found]
+    assert min(lengths) < 50 and max(lengths) > 1
+    assert [c.tokens.tolist() for c in found] == [row[:n] for row, n in zip(out, lengths)]
+    for row, n in zip(out, lengths):  # and transformers stopped there as well
+        assert n == 50 or row[n - 1] in STOPS
+
+
+def test_greedy_samples_of_a_group_are_equal(unstacked):
+    found = make(sampling=Sampling(10, temperature=0.0)).generate(unstacked, PROMPTS[:2], 3, seed=0, step=0)
+    assert found[0].tokens.tolist() == found[1].tokens.tolist() == found[2].tokens.tolist()
+    assert not found[0].sampler_logp.any() and found[0].full_logp.all()
+
+
+def test_each_prompt_is_prefilled_once(unstacked, monkeypatch):
+    engine, rows = make(slots=4), []
+    inner = engine._prefill
+    engine._prefill = lambda params, tokens, segments: (
+        rows.extend(row[mask > 0].tolist() for row, mask in zip(tokens, segments)),
+        inner(params, tokens, segments),
+    )[1]
+    engine.generate(unstacked, PROMPTS, 6, seed=0, step=0)
+    # All but the last token, which decoding feeds; prompt 0 has no other.
+    assert [row for row in rows if row] == [prompt[:-1] for prompt in PROMPTS[1:]]
+
+
+def test_a_second_call_with_other_lengths_compiles_nothing(unstacked):
+    engine = make(slots=4, chunk=16, sampling=Sampling(20), stops=())
+    engine.generate(unstacked, ragged([3, 30, 12, 7, 1]), 2, seed=0, step=0)
+    before = engine.compiles()
+    assert before == 2  # one prefill, one decode
+    engine.generate(unstacked, ragged([9, 2, 25, 14, 33], seed=1), 2, seed=0, step=1)
+    assert engine.compiles() == before
+
+
+def test_long_sequences_add_one_compile_a_bucket(unstacked):
+    engine = make(slots=2, chunk=32, sampling=Sampling(200), stops=())
+    found = engine.generate(unstacked, ragged([5]), 2, seed=0, step=0)
+    assert [len(c.tokens) for c in found] == [200, 200]
+    assert engine.compiles() == 1 + 3  # one prefill; buffers of 64, 128 and 256
+
+
+def test_streaming_and_progress(unstacked, reference):
+    streamed, seen = {}, []
+    engine = make()
+    found = engine.generate(
+        unstacked, PROMPTS, 3, seed=1, step=2, params_step=17,
+        on_tokens=lambda p, g, tokens: streamed.setdefault((p, g), []).extend(tokens.tolist()),
+        progress=lambda *numbers: seen.append(numbers),
+    )  # fmt: skip
+    assert streamed == {(c.prompt_index, c.sample_index): c.tokens.tolist() for c in reference}
+    assert seen[-1] == (15, 15, sum(len(c.tokens) for c in reference)) and seen == sorted(seen)
+    assert {c.params_step for c in found} == {17}
+
+
+def test_no_prompts_no_completions(unstacked):
+    assert make().generate(unstacked, [], 4, seed=0, step=0) == []
+
+
+def test_completions_do_not_depend_on_what_a_slot_held_before(unstacked, reference):
+    engine = make()
+    engine.generate(unstacked, ragged([100, 60, 80], seed=4), 2, seed=5, step=0)
+    assert ids(engine.generate(unstacked, PROMPTS, 3, seed=1, step=2)) == ids(reference)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "prompt 1 has no tokens"),
+        ([[1], [2] * 483], "prompt 1 has 483 tokens and max_completion_tokens is 30.*512 positions.*482 tokens"),
+        ([[1, 97]], "prompt 0 has the token id 97"),
+    ],
+)
+def test_prompts_that_cannot_run_are_named(unstacked, prompts, message):
+    with pytest.raises(UserError, match=message):
+        make().generate(unstacked, prompts, 1, seed=0, step=0)
+
+
+def test_the_longest_prompt_that_fits_runs(unstacked):
+    found = make(slots=1, chunk=32, stops=()).generate(unstacked, ragged([482]), 1, seed=0, step=0)
+    assert len(found[0].tokens) == 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"slots": 0}, "slots is 0"), ({"chunk": 0}, "chunk is 0"), ({"stops": (97,)}, "token id 97 .* vocabulary of 97")],
+)
+def test_wrong_engine_arguments_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        make(**changes)
+
+
+def test_buckets():
+    assert [cache.bucket(n, 10_240) for n in (1, 64, 65, 1000, 8193)] == [64, 64, 128, 1024, 10_240]
+    assert [cache.longest(n) for n in (1, 64, 65, 500, 1000, 8704)] == [64, 64, 128, 512, 1024, 10_240]
+    for n in range(1, 20_000, 37):
+        assert n <= cache.longest(n) <= max(64 + n, 1.25 * n)
+
+
+def test_kv_bytes():
+    # 100 + 30 positions → buffers of 192: 2 layers · k and v · 2 heads · 12 channels · 4 bytes = 384 bytes a position.
+    assert cache.longest(130) == 192
+    slots, prompts = 4 * 192, 4 * 128
+    assert make(slots=4).kv_bytes(100) == 384 * (slots + prompts)
