@@ -339,6 +339,17 @@ ALGORITHMS: dict[str, type[Section]] = {"sft": SftConfig, "grpo": GrpoConfig}
 
 # Keys that a resumed run may change: they move where and how fast it runs, not what it computes.
 RESUMABLE = frozenset(
-    {"run.dir", "data.workers", "data.cache_dir", "reward.workers", "train.save_every", "train.keep_checkpoints", "train.tensorboard",
-     "train.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"}
-)  # fmt: skip
+    {
+        "run.dir",
+        "data.workers",
+        "data.cache_dir",
+        "reward.workers",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.tensorboard",
+        "train.wandb",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+    }
+)
