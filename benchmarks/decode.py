@@ -27,6 +27,7 @@ from jaxreason.rollout import Engine, Sampling
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="smollm2-135m", choices=sorted(model.PRESETS))
+    parser.add_argument("--layers", type=int, default=None, help="instead of the preset's")
     parser.add_argument("--batch", type=int, default=16, help="prompts, and decoding slots")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -43,6 +44,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     config = model.PRESETS[args.preset].replace(compute_dtype="float32", stop_ids=())
+    config = config.replace(num_layers=args.layers or config.num_layers)
     params = model.init(config, jax.random.key(0))
     prompts = np.random.default_rng(0).integers(3, config.vocab_size, (args.batch, args.prompt_tokens))
 

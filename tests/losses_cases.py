@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import losses_twin as twin
 import numpy as np
+import pytest
 
 from jaxreason import losses
 from jaxreason.losses.reduce import whole_step
 
 POISONS = (1e30, float("nan"))
+SIZE = 1 + len(POISONS) + twin.MASK.shape[0]
 
 
 def make(kind: str, data: dict, mask=twin.MASK, ids=twin.IDS, groups=twin.GROUPS, keys=None):
@@ -25,8 +27,33 @@ def make(kind: str, data: dict, mask=twin.MASK, ids=twin.IDS, groups=twin.GROUPS
     return cls(mask=jnp.asarray(mask, jnp.float32), **values)
 
 
-def value_and_grad(loss, inputs):
+@pytest.fixture(autouse=True, scope="module")
+def fast_compiles():
+    """These tests compile hundreds of tiny operations and run each a few times."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def evaluate(loss, batches):
+    """(values, metrics, gradients by logp) of a list of inputs of one structure, as numpy, stacked.
+
+    Run as single operations under vmap, because compiling each loss would cost a hundred times the arithmetic; always
+    of the same size, so that operations are compiled once for all losses and tests.
+    """
+    batches = batches + batches[:1] * (SIZE - len(batches))
+    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *batches)
+    return jax.tree.map(np.asarray, jax.vmap(lambda x: value_and_grad(loss, x))(stacked))
+
+
+def evaluate_one(loss, inputs):
     """(value, metrics, gradient by logp)."""
+    return jax.tree.map(lambda x: x[0], evaluate(loss, [inputs]))
+
+
+def value_and_grad(loss, inputs):
+    """(value, metrics, gradient by logp), traceable."""
 
     def f(logp):
         return loss(dataclasses.replace(inputs, logp=logp))
@@ -38,8 +65,7 @@ def value_and_grad(loss, inputs):
 def check_rules(loss, inputs):
     """Poison and split invariance; returns value and gradient of the whole batch.
 
-    One evaluation, vmapped over: the whole step, the step poisoned twice, and one microbatch a row (the others masked).
-    Run as single operations, because compiling each loss would cost a hundred times the arithmetic.
+    Evaluated together: the whole step, the step poisoned twice, and one microbatch a row (the others masked).
     """
     inputs = whole_step(inputs)
     if loss.select is not None and inputs.selected is None:
@@ -47,8 +73,7 @@ def check_rules(loss, inputs):
     count = inputs.mask.shape[0]
     parts = [dataclasses.replace(inputs, mask=inputs.mask * (jnp.arange(count) == r)[:, None]) for r in range(count)]
     batches = [inputs] + [poisoned(inputs, poison) for poison in POISONS] + parts
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-    values, metrics, grads = jax.tree.map(np.asarray, jax.vmap(lambda x: value_and_grad(loss, x))(stacked))
+    values, metrics, grads = evaluate(loss, batches)
 
     assert np.isfinite(values[0]) and np.all(np.isfinite(grads[0]))
     first = 1 + len(POISONS)

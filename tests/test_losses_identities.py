@@ -8,6 +8,7 @@ import losses_cases as cases
 import losses_twin as twin
 import numpy as np
 import pytest
+from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import losses
 from jaxreason.errors import UserError
@@ -51,7 +52,7 @@ def exact_gradient(direction):
     ],
 )
 def test_expected_kl_gradients(estimator, direction):
-    found = jax.grad(lambda z: expected_loss(estimator, z, Z))(Z)
+    found = jax.jit(jax.grad(lambda z: expected_loss(estimator, z, Z)))(Z)
     np.testing.assert_allclose(found, 0 * Z if direction is None else exact_gradient(direction), atol=1e-6)
 
 
@@ -80,11 +81,11 @@ def test_at_ratio_one_clipped_losses_share_the_gradient_of_reinforce():
     grads = {}
     for name in ("reinforce", "importance_sampling", "grpo", "cispo", "sapo", "gspo_token", "gmpo", "gspo", "dppo"):
         options = {"log_ratio_coef": 0.0} if name == "dppo" else {}
-        grads[name] = cases.value_and_grad(losses.get(name, reduce="token-mean", **options), inputs)[2]
+        grads[name] = cases.evaluate_one(losses.get(name, reduce="token-mean", **options), inputs)[2]
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, grads["reinforce"], atol=1e-7, err_msg=name)
-    tic = cases.value_and_grad(losses.get("tic_grpo", reduce="seq-mean-token-mean"), inputs)[2]
-    summed = cases.value_and_grad(losses.get("grpo", reduce="seq-mean-token-sum"), inputs)[2]
+    tic = cases.evaluate_one(losses.get("tic_grpo", reduce="seq-mean-token-mean"), inputs)[2]
+    summed = cases.evaluate_one(losses.get("grpo", reduce="seq-mean-token-sum"), inputs)[2]
     np.testing.assert_allclose(tic, summed, atol=1e-7)
 
 
@@ -93,7 +94,7 @@ def test_gspo_token_equals_gspo_for_constant_advantages():
     data["advantages"] = np.take(np.random.default_rng(2).normal(size=20), twin.IDS + 3)
     inputs = cases.make("policy", data, keys=())
     options = {"clip_low": 0.1, "clip_high": 0.1}
-    a, b = (cases.value_and_grad(losses.get(n, **options), inputs) for n in ("gspo", "gspo_token"))
+    a, b = (cases.evaluate_one(losses.get(n, **options), inputs) for n in ("gspo", "gspo_token"))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     np.testing.assert_allclose(a[2], b[2], atol=1e-7)
 
@@ -101,7 +102,7 @@ def test_gspo_token_equals_gspo_for_constant_advantages():
 def test_cispo_gradient_is_the_clipped_ratio_times_the_advantage():
     data = twin.arrays()
     inputs = cases.make("policy", data, ids=None, groups=None, keys=())
-    _, _, grad = cases.value_and_grad(losses.get("cispo", ratio_max=1.1), inputs)
+    _, _, grad = cases.evaluate_one(losses.get("cispo", ratio_max=1.1), inputs)
     ratio = np.exp(data["logp"] - data["old_logp"])
     assert np.any(ratio > 1.1)
     expected = np.where(twin.MASK > 0, -np.minimum(ratio, 1.1) * data["advantages"] / 16, 0)
@@ -122,7 +123,7 @@ def test_entropy_bonus_gradient():
     """The entropy bonus reaches the entropy input with weight -coef / tokens on supervised positions alone."""
     inputs = cases.make("policy", twin.arrays(), keys={"entropy"})
     loss = losses.get("grpo", entropy_coef=0.32)
-    grad = jax.grad(lambda e: loss(dataclasses.replace(inputs, entropy=e))[0])(inputs.entropy)
+    grad = jax.jit(jax.grad(lambda e: loss(dataclasses.replace(inputs, entropy=e))[0]))(inputs.entropy)
     np.testing.assert_allclose(grad, -0.02 * twin.MASK, atol=1e-8)  # 16 tokens
 
 
@@ -144,7 +145,7 @@ def test_jsd_by_hand_and_with_impossible_tokens():
     # p_S = (1/2, 1/2), p_T = (1, 0), beta 1/2: M = (3/4, 1/4)
     student, teacher = jnp.log(jnp.asarray([0.5, 0.5])), jnp.asarray([0.0, -jnp.inf])
     expected = 0.5 * np.log(4 / 3) + 0.5 * (0.5 * np.log(2 / 3) + 0.5 * np.log(2))
-    value, grad = jax.value_and_grad(distill.generalized_jsd)(student, teacher)
+    value, grad = jax.jit(jax.value_and_grad(distill.generalized_jsd))(student, teacher)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert np.all(np.isfinite(grad))
     np.testing.assert_allclose(distill.forward_kl(student, teacher), np.log(2), rtol=1e-6)

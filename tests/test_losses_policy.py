@@ -8,6 +8,7 @@ import losses_cases as cases
 import losses_twin as twin
 import numpy as np
 import pytest
+from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from losses_twin import clip, ppo
 
 from jaxreason import losses
@@ -248,14 +249,22 @@ HAND = {
 
 
 def hand_inputs(**more):
-    p = np.log([[0.6, 0.9, 0.9], [0.2, 0.2, 0.2]])
-    old = np.log([[0.4, 0.9, 0.9], [0.4, 0.4, 0.4]])
+    """The two sequences in a [4, 7] batch, so that nothing new is compiled."""
+
+    def place(first, second):
+        full = np.full((4, 7), 0.5)
+        full[0, 0], full[1, :3] = first, second
+        return jnp.asarray(full, jnp.float32)
+
+    ids = jnp.asarray(np.repeat(np.arange(4)[:, None], 7, axis=1), jnp.int32)
     return losses.PolicyInputs(
-        logp=jnp.asarray(p, jnp.float32),
-        old_logp=jnp.asarray(old, jnp.float32),
-        advantages=jnp.asarray([[1.0] * 3, [-1.0] * 3]),
-        mask=jnp.asarray([[1.0, 0, 0], [1, 1, 1]]),
-        entropy=jnp.full((2, 3), 2.0),
+        logp=place(log(0.6), log(0.2)),
+        old_logp=place(log(0.4), log(0.4)),
+        advantages=place(1.0, -1.0),
+        mask=jnp.zeros((4, 7)).at[0, 0].set(1.0).at[1, :3].set(1.0),
+        entropy=place(2.0, 2.0),
+        sequence_ids=ids,
+        group_ids=ids,
         **more,
     )
 
@@ -264,13 +273,13 @@ def hand_inputs(**more):
 def test_hand_number(name):
     options, expected = HAND[name]
     loss = losses.get(name, **options)
-    more = {"selected": jnp.asarray([[1.0, 0, 0], [0, 0, 0]])} if "selected" in loss.needs else {}
-    value, _ = loss(hand_inputs(**more))
+    more = {"selected": jnp.zeros((4, 7)).at[0, 0].set(1.0)} if "selected" in loss.needs else {}
+    value, _, _ = cases.evaluate_one(loss, hand_inputs(**more))
     np.testing.assert_allclose(value, expected, atol=2e-6)
 
 
 def test_metrics_by_hand():
-    _, metrics = losses.get("grpo")(hand_inputs(sampler_logp=jnp.log(jnp.full((2, 3), 0.8))))
+    _, metrics, _ = cases.evaluate_one(losses.get("grpo"), hand_inputs(sampler_logp=jnp.full((4, 7), log(0.8))))
     expected = {
         "clip_fraction": 1.0, "clip_high_fraction": 0.25, "clip_low_fraction": 0.75, "ratio_mean": 0.75,
         "ratio_max": 1.5, "ratio_min": 0.5, "ratio_square_mean": 0.75, "entropy": 2.0,
@@ -290,7 +299,7 @@ def test_extreme_ratios_stay_finite():
     data["logp"] = np.where(np.arange(7) % 2, -0.1, -200.0) * np.ones((4, 7))
     for name in losses.names("policy"):
         loss = losses.get(name, **({} if name == "rloo" else {"kl_coef": 0.1}))
-        value, _, grad = cases.value_and_grad(loss, cases.make("policy", data, keys=loss.needs))
+        value, _, grad = cases.evaluate_one(loss, cases.make("policy", data, keys=loss.needs))
         assert np.isfinite(value) and np.all(np.isfinite(grad)), name
 
 
@@ -314,7 +323,7 @@ def test_rows_without_ids_equal_rows_with_ids():
 def test_a_step_of_padding_gives_zero():
     data = twin.arrays()
     for name in ("grpo", "dapo", "dr_grpo"):
-        value, _, grad = cases.value_and_grad(losses.get(name), cases.make("policy", data, mask=0 * twin.MASK, keys=()))
+        value, _, grad = cases.evaluate_one(losses.get(name), cases.make("policy", data, mask=0 * twin.MASK, keys=()))
         assert value == 0 and not np.any(grad)
 
 
@@ -340,7 +349,7 @@ def test_adaptive_entropy_coefficient():
     assert policy.adapt_entropy_coef(0.01, entropy=0.3, target=0.2) == (0.0, pytest.approx(0.005))
     assert policy.adapt_entropy_coef(0.001, entropy=0.3, target=0.2) == (0.0, 0.0)
     inputs = hand_inputs(entropy_coef=jnp.float32(0.01))
-    np.testing.assert_allclose(losses.get("grpo")(inputs)[0], -0.22, rtol=1e-6)  # -.2 - .01 * 2
+    np.testing.assert_allclose(cases.evaluate_one(losses.get("grpo"), inputs)[0], -0.22, rtol=1e-6)  # -.2 - .01 * 2
 
 
 def test_clip_cov_draws_from_the_band_only():

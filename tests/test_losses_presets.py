@@ -2,16 +2,17 @@
 
 import math
 
-import jax.numpy as jnp
+import losses_cases as cases
 import numpy as np
 import pytest
+from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import losses
 from jaxreason.errors import UserError
 
 exp = math.exp
-B, T, BUDGET = 5, 6, 11
-LENGTHS = (6, 1, 4, 3, 5)
+B, T, BUDGET = 4, 7, 11
+LENGTHS = (7, 1, 4, 3)
 
 
 def rows(seed):
@@ -92,11 +93,12 @@ CASES = [
 )
 def test_trl(theirs, settings, ours, options):
     loss = losses.get(ours, preset="trl", **options)
-    for seed in range(2):
-        d = rows(seed)
-        mask = np.arange(T) < np.array(LENGTHS)[:, None]
-        inputs = losses.PolicyInputs(mask=jnp.asarray(mask), **{k: jnp.asarray(v, jnp.float32) for k, v in d.items()})
-        np.testing.assert_allclose(loss(inputs)[0], trl(theirs, d, **settings), rtol=1e-5, atol=1e-6)
+    mask = np.arange(T) < np.array(LENGTHS)[:, None]
+    ids = np.repeat(np.arange(B)[:, None], T, axis=1)
+    data = [rows(seed) for seed in range(3)]
+    inputs = [cases.make("policy", d, mask=mask, ids=ids, groups=ids, keys=set(d)) for d in data]
+    values = cases.evaluate(loss, inputs)[0][: len(data)]
+    np.testing.assert_allclose(values, [trl(theirs, d, **settings) for d in data], rtol=1e-5, atol=1e-6)
 
 
 def test_other_presets_change_what_they_say():

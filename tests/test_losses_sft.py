@@ -8,6 +8,7 @@ import losses_cases as cases
 import losses_twin as twin
 import numpy as np
 import pytest
+from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import losses
 from jaxreason.errors import UserError
@@ -80,12 +81,22 @@ HAND = {
 
 @pytest.mark.parametrize("name", HAND)
 def test_hand_number(name):
-    full = lambda x: jnp.full((2, 2), x)  # noqa: E731
+    def full(x):
+        return jnp.full((4, 7), x, jnp.float32)
+
+    # In a [4, 7] batch, so that nothing new is compiled.
     inputs = losses.SftInputs(
-        logp=jnp.log(jnp.asarray([[0.5, 0.9], [0.25, 0.25]])), mask=jnp.asarray([[1.0, 0], [1, 1]]), ref_kl=full(0.2),
-        logsumexp=full(2.0), mean_logp=full(-3.0), ref_logp=full(log(0.25)), topk_entropy=full(1.5), entropy=full(0.7),
-    )  # fmt: skip
-    value, metrics = losses.get(name)(inputs)
+        logp=full(log(0.25)).at[0, 0].set(log(0.5)),
+        mask=full(0.0).at[0, 0].set(1.0).at[1, :2].set(1.0),
+        ref_kl=full(0.2),
+        logsumexp=full(2.0),
+        mean_logp=full(-3.0),
+        ref_logp=full(log(0.25)),
+        topk_entropy=full(1.5),
+        entropy=full(0.7),
+        sequence_ids=jnp.asarray(np.repeat(np.arange(4)[:, None], 7, axis=1), jnp.int32),
+    )
+    value, metrics, _ = cases.evaluate_one(losses.get(name), inputs)
     np.testing.assert_allclose(value, HAND[name], rtol=1e-5)
     np.testing.assert_allclose(metrics["nll"], 5 * log(2) / 3, rtol=1e-5)
     np.testing.assert_allclose(metrics["entropy"], 0.7, rtol=1e-5)
@@ -105,7 +116,8 @@ def test_tokenwise_losses_allow_chunks_of_tokens():
         inputs = losses.reduce.whole_step(cases.make("sft", data, keys=loss.needs))
         flat = jax.tree.map(lambda x: x.reshape(1, -1) if jnp.ndim(x) else x, inputs)
         chunks = [jax.tree.map(lambda x, k=k: x[:, k : k + 7] if jnp.ndim(x) else x, flat) for k in range(0, 28, 7)]
-        np.testing.assert_allclose(sum(loss(c)[0] for c in chunks), loss(inputs)[0], rtol=1e-6)
+        parts = cases.evaluate(loss, chunks)[0][: len(chunks)]
+        np.testing.assert_allclose(parts.sum(), cases.evaluate_one(loss, inputs)[0], rtol=1e-6)
     assert not losses.get("nll", reduce="seq-mean-token-mean").tokenwise
     assert losses.get("iw_sft", level="token").tokenwise
 
@@ -118,13 +130,15 @@ def test_dft_gradient_is_that_of_minus_p():
         inputs = losses.SftInputs(logp=jax.nn.log_softmax(z)[1].reshape(1, 1), mask=jnp.ones((1, 1)))
         return losses.get("dft")(inputs)[0]
 
-    np.testing.assert_allclose(jax.grad(dft)(logits), jax.grad(lambda z: -jax.nn.softmax(z)[1])(logits), atol=1e-7)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(dft))(logits), jax.grad(lambda z: -jax.nn.softmax(z)[1])(logits), atol=1e-7
+    )
 
 
 def test_certain_token_has_finite_focal_gradient():
     inputs = losses.SftInputs(logp=jnp.zeros((1, 1)), mask=jnp.ones((1, 1)))
     for b in (0.5, 2.0):
-        _, _, grad = cases.value_and_grad(losses.get("power", b=b), inputs)
+        _, _, grad = cases.evaluate_one(losses.get("power", b=b), inputs)
         assert grad[0, 0] == 0
 
 

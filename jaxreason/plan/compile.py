@@ -29,6 +29,7 @@ class Program:
     temp_bytes: int
     host_bytes: int
     seconds: float  # of tracing and compiling
+    loops: int  # how often a loop whose end only the data knows runs at most: microbatches, or decoding steps
     text: str = dataclasses.field(repr=False)
 
     @property
@@ -38,7 +39,7 @@ class Program:
 
     @property
     def collectives(self) -> list[hlo.Collective]:
-        return hlo.collectives(self.text)
+        return hlo.collectives(self.text, self.loops)
 
 
 def check_installed() -> None:
@@ -75,11 +76,11 @@ def compiling_for(target: Target, mesh: Mesh) -> Iterator[None]:
         jax.config.update("jax_compiler_enable_remat_pass", before)
 
 
-def compile_program(name: str, jitted, *arguments, target: Target, mesh: Mesh, options: dict | None = None) -> Program:
+def compile_program(name: str, jitted, *arguments, target: Target, mesh: Mesh, loops: int = 1) -> Program:
     """Compiles ``jitted`` for shapes ``arguments``, each with a sharding on ``mesh``."""
     started = time.monotonic()
     with compiling_for(target, mesh):
-        compiled = jitted.lower(*arguments).compile(compiler_options=options or {})
+        compiled = jitted.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     return Program(
         name,
@@ -89,6 +90,7 @@ def compile_program(name: str, jitted, *arguments, target: Target, mesh: Mesh, o
         memory.temp_size_in_bytes,
         memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         time.monotonic() - started,
+        loops,
         compiled.as_text(),
     )
 

@@ -20,7 +20,7 @@ class Instruction:
     kind: str
     type: str  # of the result
     rest: str  # operands and attributes
-    times: int  # how often one run of the program executes it; loops without a known count count once
+    times: int  # how often one run of the program executes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,11 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in _SHAPE.findall(text)]
 
 
-def instructions(text: str) -> list[Instruction]:
-    """Every instruction that the program executes as such: not those inside fusions."""
+def instructions(text: str, loops: int = 1) -> list[Instruction]:
+    """Every instruction that the program executes as such: not those inside fusions.
+
+    ``loops`` is how often a loop runs whose number of rounds the compiler does not know.
+    """
     bodies: dict[str, list[tuple[str, str, str]]] = {}
     entry = name = None
     for line in text.splitlines():
@@ -56,7 +59,7 @@ def instructions(text: str) -> list[Instruction]:
         elif name and (found := _INSTRUCTION.match(line)):
             bodies[name].append(found.groups())
     times: dict[str, int] = collections.Counter()
-    _count(entry, 1, bodies, times)
+    _count(entry, 1, bodies, times, loops)
     return [
         Instruction(kind, type_text, rest, times[name])
         for name, body in bodies.items() if times[name]
@@ -64,24 +67,25 @@ def instructions(text: str) -> list[Instruction]:
     ]  # fmt: skip
 
 
-def _count(name: str, count: int, bodies: dict, times: dict) -> None:
+def _count(name: str, count: int, bodies: dict, times: dict, loops: int) -> None:
     times[name] += count
     for _, kind, rest in bodies.get(name, ()):
         # What a fusion or a reduction calls is its definition; what a loop, a branch or a call names is executed.
         if kind in ("fusion", "reduce", "reduce-window", "sort", "scatter", "map", "custom-call", *_COLLECTIVES):
             continue
         trips = _TRIPS.search(rest)
+        rounds = (int(trips[1]) if trips else loops) if kind == "while" else 1
         for role, one, several in _CALLED.findall(rest):
             if role == "to_apply" and kind != "call":
                 continue
             for called in [one] if one else re.findall(r"[\w.$-]+", several):
-                _count(called, count * (int(trips[1]) if kind == "while" and trips else 1), bodies, times)
+                _count(called, count * rounds, bodies, times, loops)
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, loops: int = 1) -> list[Collective]:
     """Collectives in order of their total bytes, alike ones together."""
     found: dict[tuple[str, int], int] = collections.Counter()
-    for one in instructions(text):
+    for one in instructions(text, loops):
         kind = one.kind.removesuffix("-start")
         if kind not in _COLLECTIVES:
             continue

@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import losses
-from jaxreason.model import LlamaConfig, head_kernel, hidden, init, unstack
-from jaxreason.model.vocab import head_stats
+from jaxreason.model import LlamaConfig, init, unstack
 from jaxreason.plan.compile import Program, compile_program
 from jaxreason.plan.targets import Target
 from jaxreason.rollout import Engine, cache
@@ -17,7 +16,7 @@ from jaxreason.rollout.engine import _empty_slots
 from jaxreason.sharding import batch_sharding, replicated, shardings
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
-from jaxreason.train.step import make_train_step
+from jaxreason.train.step import make_score, make_train_step
 from jaxreason.types import Batch, TrainState
 
 _SCHEDULE_STEPS = 1000  # any number: the schedule is a formula in the step
@@ -30,12 +29,12 @@ class Place:
     target: Target
     mesh: Mesh
 
-    def compile(self, name: str, jitted, *arguments, options: dict | None = None) -> Program:
-        return compile_program(name, jitted, *arguments, target=self.target, mesh=self.mesh, options=options)
+    def compile(self, name: str, jitted, *arguments, loops: int = 1) -> Program:
+        return compile_program(name, jitted, *arguments, target=self.target, mesh=self.mesh, loops=loops)
 
 
 def abstract_batch(rows: int, length: int, mesh: Mesh, floats: tuple[str, ...] = ()) -> Batch:
-    """A batch of shapes; ``floats`` names what GRPO has beside SFT's fields."""
+    """A batch of shapes; ``floats`` names the float fields that GRPO's has beside SFT's."""
     place = batch_sharding(mesh)
     ints = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
     real = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=place)
@@ -63,7 +62,7 @@ def update(
     step = make_train_step(config, loss, transformation, schedule, microbatches, temperature)
     state = states.abstract(config, transformation, place.mesh)
     out = (jax.tree.map(lambda s: s.sharding, state), None)
-    return place.compile(name, jax.jit(step, donate_argnums=0, out_shardings=out), state, batch)
+    return place.compile(name, jax.jit(step, donate_argnums=0, out_shardings=out), state, batch, loops=microbatches)
 
 
 def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
@@ -74,15 +73,11 @@ def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
     )
 
 
-def reference(place: Place, config: LlamaConfig, dtype: str, rows: int, length: int, temperature: float) -> Program:
-    """Log-probs of a frozen model: the reference, or the policy at the rollout's weights."""
-
-    def logp(params, batch):
-        x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids)
-        return head_stats(x, head_kernel(params, config), batch.targets, temperature, needs=frozenset()).logp
-
-    batch = abstract_batch(rows, length, place.mesh)
-    return place.compile("reference", jax.jit(logp), abstract_params(config, place.mesh, dtype), batch)
+def score(place: Place, config: LlamaConfig, dtype: str, batch: Batch, microbatches: int, temperature: float) -> Program:
+    """Log-probs of a frozen model, such as the reference."""
+    function = make_score(config, microbatches, temperature)
+    arguments = abstract_params(config, place.mesh, dtype), batch
+    return place.compile("reference", jax.jit(function), *arguments, loops=microbatches)
 
 
 def rollout_params(config: LlamaConfig, mesh: Mesh):
@@ -102,7 +97,7 @@ def decode(place: Place, engine: Engine, length: int) -> Program:
     caches = jax.eval_shape(lambda: cache.allocate(engine.config, engine.slots, length))
     idle = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = (rollout_params(engine.config, place.mesh), *(_whole(tree, place.mesh) for tree in (slots, caches, idle)))
-    return place.compile("decode", engine._decode, *arguments)
+    return place.compile("decode", engine._decode, *arguments, loops=engine.chunk)
 
 
 def _whole(tree, mesh: Mesh):

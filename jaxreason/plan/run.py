@@ -15,8 +15,9 @@ from jaxreason.plan import architecture, compile, phases, roofline, targets
 from jaxreason.plan.phases import Place
 from jaxreason.rollout import Engine, Sampling, cache
 from jaxreason.sharding import BATCH_AXES
+from jaxreason.train.grpo import find_loss
 
-GIB = 2**30
+DECODE_FRACTION = 0.71  # of the bandwidth limit: what SkyRL-tx, the fastest published JAX engine, reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunCon
     """The config, and the words that a mesh of this many devices forces on it: whole rows for every device."""
     config = cfg.load(name, words)
     ways = _ways(config.mesh, options.hosts * options.devices)
-    rows, micro = _rows(config), config.train.microbatch_size or _rows(config)
+    rows, micro = _rows(config), _micro(config)
     if rows % micro == 0 and micro % ways == 0:
         return config, []
     wanted = math.ceil(micro / ways) * ways
@@ -96,10 +97,14 @@ def _rows(config: cfg.RunConfig) -> int:
     return config.rollout.prompts_per_step * config.rollout.group_size // config.train.minibatches
 
 
+def _micro(config: cfg.RunConfig) -> int:
+    return config.train.microbatch_size or (_rows(config) if config.algorithm == "sft" else min(_rows(config), 32))
+
+
 def _length(config: cfg.RunConfig) -> int:
     if config.algorithm == "sft":
         return config.data.max_length
-    return config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    return -(-(config.data.max_prompt_tokens + config.rollout.max_completion_tokens) // 64) * 64
 
 
 def compiled(config: cfg.RunConfig, options: Options) -> dict:
@@ -109,7 +114,7 @@ def compiled(config: cfg.RunConfig, options: Options) -> dict:
     mesh = compile.mesh_of(target, options.hosts, options.devices, config.mesh)
     rows = _rows(config)
     shape = _Shape(
-        config, model, source, Place(target, mesh), rows, _length(config), rows // (config.train.microbatch_size or rows)
+        config, model, source, Place(target, mesh), rows, _length(config), rows // _micro(config)
     )
     programs, resident, decoding = _sft(shape) if config.algorithm == "sft" else _grpo(shape)
     with assume_capability(target.capability):
@@ -130,36 +135,35 @@ def compiled(config: cfg.RunConfig, options: Options) -> dict:
 # ---- the programs of each algorithm: (programs, what else is on the device beside each, decoding's context)
 
 
-def _loss(config: cfg.RunConfig, kind: str) -> losses.Loss:
-    return losses.get(config.loss.name, **config.loss.options)
-
-
 def _sft(s: _Shape):
     batch = phases.abstract_batch(s.rows, s.length, s.place.mesh)
-    program = phases.update(s.place, s.model, s.config.optimizer, _loss(s.config, "sft"), batch, s.microbatches)
+    loss = losses.get(s.config.loss.name, **s.config.loss.options)
+    program = phases.update(s.place, s.model, s.config.optimizer, loss, batch, s.microbatches)
     return [program], {"update": {}}, None
 
 
 def _grpo(s: _Shape):
     c = s.config
-    reference = c.kl.coef > 0
-    floats = ("advantages", "old_logp", "sampler_logp", *(("ref_logp",) if reference else ()))
+    loss, reference = find_loss(c), c.kl.coef > 0
+    present = {
+        "advantages": True, "sampler_logp": True, "group_tokens": True, "ref_logp": reference,
+        "old_logp": c.train.updates_per_rollout > 1 or loss.select is not None, "selected": loss.select is not None,
+    }  # fmt: skip
+    floats = tuple(name for name, there in present.items() if there)
     batch = phases.abstract_batch(s.rows, s.length, s.place.mesh, floats)
-    programs = [
-        phases.update(
-            s.place, s.model, c.optimizer, _loss(c, "policy"), batch, s.microbatches, temperature=c.rollout.temperature
-        )
-    ]
+    temperature = c.rollout.temperature
+    programs = [phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature)]
     state = {"train state": compile.device_bytes(phases.abstract_state(s.model, c.optimizer, s.place.mesh))}
     frozen = {}
     if reference:
-        dtype, micro = s.model.compute_dtype, s.rows // s.microbatches
-        programs.append(phases.reference(s.place, s.model, dtype, micro, s.length, c.rollout.temperature))
+        dtype = s.model.compute_dtype
+        programs.append(phases.score(s.place, s.model, dtype, batch, s.microbatches, temperature))
         frozen["reference model"] = compile.device_bytes(phases.abstract_params(s.model, s.place.mesh, dtype))
     # Every device decodes its own share of the slots with whole weights.
     sampling = Sampling(
-        c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p, c.rollout.max_completion_tokens
-    )
+        temperature=temperature, top_p=c.rollout.top_p, top_k=c.rollout.top_k, min_p=c.rollout.min_p,
+        max_completion_tokens=c.rollout.max_completion_tokens,
+    )  # fmt: skip
     slots = math.ceil(c.rollout.slots / math.prod(s.place.mesh.shape[axis] for axis in BATCH_AXES))
     engine = Engine(s.model, s.model.stop_ids or (0,), sampling, slots)
     length = cache.longest(s.length)
@@ -190,7 +194,7 @@ def _memory(programs, resident: dict, target, s: _Shape) -> dict:
     state = phases.abstract_state(s.model, s.config.optimizer, s.place.mesh)
     update = programs[0]
     params, optimizer = compile.device_bytes(state.params), compile.device_bytes(state.opt_state)
-    weights = sum(leaf.size // _shards(leaf) for leaf in jax.tree.leaves(state.params))
+    weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     # Accumulating, the sum and one microbatch's gradient are float32 side by side.
     gradients = 4 * weights * (2 if s.microbatches > 1 else 1)
     totals = {p.name: p.total_bytes + sum(resident[p.name].values()) for p in programs}
@@ -198,62 +202,57 @@ def _memory(programs, resident: dict, target, s: _Shape) -> dict:
     return {
         "parameters": params, "optimizer": optimizer, "gradients": gradients,
         "activations": update.temp_bytes - gradients,
-        **({"kv_cache": _kv(programs, resident)} if s.config.algorithm == "grpo" else {}),
+        **({"kv_cache": resident["prefill"]["decoding caches"]} if "prefill" in resident else {}),
         "total": totals[worst], "largest_program": worst, "card": target.memory_bytes, "limit": target.limit_bytes,
         "spare": target.memory_bytes - totals[worst], "fits": totals[worst] <= target.limit_bytes,
     }  # fmt: skip
-
-
-def _kv(programs, resident: dict) -> int:
-    return resident["prefill"]["decoding caches"]
-
-
-def _shards(leaf) -> int:
-    return leaf.size // max(1, math.prod(leaf.sharding.shard_shape(leaf.shape)))
 
 
 def _speed(s: _Shape, options: Options, devices: int, price: float, decoding) -> dict:
     target, c = s.place.target, s.config
     document = min(options.document_tokens or s.length, s.length)
     flops = roofline.train_flops_per_token(s.model, [document])
-    step_tokens = s.rows * s.length
-    trained = roofline.train_speed(flops, step_tokens, target, devices)
-    steps = _steps(c, s, options, document)
+    trained = roofline.train_speed(flops, s.rows * s.length, target, devices)
+    updates, rollouts = _steps(c, s, options, document)
     record = {
-        "flops_per_token": flops, "document_tokens": document, "step_tokens": step_tokens,
-        "train": [dataclasses.asdict(speed) for speed in trained], "steps": steps, "usd_per_gpu_hour": price,
+        "flops_per_token": flops, "document_tokens": document, "step_tokens": s.rows * s.length,
+        "train": [dataclasses.asdict(speed) for speed in trained], "updates": updates, "rollouts": rollouts,
+        "usd_per_gpu_hour": price,
     }  # fmt: skip
-    rollout = 0.0
+    rollout = forwards = 0.0
     if decoding:
         slots, context = decoding
         rate = roofline.decode_tokens_per_second(s.model, target, slots, context)
         drawn = c.rollout.prompts_per_step * c.rollout.group_size * c.rollout.max_completion_tokens
-        rollout = drawn / (rate * devices) / c.train.updates_per_rollout
+        rollout = drawn / (rate * devices)
+        # Forward passes over every row of a rollout: the reference's, and the policy's own where updates repeat.
+        forwards = ((c.kl.coef > 0) + (c.train.updates_per_rollout > 1)) * c.train.minibatches / 3
         record["decode"] = {
             "slots_per_device": slots, "mean_context": context, "tokens_per_second_per_device": rate,
-            "kv_bytes_per_token": roofline.kv_bytes_per_token(s.model), "rollout_seconds_per_update": rollout,
+            "kv_bytes_per_token": roofline.kv_bytes_per_token(s.model), "rollout_seconds": rollout,
         }  # fmt: skip
-    if steps:
-        # At the decoding roofline nothing is lost; 71 % of it is the best published JAX engine (docs/h100.md).
-        record["recipe"] = [
-            {"mfu": speed.mfu, "hours": steps * (speed.step_seconds + rollout / 0.71) / 3600}
-            for speed in trained
-        ]  # fmt: skip
-        for row in record["recipe"]:
-            row["usd"] = row["hours"] * devices * price
+    if updates:
+        record["recipe"] = []
+        for speed in trained:
+            seconds = speed.step_seconds * (updates + rollouts * forwards) + rollouts * rollout / DECODE_FRACTION
+            record["recipe"].append(
+                {"mfu": speed.mfu, "hours": seconds / 3600, "usd": seconds / 3600 * devices * price}
+            )
     return record
 
 
-def _steps(c: cfg.RunConfig, s: _Shape, options: Options, document: int) -> int | None:
-    if c.train.steps:
-        return c.train.steps
+def _steps(c: cfg.RunConfig, s: _Shape, options: Options, document: int) -> tuple[int | None, int]:
+    """(optimizer updates, rollouts) of the whole recipe; None if that needs the data."""
     examples = options.examples or c.data.max_rows
-    if examples is None:
-        return None
     if c.algorithm == "grpo":
-        return math.ceil(c.train.epochs * examples / c.rollout.prompts_per_step) * c.train.updates_per_rollout
+        rollouts = c.train.steps or (examples and math.ceil(c.train.epochs * examples / c.rollout.prompts_per_step))
+        return (rollouts * c.train.updates_per_rollout, rollouts) if rollouts else (None, 0)
+    if c.train.steps:
+        return c.train.steps, 0
+    if examples is None:
+        return None, 0
     rows = examples * document / s.length if c.data.packing else examples
-    return math.ceil(c.train.epochs * rows / s.rows)
+    return math.ceil(c.train.epochs * rows / s.rows), 0
 
 
 # ---- what would fit
@@ -281,7 +280,7 @@ def changes(name: str, words: list[str], options: Options, wanted: int = 3, trie
 def _candidates(config: cfg.RunConfig, options: Options) -> list[tuple[list[str], int]]:
     """From what costs nothing to what costs most."""
     ways = _ways(config.mesh, options.hosts * options.devices)
-    micro = config.train.microbatch_size or _rows(config)
+    micro = _micro(config)
     single = []
     if config.optimizer.moment_dtype == "float32":
         single.append(["optimizer.moment_dtype=bfloat16"])

@@ -53,16 +53,18 @@ def _memory(report: dict, console: Console) -> None:
 
 
 def _programs(report: dict, console: Console) -> None:
-    table = Table("program", "arguments", "temporary", "beside it", "total", "custom calls", "compiled in",
+    table = Table("program", "arguments", "temporary", "beside it", "total", "cuDNN attention", "compiled in",
                   title="programs, compiled", title_justify="left")  # fmt: skip
     for p in report["programs"]:
-        beside = ", ".join(f"{name} {_gib(size)}" for name, size in p["resident_bytes"].items()) or "nothing"
-        calls = ", ".join(f"{n} {name.removeprefix('__cudnn$')}" for name, n in p["custom_calls"].items() if "cudnn" in name)
+        forward, backward = (p["custom_calls"].get(f"__cudnn$fmhaSoftmax{kind}", 0) for kind in ("", "Backward"))
         table.add_row(
-            p["name"], _gib(p["argument_bytes"]), _gib(p["temp_bytes"]), beside, _gib(p["total_bytes"]), calls or "none",
-            f"{p['compile_seconds']:.0f} s",
+            p["name"], _gib(p["argument_bytes"]), _gib(p["temp_bytes"]), _gib(sum(p["resident_bytes"].values())),
+            _gib(p["total_bytes"]), f"{forward} forward, {backward} backward", f"{p['compile_seconds']:.0f} s",
         )  # fmt: skip
     console.print(table)
+    beside = {name: size for p in report["programs"] for name, size in p["resident_bytes"].items()}
+    if beside:
+        console.print("beside them: " + ", ".join(f"{name} {_gib(size)}" for name, size in beside.items()))
 
 
 def _collectives(report: dict, console: Console, devices: int) -> None:
@@ -92,7 +94,7 @@ def _speed(report: dict, console: Console, devices: int) -> None:
             f"{whole['usd']:.0f}" if whole else "?",
         )  # fmt: skip
     console.print(table)
-    steps = f"{speed['steps']} steps" if speed["steps"] else "steps unknown: give --examples or train.steps"
+    steps = f"{speed['updates']} updates" if speed["updates"] else "updates unknown: give --examples or train.steps"
     console.print(
         f"{speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal attention "
         f"within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not counted. "
@@ -102,6 +104,6 @@ def _speed(report: dict, console: Console, devices: int) -> None:
         console.print(
             f"decoding reads at most {decode['tokens_per_second_per_device']:,.0f} tokens/s a GPU out of memory "
             f"({decode['slots_per_device']} slots, mean context {decode['mean_context']:.0f}, "
-            f"{decode['kv_bytes_per_token']:,} bytes of cache a token): {decode['rollout_seconds_per_update']:.1f} s an "
-            "update if every completion is as long as allowed; hours count 71 % of it."
+            f"{decode['kv_bytes_per_token']:,} bytes of cache a token): {decode['rollout_seconds']:.1f} s a "
+            "rollout if every completion is as long as allowed. The hours count 71 % of this rate."
         )

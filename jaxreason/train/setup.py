@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason.data.chat import Chat
+from jaxreason.data.pipeline import eval_split
 from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError
@@ -54,7 +55,7 @@ def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompt
     source = config.data.eval_source or config.data.source
     if not source.startswith("embedded:") and config.data.eval_source is None:
         raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
-    changes = {"source": source, "split": "eval", "max_rows": config.eval.problems}
+    changes = {"source": source, "split": eval_split(config.data), "max_rows": config.eval.problems}
     return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=chat)
 
 

@@ -1,0 +1,106 @@
+"""XLA's settings for a run: flags, allocator, caches. To be called before the first device is touched.
+
+What is set and why, on a GPU (defaults are those of jax 0.10.2; docs/h100.md has the sources):
+
+- the memory fraction, because the default allocator takes only 75 % of the card;
+- no rematerialisation by the compiler, because remat policies choose what is computed twice, and jaxreason.plan counts
+  memory the same way;
+- with several GPUs, overlap of collectives with compute, and combining thresholds above one layer's parameters;
+- a compilation cache, so that a resumed run starts at once.
+
+An unknown flag aborts the whole process with a C++ stack trace, so flags are first tried in another process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from jaxreason.errors import UserError
+
+MEMORY_FRACTION = "0.92"
+_OVERLAP = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_pipelined_all_gather=true",
+    "--xla_gpu_enable_pipelined_all_reduce=true",
+    "--xla_gpu_enable_while_loop_double_buffering=true",
+    f"--xla_gpu_all_gather_combine_threshold_bytes={2**30}",
+    f"--xla_gpu_all_reduce_combine_threshold_bytes={2**30}",
+    f"--xla_gpu_reduce_scatter_combine_threshold_bytes={2**27}",
+)
+_DETERMINISTIC = ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+
+def flags(platform: Literal["cpu", "gpu"], devices: int, deterministic: bool) -> tuple[str, ...]:
+    """The XLA flags of a run on ``devices`` devices over all hosts."""
+    if platform == "cpu":
+        return ()
+    return (*(_OVERLAP if devices > 1 else ()), *(_DETERMINISTIC if deterministic else ()))
+
+
+def unknown(names: tuple[str, ...]) -> list[str]:
+    """Those of the flags that the installed XLA does not know, found in processes that may die of them."""
+    if not names or _accepts(names):
+        return []
+    return [flag for flag in names if not _accepts((flag,))]
+
+
+def _accepts(some: tuple[str, ...]) -> bool:
+    # jaxlib's CPU client parses the same table as the GPU plugin of its version, in half a second and without a device.
+    code = "from jaxlib import xla_client; xla_client.make_cpu_client()"
+    environment = {**os.environ, "XLA_FLAGS": " ".join(some), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode and "Unknown flag" not in done.stderr:
+        raise UserError(f"XLA does not start with the flags {' '.join(some)}: {done.stderr.strip()[-500:]}")
+    return not done.returncode
+
+
+def configure(platform: Literal["cpu", "gpu"], devices: int = 1, deterministic: bool = False) -> dict[str, str]:
+    """Sets the process up and returns what was set; what the user's environment says already wins.
+
+    Args:
+      platform: what the run will use.
+      devices: over all hosts.
+      deterministic: the same bits from the same inputs on the same GPU, at some cost in speed.
+
+    Raises: UserError if the installed XLA does not know a flag, naming it.
+    """
+    import jax
+
+    given = os.environ.get("XLA_FLAGS", "").split()
+    named = {flag.partition("=")[0] for flag in given}
+    wanted = tuple(flag for flag in flags(platform, devices, deterministic) if flag.partition("=")[0] not in named)
+    if strange := unknown((*wanted, *given)):
+        ours = [flag for flag in strange if flag in wanted]
+        fix = f"this jaxlib is another than jaxreason was made for: {ours}" if ours else "remove it from XLA_FLAGS"
+        raise UserError(f"the installed XLA does not know {', '.join(strange)}; {fix}")
+    chosen = {}
+    if platform == "gpu":
+        chosen["XLA_PYTHON_CLIENT_MEM_FRACTION"] = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
+        jax.config.update("jax_compiler_enable_remat_pass", False)
+    if wanted or given:
+        chosen["XLA_FLAGS"] = " ".join((*given, *wanted))
+    os.environ.update(chosen)
+    if platform == "gpu":
+        chosen["jax_compilation_cache_dir"] = str(cache_dir())
+        jax.config.update("jax_compilation_cache_dir", chosen["jax_compilation_cache_dir"])
+    return chosen
+
+
+def cache_dir() -> Path:
+    """Where compiled programs are kept: ``$JAX_COMPILATION_CACHE_DIR``, or below ``$JAXREASON_CACHE``."""
+    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(given)
+    return Path(os.environ.get("JAXREASON_CACHE", "~/.cache/jaxreason")).expanduser() / "xla"
+
+
+def detect() -> Literal["cpu", "gpu"]:
+    """What jax will use by default, without starting it: a GPU if its plugin and a driver are here."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked:
+        return "gpu" if asked.split(",")[0] in ("cuda", "gpu") else "cpu"
+    from importlib.util import find_spec
+
+    plugin = any(find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin"))
+    return "gpu" if plugin and Path("/proc/driver/nvidia").exists() else "cpu"
