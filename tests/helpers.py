@@ -28,3 +28,40 @@ def final_params(run: Path) -> dict:
     source = Source("checkpoint", run / "checkpoints" / f"{step:08d}")
     params = source.params(source.config("float32", "float32"), make_mesh(cfg.Mesh(), jax.devices()[:1]))
     return jax.tree.map(np.asarray, params)
+
+
+DIGITS = '''
+import os, time
+
+def digits(sample):
+    """Share of digits: a reward that random weights earn differently."""
+    return sum(c.isdigit() for c in sample.completion) / max(1, len(sample.completion))
+
+def constant(sample):
+    return 1.0
+
+def raises(sample):
+    raise RuntimeError("grader is out of order")
+
+def hangs(sample):
+    time.sleep(60)
+
+def nan(sample):
+    return float("nan")
+
+def short(samples):
+    return [1.0]
+short.batch = True
+'''
+
+
+def grpo_words(root: Path, *words: str, reward: str = "digits") -> list[str]:
+    """Words after ``--config grpo`` that make it a run of seconds on random weights."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "graders.py").write_text(DIGITS)
+    return [
+        *TINY, "model.weights=null", "model.preset=embedded-tiny", f"run.dir={root}", "data.max_rows=50", "train.steps=6",
+        "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_completion_tokens=16", "rollout.slots=8",
+        "eval.problems=0", "train.save_every=0", "train.eval_every=0", "reward.workers=1",
+        f"reward.functions=[{{name: '{root / 'graders.py'}:{reward}'}}]", *words,
+    ]  # fmt: skip

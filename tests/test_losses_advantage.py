@@ -79,6 +79,7 @@ def test_group_of_one_and_ungraded_group():
 def test_presets():
     rewards = np.array([[0.0, 1.0, 2.0]])  # std 1
     np.testing.assert_allclose(advantage.get("grpo", preset="trl")(rewards)[0, 2], 1 / 1.0001, rtol=1e-7)
+    assert advantage.get("tic_lc", preset="trl").keywords == {}  # 1e-4 would swamp a std of rewards per token
     np.testing.assert_allclose(advantage.get("grpo", preset="verl", eps=1.0)(rewards)[0, 2], 0.5, rtol=1e-7)
 
 

@@ -58,6 +58,7 @@ def test_wrong_inputs_are_explained():
 def test_documented_example_passes_the_check():
     loss = losses.get(f"{ROOT / 'examples' / 'my_loss.py'}:soft_clip", width=0.3)
     assert loss.kind == "policy" and loss.advantage == "center" and loss.needs == frozenset()
+    assert loss.options == {"width": 0.3}
     losses.check(loss)
 
 
@@ -135,7 +136,8 @@ BUGS = {
     ),
     "metric": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n, {{'m': jnp.mean(x.logp)}}\n", "metric 'm' is"),
     "undeclared need": (
-        f"@losses.loss(kind='policy')\ndef f(inputs):\n{CLEAN}    return jnp.sum(x.ref_logp - x.logp) / n, {{}}\n",
+        f"@losses.loss(kind='policy', needs=())\ndef f(inputs):\n{CLEAN}"
+        f"    return jnp.sum(x.ref_logp - x.logp) / n, {{}}\n",
         "outside its `needs` are None",
     ),
     "not tokenwise": (

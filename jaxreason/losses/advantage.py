@@ -125,6 +125,8 @@ ESTIMATORS: dict[str, Callable[..., Array]] = {
     )
 }  # fmt: skip
 
+# The z-scores that the frameworks share; the other estimators keep their papers' constants.
+_PRESET_ESTIMATORS = ("grpo", "lite_ppo", "gdpo")
 PRESETS: dict[str, dict[str, Any]] = {
     "trl": {"ddof": 1, "eps": 1e-4},
     "verl": {"ddof": 1, "eps": 1e-6, "singleton": "raw"},
@@ -135,8 +137,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def get(name: str, *, preset: str | None = None, **options: Any) -> Callable[..., Array]:
     """The estimator ``name`` with its options bound; called as f(rewards[, lengths | weights]).
 
-    ``preset`` (``trl``, ``verl``, ``nemo``) sets that framework's ddof, eps and singleton rule where the estimator has
-    them. Raises UserError for an unknown name, preset or option.
+    ``preset`` (``trl``, ``verl``, ``nemo``) sets that framework's ddof, eps and singleton rule for grpo, lite_ppo and
+    gdpo. Raises UserError for an unknown name, preset or option.
     """
     if name not in ESTIMATORS:
         raise UserError(
@@ -151,7 +153,8 @@ def get(name: str, *, preset: str | None = None, **options: Any) -> Callable[...
             raise UserError(
                 f"advantage {name} has no option {key}{nearest(key, known)}; it has: {', '.join(known) or 'none'}"
             )
-    conventions = {key: value for key, value in PRESETS.get(preset or "", {}).items() if key in known}
+    conventions = PRESETS[preset] if preset is not None and name in _PRESET_ESTIMATORS else {}
+    conventions = {key: value for key, value in conventions.items() if key in known}
     return functools.partial(function, **(conventions | options))
 
 

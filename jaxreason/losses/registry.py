@@ -64,13 +64,19 @@ class Loss:
 
 
 def loss(
-    *, kind: Kind, tokenwise: bool = False, needs: Iterable[str] = (), advantage: str | None = None
+    *, kind: Kind, tokenwise: bool = False, needs: Iterable[str] | None = None, advantage: str | None = None
 ) -> Callable[[Callable], Callable]:
-    """Declares a function of your own as a loss; see ``get`` for what an undeclared one is taken for."""
+    """Declares a function of your own as a loss; see ``get`` for what an undeclared one is taken for.
+
+    Args:
+      kind, tokenwise: as in ``Loss``.
+      needs: the optional inputs it reads, the others being None; None: found by tracing it.
+      advantage: the estimator that belongs to it; None: grpo, if it is a policy loss.
+    """
 
     def declare(function: Callable) -> Callable:
         function.kind, function.tokenwise = kind, tokenwise
-        function.needs, function.advantage = frozenset(needs), advantage
+        function.needs, function.advantage = needs, advantage
         return function
 
     return declare

@@ -1,7 +1,7 @@
 """Llama in Flax Linen, its attention, and its vocabulary head."""
 
 from jaxreason.model.config import PRESETS, LlamaConfig, RopeScaling, param_count, preset
-from jaxreason.model.llama import head_kernel, hidden, init, logits, prefill, step_cached, unstack
+from jaxreason.model.llama import head_kernel, hidden, init, logits, next_logits, prefill, step_cached, unstack
 
 __all__ = [
     "PRESETS",
@@ -11,6 +11,7 @@ __all__ = [
     "hidden",
     "init",
     "logits",
+    "next_logits",
     "param_count",
     "prefill",
     "preset",

@@ -64,7 +64,7 @@ _LLAMA32_ROPE = RopeScaling("llama3", factor=32.0)
 PRESETS: dict[str, LlamaConfig] = {
     # The default of configs/sft.yaml: Llama-3.2's shape in every feature, small enough for two CPU cores.
     "embedded-tiny": LlamaConfig(
-        vocab_size=512, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, init_std=0.06,
+        vocab_size=384, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, init_std=0.06,
         rope_scaling=_LLAMA32_ROPE,
     ),
     "llama3.2-1b": LlamaConfig(

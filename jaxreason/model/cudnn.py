@@ -2,8 +2,8 @@
 
 jax.nn's public function cannot pack (it takes padding lengths, not segments), so this binds JAX's private primitive.
 It binds the inner one and writes the layout itself, for two reasons. The outer one scales the key offsets by the number
-of *query* heads, so that with grouped heads every segment but a row's first reads other tokens' keys, silently (jax
-0.10 and 0.11; mended upstream in jax PR 39521). And it leaves the softmax statistics unnamed, so that every remat
+of *query* heads, so that with grouped heads every segment but the first reads other tokens' keys, silently (jax 0.10.2;
+jax PR 39521 mends it, in 0.12). And it leaves the softmax statistics unnamed, so that every remat
 policy but "none" would run the forward twice. Whether the private function still has the shape that this file was
 written for is checked by :func:`unavailable`; where it has not, attention falls back and says so.
 """
@@ -79,11 +79,12 @@ def _private_api_differs() -> str | None:
         lowerings = (fa._dot_product_attention_fwd_cuda_lowering, _OPERANDS, _SETTINGS), (
             fa._dot_product_attention_bwd_cuda_lowering, _BACKWARD_OPERANDS, _SETTINGS - {"is_training"},
         )  # fmt: skip
-        wanted = fa.MaskType.PADDING_CAUSAL, fa.AttentionLayout.BTNH, fa._dot_product_attention_bwd_p
-        same = all(_parameters(function) - _UNUSED.keys() == {*names, *settings} for function, names, settings in lowerings)
+        _ = fa.MaskType.PADDING_CAUSAL, fa.AttentionLayout.BTNH, fa._dot_product_attention_fwd_p
+        _ = fa.MaskType.PADDING, fa.AttentionLayout.BNTH, fa._dot_product_attention_bwd_p
+        same = all(_parameters(function) - _UNUSED.keys() == {*names, *rest} for function, names, rest in lowerings)
     except (ImportError, AttributeError) as error:
         return f"jax {jax.__version__} has moved its private cuDNN call ({error})"
-    return None if same and all(wanted) else f"jax {jax.__version__} has changed its private cuDNN call"
+    return None if same else f"jax {jax.__version__} has changed its private cuDNN call"
 
 
 def _parameters(function) -> set[str]:
@@ -103,9 +104,9 @@ def _settings(lowering, **values) -> dict:
 def packed_layout(segment_ids: Array, max_segments: int) -> tuple[Array, Array]:
     """Where segments begin and how long they are, as the kernel wants them.
 
-    All segments of all rows stand in one list, in order, because the kernel takes the rows as one buffer of B·T tokens:
-    ``starts`` [B, M + 1] are token numbers in that buffer, followed by B·T where there is no segment; ``lengths`` [B, M]
-    are followed by 0. (JAX's outer function takes them a row at a time with −1 in unused places, and makes this.)
+    All segments of all rows stand in one list, in order, because the kernel takes the rows as one buffer of B·T
+    tokens: ``starts`` [B, M + 1] are token numbers in that buffer, then B·T where there is no segment; ``lengths``
+    [B, M] are followed by 0. (JAX's outer function takes them by rows, −1 in unused places, and makes this.)
     A row's padding is one more segment, so that every output is written and finite.
 
     Args:
@@ -178,7 +179,8 @@ def _backward(segment_ids, q, k, v, out, lse, grad, max_segments):
 
 def _packed_settings(q: Array) -> dict:
     fa = _private()
-    return {"scale": q.shape[-1] ** -0.5, "mask_type": fa.MaskType.PADDING_CAUSAL, "layout": fa.AttentionLayout.BTNH.value}
+    mask, layout = fa.MaskType.PADDING_CAUSAL, fa.AttentionLayout.BTNH.value
+    return {"scale": q.shape[-1] ** -0.5, "mask_type": mask, "layout": layout}
 
 
 def _operands(segment_ids, q, k, max_segments) -> tuple[Array, ...]:
@@ -195,7 +197,8 @@ def _operands(segment_ids, q, k, max_segments) -> tuple[Array, ...]:
 def _per_device(function, rows: int, kv_heads: int, operands: str, results: str):
     """``function`` on each device's own rows and heads; the partitioner cannot look into a custom call.
 
-    Operands and results are described by a letter each: ``r`` has rows first, ``h`` also heads second, ``t`` heads third.
+    Operands and results are described by a letter each: ``r`` has rows first, ``h`` also heads second, ``t`` heads
+    third.
     """
     row_axes, head_axis = placement.row_axes(rows), placement.head_axis(kv_heads)
     if row_axes is None and head_axis is None:
@@ -223,8 +226,8 @@ def _decode(lengths, q, k, v):
     fa = _private()
     none = jnp.zeros(0, q.dtype)
     settings = _settings(
-        fa._dot_product_attention_fwd_cuda_lowering,
-        scale=q.shape[-1] ** -0.5, mask_type=fa.MaskType.PADDING, layout=fa.AttentionLayout.BNTH.value, is_training=False,
+        fa._dot_product_attention_fwd_cuda_lowering, scale=q.shape[-1] ** -0.5, mask_type=fa.MaskType.PADDING,
+        layout=fa.AttentionLayout.BNTH.value, is_training=False,
     )  # fmt: skip
     (out,) = fa._dot_product_attention_fwd_p.bind(
         q.swapaxes(1, 2), k, v, none, jnp.ones_like(lengths), lengths, none, none, none, none, **settings

@@ -8,6 +8,7 @@ Parameters (stacked over layers for training; :func:`unstack` makes per-layer di
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -16,6 +17,7 @@ from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.config import LlamaConfig
 from jaxreason.model.cudnn import refuse_overfull
 from jaxreason.model.placement import pin_rows
+from jaxreason.model.product import times_transposed
 from jaxreason.model.rope import rope_tables, rotate
 
 _POLICIES = {
@@ -42,7 +44,7 @@ class Norm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x [rows, in] · kernel [in, out] (+ bias)."""
+    """x [rows, in] · kernel [in, out] (+ bias); for decoding ``unstack`` stores the kernel as ``transposed`` [out, in]."""
 
     features: int
     use_bias: bool
@@ -51,13 +53,23 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        kernel = self.param(
-            "kernel", nn.initializers.normal(c.init_std), (x.shape[-1], self.features), c.param_dtype
-        )
-        out = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", "transposed"):
+            out = times_transposed(x, self.get_variable("params", "transposed"))
+        else:
+            shape = (x.shape[-1], self.features)
+            out = x @ self.param("kernel", nn.initializers.normal(c.init_std), shape, c.param_dtype).astype(x.dtype)
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(x.dtype)
         return out
+
+
+def _denses(parent: nn.Module, x: Array, sizes: dict[str, int], use_bias: bool, config: LlamaConfig) -> list[Array]:
+    """One Dense of x a name; for decoding ``unstack`` fused them into one, whose outputs are split."""
+    fused = "_".join(sizes)
+    if parent.has_variable("params", fused):
+        out = Dense(sum(sizes.values()), use_bias, config, name=fused)(x)
+        return jnp.split(out, np.cumsum([*sizes.values()])[:-1], axis=-1)
+    return [Dense(size, use_bias, config, name=name)(x) for name, size in sizes.items()]
 
 
 class Attention(nn.Module):
@@ -66,10 +78,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, batch: tuple[int, int], tables, segment_ids, cache, write, visible):
         c = self.config
-        q = Dense(c.num_heads * c.head_dim, c.attention_bias, c, name="q")(x).reshape(*batch, c.num_heads, c.head_dim)
-        k = Dense(c.num_kv_heads * c.head_dim, c.attention_bias, c, name="k")(x)
-        v = Dense(c.num_kv_heads * c.head_dim, c.attention_bias, c, name="v")(x)
-        k, v = (y.reshape(*batch, c.num_kv_heads, c.head_dim) for y in (k, v))
+        sizes = {"q": c.num_heads * c.head_dim, "k": c.num_kv_heads * c.head_dim, "v": c.num_kv_heads * c.head_dim}
+        q, k, v = (
+            y.reshape(*batch, -1, c.head_dim) for y in _denses(self, x, sizes, c.attention_bias, c)
+        )
         q = checkpoint_name(rotate(q, tables), "query")
         k, v = checkpoint_name(rotate(k, tables), "key"), checkpoint_name(v, "value")
         if write is not None:
@@ -88,8 +100,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        gate = checkpoint_name(Dense(c.mlp_dim, c.mlp_bias, c, name="gate")(x), "gate")
-        up = checkpoint_name(Dense(c.mlp_dim, c.mlp_bias, c, name="up")(x), "up")
+        gate, up = _denses(self, x, {"gate": c.mlp_dim, "up": c.mlp_dim}, c.mlp_bias, c)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return checkpoint_name(Dense(c.embed_dim, c.mlp_bias, c, name="down")(nn.silu(gate) * up), "down")
 
 
@@ -169,10 +181,36 @@ def logits(params: dict, config: LlamaConfig, tokens, positions=None, segment_id
 
 
 def unstack(params: dict, config: LlamaConfig) -> dict:
-    """The same parameters in the compute dtype with ``layers`` as a list, one dict a layer, for decoding."""
+    """The same parameters in the compute dtype for decoding: ``layers`` a list with one dict a layer.
+
+    Kernels that multiply the same input are fused (``q_k_v``, ``gate_up``) and stored [out, in]: see ``product.py``.
+    """
     cast = jax.tree.map(lambda w: w.astype(config.compute_dtype), params)
-    layers = [jax.tree.map(lambda w, i=i: w[i], cast["layers"]) for i in range(config.num_layers)]
+
+    def fuse(denses: dict, *names: str) -> dict:
+        """The Denses of ``names`` as one; their leaves are kernel [in, out] and bias [out]."""
+        fused = {"transposed": jnp.concatenate([denses[name]["kernel"].T for name in names])}
+        if "bias" in denses[names[0]]:
+            fused["bias"] = jnp.concatenate([denses[name]["bias"] for name in names])
+        return {"_".join(names): fused}
+
+    layers = []
+    for i in range(config.num_layers):
+        layer = jax.tree.map(lambda w, i=i: w[i], cast["layers"])
+        attention_, mlp = layer["attention"], layer["mlp"]
+        layers.append(
+            {
+                **layer,
+                "attention": fuse(attention_, "q", "k", "v") | fuse(attention_, "o"),
+                "mlp": fuse(mlp, "gate", "up") | fuse(mlp, "down"),
+            }
+        )
     return {**cast, "layers": layers}
+
+
+def next_logits(params: dict, config: LlamaConfig, x: Array) -> Array:
+    """Logits [B, V] float32 of final hidden states x [B, D]; ``params`` from :func:`unstack`."""
+    return times_transposed(x, head_kernel(params, config), jnp.float32)
 
 
 def prefill(params: dict, config: LlamaConfig, tokens: Array, segment_ids: Array) -> list[tuple[Array, Array]]:

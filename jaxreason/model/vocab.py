@@ -98,7 +98,7 @@ def _token_loss(hidden, head, targets, aux, consts, loss, needs, budget):
 
 
 def _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad):
-    """:func:`_token_walk` over each device's own tokens with the whole table, which is gathered once; dw is summed once.
+    """:func:`_token_walk` over each device's own tokens with the whole table, gathered once; dw is summed once.
 
     The partitioner would walk all devices through the same chunks and add up their logits.
     """
@@ -121,9 +121,8 @@ def _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, wit
 
     rows, whole = PartitionSpec(axes), PartitionSpec()
     out = (whole, rows, PartitionSpec(None, SHARD_AXIS) if scattered else whole)
-    walk = jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, whole, rows, rows, whole), out_specs=out, axis_names=set(axes), check_vma=False
-    )
+    into = (rows, whole, rows, rows, whole)
+    walk = jax.shard_map(local, mesh=mesh, in_specs=into, out_specs=out, axis_names=set(axes), check_vma=False)
     return walk(hidden, head.astype(hidden.dtype), targets, aux, consts)
 
 

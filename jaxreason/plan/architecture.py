@@ -32,14 +32,11 @@ def resolve(model: cfg.Model) -> tuple[LlamaConfig, str]:
                 f"model.weights=null model.preset=NAME, with one of {', '.join(PRESETS)}"
             )
         found, source = PRESETS[name], f"preset {name}, for {model.weights}, which is not here"
-    return (
-        found.replace(
-            param_dtype=model.param_dtype, compute_dtype=model.compute_dtype, attention=model.attention, remat=model.remat
-        ),
-        source,
-    )
+    run_as = {name: getattr(model, name) for name in ("param_dtype", "compute_dtype", "attention", "remat")}
+    return found.replace(**run_as), source
 
 
 def _named_after(weights: str) -> str | None:
     """The preset that a run's or directory's name begins with, e.g. runs/llama3.2-3b-sft."""
-    return next((name for name in sorted(PRESETS, key=len, reverse=True) if Path(weights).name.lower().startswith(name)), None)
+    folder = Path(weights).name.lower()
+    return max((name for name in PRESETS if folder.startswith(name)), key=len, default=None)

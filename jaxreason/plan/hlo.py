@@ -100,5 +100,6 @@ def collectives(text: str, loops: int = 1) -> list[Collective]:
 
 def custom_calls(text: str) -> dict[str, int]:
     """Custom-call target → number of places in the program that call it."""
-    targets = [re.search(r'custom_call_target="([^"]+)"', i.rest) for i in instructions(text) if i.kind == "custom-call"]
+    calls = [one.rest for one in instructions(text) if one.kind == "custom-call"]
+    targets = [re.search(r'custom_call_target="([^"]+)"', call) for call in calls]
     return dict(collections.Counter(found[1] for found in targets if found))

@@ -68,12 +68,15 @@ def update(
 def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
     """Sharded parameters in ``dtype``: the reference model."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    stored = jnp.dtype(dtype)
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype), sharding=place), shapes, shardings(shapes, mesh)
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, stored, sharding=place), shapes, shardings(shapes, mesh)
     )
 
 
-def score(place: Place, config: LlamaConfig, dtype: str, batch: Batch, microbatches: int, temperature: float) -> Program:
+def score(
+    place: Place, config: LlamaConfig, dtype: str, batch: Batch, microbatches: int, temperature: float
+) -> Program:
     """Log-probs of a frozen model, such as the reference."""
     function = make_score(config, microbatches, temperature)
     arguments = abstract_params(config, place.mesh, dtype), batch
@@ -96,8 +99,9 @@ def decode(place: Place, engine: Engine, length: int) -> Program:
     slots = jax.eval_shape(lambda: _empty_slots(engine))
     caches = jax.eval_shape(lambda: cache.allocate(engine.config, engine.slots, length))
     idle = jax.ShapeDtypeStruct((), jnp.int32)
-    arguments = (rollout_params(engine.config, place.mesh), *(_whole(tree, place.mesh) for tree in (slots, caches, idle)))
-    return place.compile("decode", engine._decode, *arguments, loops=engine.chunk)
+    state = (_whole(tree, place.mesh) for tree in (slots, caches, idle))
+    params = rollout_params(engine.config, place.mesh)
+    return place.compile("decode", engine._decode, params, *state, loops=engine.chunk)
 
 
 def _whole(tree, mesh: Mesh):

@@ -47,7 +47,6 @@ class _Shape:
 
 def plan(name: str, words: list[str], options: Options) -> dict:
     """Compiles and reports; see ``table.show`` for the fields. Raises UserError."""
-    target = targets.load(options.target)
     if options.devices < 1 or options.hosts < 1:
         raise UserError(f"--devices {options.devices} --hosts {options.hosts}: both are at least 1")
     compile.check_installed()
@@ -113,9 +112,7 @@ def compiled(config: cfg.RunConfig, options: Options) -> dict:
     model, source = architecture.resolve(config.model)
     mesh = compile.mesh_of(target, options.hosts, options.devices, config.mesh)
     rows = _rows(config)
-    shape = _Shape(
-        config, model, source, Place(target, mesh), rows, _length(config), rows // _micro(config)
-    )
+    shape = _Shape(config, model, source, Place(target, mesh), rows, _length(config), rows // _micro(config))
     programs, resident, decoding = _sft(shape) if config.algorithm == "sft" else _grpo(shape)
     with assume_capability(target.capability):
         backend = resolve_attention(model.attention, model.compute_dtype, model.head_dim)
@@ -269,9 +266,7 @@ def changes(name: str, words: list[str], options: Options, wanted: int = 3, trie
             memory = compiled(there, changed)["memory"]
         except UserError:
             continue
-        found.append(
-            {"words": [*extra, *fitted], "devices": devices, "total": memory["total"], "fits": memory["fits"]}
-        )
+        found.append({"words": [*extra, *fitted], "devices": devices, "total": memory["total"], "fits": memory["fits"]})
         if sum(one["fits"] for one in found) == wanted:
             break
     return found

@@ -13,8 +13,9 @@ def show(report: dict, console: Console) -> None:
     console.print(
         f"[bold]{report['config']}[/] on {report['hosts']} x {report['devices_per_host']} {report['card']}, "
         f"mesh {' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())}\n"
-        f"{model['parameters']:,} parameters ({model['source']}); attention {model['attention']}, remat {model['remat']}; "
-        f"{batch['rows']} rows x {batch['tokens_per_row']} tokens a step in {batch['microbatches']} microbatches"
+        f"{model['parameters']:,} parameters ({model['source']}); attention {model['attention']}, "
+        f"remat {model['remat']}; {batch['rows']} rows x "
+        f"{batch['tokens_per_row']} tokens a step in {batch['microbatches']} microbatches"
     )
     if report["needed_words"]:
         console.print(f"these devices need: [bold]{' '.join(report['needed_words'])}[/]")
@@ -75,16 +76,16 @@ def _collectives(report: dict, console: Console, devices: int) -> None:
     for p in report["programs"]:
         for one in p["collectives"]:
             if one["total_bytes"] >= 2**20:
-                table.add_row(
-                    p["name"], one["kind"], str(one["times"]), f"{one['bytes'] / 2**20:.1f} MiB", _gib(one["total_bytes"])
-                )
+                size = f"{one['bytes'] / 2**20:.1f} MiB"
+                table.add_row(p["name"], one["kind"], str(one["times"]), size, _gib(one["total_bytes"]))
         table.add_row(p["name"], "all, on the links alone", "", "", f"{p['collective_seconds']:.2f} s")
     console.print(table)
 
 
 def _speed(report: dict, console: Console, devices: int) -> None:
     speed = report["speed"]
-    table = Table("MFU", "s a step", "tokens/s", "tokens/s a GPU", "hours", "USD", title="training", title_justify="left")
+    columns = ("MFU", "s a step", "tokens/s", "tokens/s a GPU", "hours", "USD")
+    table = Table(*columns, title="training", title_justify="left")
     recipe = {row["mfu"]: row for row in speed.get("recipe", ())}
     for row in speed["train"]:
         whole = recipe.get(row["mfu"])
@@ -96,9 +97,9 @@ def _speed(report: dict, console: Console, devices: int) -> None:
     console.print(table)
     steps = f"{speed['updates']} updates" if speed["updates"] else "updates unknown: give --examples or train.steps"
     console.print(
-        f"{speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal attention "
-        f"within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not counted. "
-        f"{steps}; {speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price)."
+        f"{speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal "
+        f"attention within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not "
+        f"counted. {steps}; {speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price)."
     )
     if decode := speed.get("decode"):
         console.print(

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, head_kernel, prefill, step_cached
+from jaxreason.model import LlamaConfig, next_logits, prefill, step_cached
 from jaxreason.rollout import cache
 from jaxreason.rollout.sampling import Sampling, sample, sequence_key
 
@@ -296,7 +296,6 @@ def _decode(
     """
     size, length = slots.token.shape[0], caches[0][0].shape[2]
     stops = np.array(stop_ids, np.int32)
-    head = head_kernel(params, config)
 
     def body(carry):
         i, slots, caches, (tokens, sampler_logp, full_logp, counts) = carry
@@ -304,8 +303,7 @@ def _decode(
         x, caches = step_cached(
             params, config, slots.token[:, None], slots.position[:, None], caches, cache.write_at(slots.position), visible
         )
-        logits = jnp.einsum("bd,vd->bv", x[:, 0], head, preferred_element_type=jnp.float32)
-        new, sampler, full = sample(logits, slots.key, slots.drawn, sampling)
+        new, sampler, full = sample(next_logits(params, config, x[:, 0]), slots.key, slots.drawn, sampling)
         drawn = slots.drawn + slots.live
         ended = jnp.any(new[:, None] == stops, axis=-1) | (drawn >= sampling.max_completion_tokens)
         outputs = (tokens.at[i].set(new), sampler_logp.at[i].set(sampler), full_logp.at[i].set(full), counts + slots.live)

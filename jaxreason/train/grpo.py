@@ -132,7 +132,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
                 config, engine, weights, prompts, setup, pool, estimator, step, cursor, at
             )
             del weights  # the rollout's copy is freed before the update needs the memory
-            record = rollouts.metrics_of(sequences, pool.names) | discarded
+            record = rollouts.metrics_of(sequences, labels(pool.names)) | discarded
             update_clock = time.monotonic()
             merged: dict[str, float] = {}
             batches = [
@@ -265,7 +265,7 @@ def collect(config, engine, weights, prompts, setup, pool, estimator, step, curs
         sequences = [
             Sequence(
                 chosen[c.prompt_index], c, sample.completion, len(kept) + len(spare) + c.prompt_index,
-                dict(zip(pool.names, map(float, row))), math.nan if total is None else float(total),
+                dict(zip(labels(pool.names), map(float, row))), math.nan if total is None else float(total),
             )
             for c, sample, row, total in zip(completions, inputs, graded.rewards, graded.total)
         ]  # fmt: skip
@@ -281,7 +281,7 @@ def collect(config, engine, weights, prompts, setup, pool, estimator, step, curs
     discarded = max(0, len(kept) + len(spare) - wanted)
     kept = (kept + spare)[:wanted]
     totals_P_G = np.array([[s.reward for s in g] for g in kept])
-    rewards_F_P_G = np.array([[[s.rewards[name] for s in g] for g in kept] for name in pool.names])
+    rewards_F_P_G = np.array([[[s.rewards[name] for s in g] for g in kept] for name in labels(pool.names)])
     lengths_P_G = np.array([[len(s.completion.tokens) for s in g] for g in kept])
     advantages_P_G = estimator(rewards_F_P_G, totals_P_G, lengths_P_G)
     sequences = [
@@ -290,6 +290,12 @@ def collect(config, engine, weights, prompts, setup, pool, estimator, step, curs
         for i, s in enumerate(g)
     ]
     return sequences, times, cursor, {"resampled_groups": discarded, "reward_errors": failed}
+
+
+def labels(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of reward functions in metrics: of ``path/file.py:function`` the function, where that is unambiguous."""
+    short = tuple(name.rsplit(":", 1)[-1] for name in names)
+    return short if len(set(short)) == len(short) else names
 
 
 def order(seed: int, step: int, count: int, parts: int) -> np.ndarray:

@@ -1,0 +1,26 @@
+"""The matrix product of decoding: few rows by a weight that is stored [out, in]."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+_FEW = range(2, 65)
+
+
+def times_transposed(x: Array, weight: Array, dtype=None) -> Array:
+    """x [rows, in] · weight [out, in]ᵀ → [rows, out], accumulated and returned in ``dtype`` (None: x's own).
+
+    On a CPU XLA packs the right operand of every product, which for few rows costs as much as the product. There the
+    weight goes left and the rows, transposed, right; the barriers keep the simplifier from turning that around. Measured
+    on two cores at 4 to 32 rows of 576: 1.5 to 2 times faster; from 64 rows on equal.
+    """
+
+    def plain(x, weight):
+        return jnp.einsum("bi,oi->bo", x, weight, preferred_element_type=dtype)
+
+    def weight_first(x, weight):
+        column = lax.optimization_barrier(x.T)
+        return lax.optimization_barrier(jnp.matmul(weight, column, preferred_element_type=dtype)).T
+
+    if x.shape[0] not in _FEW:
+        return plain(x, weight)
+    return lax.platform_dependent(x, weight, cpu=weight_first, default=plain)
