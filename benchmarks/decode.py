@@ -90,7 +90,8 @@ def report(args: argparse.Namespace, tokens: dict[str, np.ndarray], seconds: dic
     ratio = best["jaxreason"] / best["transformers"]
     same = float(np.mean(tokens["jaxreason"] == tokens["transformers"])) if args.temperature == 0 else None
     if args.json:
-        print(json.dumps(vars(args) | {"tokens_per_s": best, "median_tokens_per_s": median, "ratio": ratio, "same": same}))
+        found = {"tokens_per_s": best, "median_tokens_per_s": median, "ratio": ratio, "tokens_in_common": same}
+        print(json.dumps(vars(args) | found))
         return
     print(f"{args.preset}, float32, batch {args.batch}, {args.prompt_tokens} prompt + {args.new_tokens} new tokens")
     print(f"{'':14}{'best tok/s':>12}{'median tok/s':>14}")

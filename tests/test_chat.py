@@ -65,7 +65,8 @@ def test_an_opened_thought_needs_a_thought():
 
 def test_r1_zero_template():
     prompt, completion = chats.resolve(helpers.llama(), "r1_zero").render(Example("q", "a", "t"))
-    assert prompt.endswith("User: q\n\nAssistant: <think>\n")
+    assert prompt.startswith("<|begin_of_text|>A conversation between User and Assistant. ")
+    assert prompt.endswith("<answer> answer here </answer>. User: q Assistant: <think>\n")
     assert completion == "t\n</think>\n\na<|end_of_text|>"
 
 

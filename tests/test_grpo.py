@@ -19,11 +19,11 @@ from jaxreason import checkpoint, cli, losses, model
 from jaxreason import config as cfg
 from jaxreason.data.prompts import Prompt
 from jaxreason.rollout import Completion
+from jaxreason.sharding import make_mesh
 from jaxreason.train import rollouts
 from jaxreason.train import state as states
 from jaxreason.train.optimizer import make
 from jaxreason.train.step import make_gradient, make_score
-from jaxreason.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "XLA_FLAGS": ""}

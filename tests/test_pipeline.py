@@ -266,7 +266,7 @@ def test_table_prints_reasons(tmp_path, config):
     from rich.console import Console
 
     path = helpers.write_jsonl(tmp_path / "rows.jsonl", [*TRACES, {"messages": []}])
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))
     console.print(run(config(path, eval_rows=2)).report.table())
     printed = console.export_text()
     assert "dropped: messages is empty or not a list" in printed and f"{path}, line 25" in printed

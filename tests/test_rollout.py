@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -225,6 +224,7 @@ def test_wrong_engine_arguments_are_named(changes, message):
 
 
 def test_buckets():
+    assert [cache.prompt_bucket(n, 200) for n in (0, 1, 16, 17, 129)] == [16, 16, 16, 32, 200]
     assert [cache.bucket(n, 10_240) for n in (1, 64, 65, 1000, 8193)] == [64, 64, 128, 1024, 10_240]
     assert [cache.longest(n) for n in (1, 64, 65, 500, 1000, 8704)] == [64, 64, 128, 512, 1024, 10_240]
     for n in range(1, 20_000, 37):
@@ -234,5 +234,5 @@ def test_buckets():
 def test_kv_bytes():
     # 100 + 30 positions → buffers of 192: 2 layers · k and v · 2 heads · 12 channels · 4 bytes = 384 bytes a position.
     assert cache.longest(130) == 192
-    slots, prompts = 4 * 192, 4 * 128
+    slots, prompts = 4 * 192, 4 * 128  # the prompts of one prefill: as many as slots, 100 → 128 tokens
     assert make(slots=4).kv_bytes(100) == 384 * (slots + prompts)

@@ -8,10 +8,10 @@ import pytest
 
 from jaxreason import config as cfg
 from jaxreason import losses, model
+from jaxreason.sharding import make_mesh
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.step import make_train_step, totals_of
-from jaxreason.sharding import make_mesh
 from jaxreason.types import Batch, count_unique
 
 CONFIG = model.LlamaConfig(

@@ -44,7 +44,7 @@ class Writer:
         except OSError as error:
             raise UserError(f"{final.parent}: cannot write tokenized data: {error}; set data.cache_dir") from None
         self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        self.file = open(self.temporary / "tokens.bin", "wb")  # noqa: SIM115 -- closed by commit or discard
+        self.file = open(self.temporary / "tokens.bin", "wb")
         self.parts: list[Encoded] = []
 
     def add(self, part: Encoded, first_row: int) -> None:

@@ -68,7 +68,7 @@ def cached_attention(q: Array, k: Array, v: Array, visible: Array, backend: str 
 
 
 def _reference(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    b, t, n, h = q.shape
+    _, t, n, h = q.shape
     repeat = n // k.shape[2]
     k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * h**-0.5

@@ -2,8 +2,8 @@
 
 Parameters (stacked over layers for training; :func:`unstack` makes per-layer dicts for decoding):
 
-    embed.embedding [V, D] · layers.{attention_norm,mlp_norm}.scale [L, D] · layers.attention.{q,k,v,o}.kernel [L, in, out]
-    layers.mlp.{gate,up,down}.kernel [L, in, out] · norm.scale [D] · head.kernel [V, D] (untied only)
+    embedding [V, D] · layers.{attention_norm,mlp_norm}.scale [L, D] · layers.attention.{q,k,v,o}.kernel [L, in, out]
+    layers.mlp.{gate,up,down}.kernel [L, in, out] · norm.scale [D] · head [V, D] (untied only)
 """
 
 import jax
@@ -44,7 +44,7 @@ class Norm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x [rows, in] · kernel [in, out] (+ bias); for decoding ``unstack`` stores the kernel as ``transposed`` [out, in]."""
+    """x [rows, in] · kernel [in, out] (+ bias); ``unstack`` stores the kernel as ``transposed`` [out, in]."""
 
     features: int
     use_bias: bool
@@ -79,9 +79,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array, batch: tuple[int, int], tables, segment_ids, cache, write, visible):
         c = self.config
         sizes = {"q": c.num_heads * c.head_dim, "k": c.num_kv_heads * c.head_dim, "v": c.num_kv_heads * c.head_dim}
-        q, k, v = (
-            y.reshape(*batch, -1, c.head_dim) for y in _denses(self, x, sizes, c.attention_bias, c)
-        )
+        q, k, v = (y.reshape(*batch, -1, c.head_dim) for y in _denses(self, x, sizes, c.attention_bias, c))
         q = checkpoint_name(rotate(q, tables), "query")
         k, v = checkpoint_name(rotate(k, tables), "key"), checkpoint_name(v, "value")
         if write is not None:

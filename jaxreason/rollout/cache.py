@@ -16,11 +16,20 @@ from jaxreason.model import LlamaConfig
 Caches = list[tuple[Array, Array]]  # per layer k and v, each [slots, K, C, H]
 
 _SHORTEST = 64
+_SHORTEST_PROMPT = 16  # a prefill pays for padding in full, decoding next to nothing
 
 
 def bucket(length: int, limit: int) -> int:
     """Buffer length for ``length`` positions: 64·2^n, or ``limit`` where that is less, so that compiles stay few."""
-    size = _SHORTEST
+    return _double(_SHORTEST, length, limit)
+
+
+def prompt_bucket(length: int, limit: int) -> int:
+    """Padded length of a prefill call: 16·2^n, or ``limit`` where that is less."""
+    return _double(_SHORTEST_PROMPT, length, limit)
+
+
+def _double(size: int, length: int, limit: int) -> int:
     while size < length:
         size *= 2
     return min(size, limit)

@@ -103,7 +103,7 @@ class Engine:
     def kv_bytes(self, max_prompt_tokens: int) -> int:
         """Most bytes of keys and values that are held at once for prompts of at most this length."""
         limit = cache.longest(max_prompt_tokens + self.sampling.max_completion_tokens)
-        prompts, rows = cache.bucket(max_prompt_tokens, limit), self._prefill_rows(max_prompt_tokens)
+        prompts, rows = cache.prompt_bucket(max_prompt_tokens, limit), self._prefill_rows(max_prompt_tokens)
         return cache.num_bytes(self.config, self.slots, limit) + cache.num_bytes(self.config, rows, prompts)
 
     def _prefill_rows(self, longest_prompt: int) -> int:
@@ -166,8 +166,9 @@ class Engine:
             if len(prompt) > room:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens and max_completion_tokens is "
-                    f"{self.sampling.max_completion_tokens}, together more than the model's {self.config.max_positions} "
-                    f"positions; shorten the prompt to {max(room, 0)} tokens or lower max_completion_tokens"
+                    f"{self.sampling.max_completion_tokens}, together more than the model's "
+                    f"{self.config.max_positions} positions; shorten the prompt to {max(room, 0)} tokens "
+                    "or lower max_completion_tokens"
                 )
             low, high = min(prompt), max(prompt)
             if low < 0 or high >= self.config.vocab_size:
@@ -227,7 +228,7 @@ class _Run:
 
     def _prefill(self, first: int) -> None:
         batch = [list(prompt[:-1]) for prompt in self.prompts[first : first + self.rows]]
-        length = cache.bucket(max(1, *map(len, batch), 1), self.limit)
+        length = cache.prompt_bucket(max(map(len, batch)), self.limit)
         tokens = np.full((self.rows, length), self.engine.pad_id, np.int32)
         segment_ids = np.zeros_like(tokens)
         for row, prompt in enumerate(batch):
@@ -299,14 +300,14 @@ def _decode(
 
     def body(carry):
         i, slots, caches, (tokens, sampler_logp, full_logp, counts) = carry
-        visible = jnp.arange(length) <= slots.position[:, None, None]
-        x, caches = step_cached(
-            params, config, slots.token[:, None], slots.position[:, None], caches, cache.write_at(slots.position), visible
-        )
+        token, position = slots.token[:, None], slots.position[:, None]
+        visible = jnp.arange(length) <= position[..., None]
+        x, caches = step_cached(params, config, token, position, caches, cache.write_at(slots.position), visible)
         new, sampler, full = sample(next_logits(params, config, x[:, 0]), slots.key, slots.drawn, sampling)
         drawn = slots.drawn + slots.live
         ended = jnp.any(new[:, None] == stops, axis=-1) | (drawn >= sampling.max_completion_tokens)
-        outputs = (tokens.at[i].set(new), sampler_logp.at[i].set(sampler), full_logp.at[i].set(full), counts + slots.live)
+        columns = zip((tokens, sampler_logp, full_logp), (new, sampler, full))
+        outputs = (*(column.at[i].set(row) for column, row in columns), counts + slots.live)
         slots = _Slots(
             token=jnp.where(slots.live, new, slots.token),
             position=slots.position + slots.live,

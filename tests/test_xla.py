@@ -1,0 +1,72 @@
+"""XLA's settings: what is set where, and that a flag nobody knows is a message and not an abort."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxreason import xla
+from jaxreason.errors import UserError
+
+
+def configured(platform: str, *arguments: str, **environment: str) -> dict:
+    """What ``configure`` sets, in a fresh process: it changes the process it runs in."""
+    code = (
+        "import json, jax; from jaxreason import xla\n"
+        f"chosen = xla.configure({platform!r}, {', '.join(arguments)})\n"
+        "print(json.dumps([chosen, jax.config.jax_compiler_enable_remat_pass, jax.config.jax_compilation_cache_dir]))"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise AssertionError(done.stderr)
+    chosen, remat_pass, cache = json.loads(done.stdout)
+    return chosen | {"remat_pass": remat_pass, "cache": cache}
+
+
+def test_every_flag_is_known_to_the_installed_xla():
+    everything = xla.flags("gpu", devices=8, deterministic=True)
+    assert len(everything) > 5 and xla.unknown(everything) == []
+
+
+def test_unknown_flags_are_found_without_dying():
+    # the second was renamed years ago and is still in recipes; it aborts the process that uses it
+    given = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_custom_fusions=true", "--xla_gpu_no_such_thing=1")
+    assert xla.unknown(given) == list(given[1:])
+
+
+def test_flags_by_platform_and_size():
+    assert xla.flags("cpu", 8, True) == ()
+    assert xla.flags("gpu", 1, False) == ()
+    one, many = xla.flags("gpu", 1, True), xla.flags("gpu", 8, False)
+    assert "--xla_gpu_exclude_nondeterministic_ops=true" in one and not set(one) & set(many)
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in many
+
+
+def test_configure_for_a_gpu_and_what_the_user_said_wins(tmp_path):
+    given = "--xla_gpu_enable_latency_hiding_scheduler=false"
+    found = configured("gpu", "8", XLA_FLAGS=given, JAXREASON_CACHE=str(tmp_path))
+    names = [flag.partition("=")[0] for flag in found["XLA_FLAGS"].split()]
+    assert given in found["XLA_FLAGS"] and len(names) == len(set(names)) > 5
+    assert found["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    assert found["remat_pass"] is False and found["cache"] == str(tmp_path / "xla")
+
+
+def test_configure_for_a_cpu_changes_nothing():
+    assert configured("cpu") == {"remat_pass": True, "cache": None}
+
+
+def test_configure_names_a_flag_that_is_unknown(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_no_such_thing=1")
+    with pytest.raises(UserError, match="does not know --xla_gpu_no_such_thing=1; remove it from XLA_FLAGS"):
+        xla.configure("cpu")
+
+
+def test_detect_follows_what_was_asked(monkeypatch):
+    for asked, found in (("cpu", "cpu"), ("cuda", "gpu"), ("gpu,cpu", "gpu"), ("cpu,cuda", "cpu")):
+        monkeypatch.setenv("JAX_PLATFORMS", asked)
+        assert xla.detect() == found
