@@ -9,13 +9,12 @@ steps (compilation, allocation) are not counted. Both train full rows in float32
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from common import answer, by_turns, random_llama, step_clock
 
 SHAPES = {
     # vocabulary, width, mlp, layers, heads, kv heads, head dim, default batch
@@ -29,22 +28,7 @@ def rows(args) -> np.ndarray:
     return np.random.default_rng(0).integers(5, SHAPES[args.model][0], (args.rows, args.length))
 
 
-def make_checkpoint(args, path: Path) -> None:
-    """Random weights, written by transformers, that both sides load."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    v, d, f, layers, n, k, h, *_ = SHAPES[args.model]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=v, hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=n,
-        num_key_value_heads=k, head_dim=h, tie_word_embeddings=True, max_position_embeddings=8192,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-
-
-def run_jaxreason(args, path: str) -> list[float]:
+def run_jaxreason(args) -> list[float]:
     import jax
     import jax.numpy as jnp
 
@@ -56,7 +40,7 @@ def run_jaxreason(args, path: str) -> list[float]:
     from jaxreason.train.step import make_train_step
     from jaxreason.types import Batch
 
-    params, config = hf.load(path)
+    params, config = hf.load(args.checkpoint)
     settings = cfg.Optimizer(learning_rate=1e-5, schedule="constant")
     mesh = make_mesh(cfg.Mesh())
     optimizer = opt.make(settings, 100)
@@ -75,10 +59,10 @@ def run_jaxreason(args, path: str) -> list[float]:
     return [*seconds[WARM:], float(metrics["loss"])]
 
 
-def run_trl(args, path: str) -> list[float]:
+def run_trl(args) -> list[float]:
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
     data = rows(args)
@@ -90,14 +74,6 @@ def run_trl(args, path: str) -> list[float]:
         pad_token="<pad>", bos_token="<s>", eos_token="</s>",
     )  # fmt: skip
     seconds: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            seconds.append(time.perf_counter() - self.begin)
-
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
             output_dir=out, per_device_train_batch_size=args.rows, max_steps=WARM + args.steps, learning_rate=1e-5,
@@ -105,11 +81,15 @@ def run_trl(args, path: str) -> list[float]:
             bf16=False, fp16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1,
             disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=0,
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()])
+        model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+        clock = step_clock(seconds)
+        trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock])
         trainer.train()
     loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     return [*seconds[WARM:], float(loss)]
+
+
+SIDES = {"jaxreason": run_jaxreason, "trl": run_trl}
 
 
 def main() -> None:
@@ -120,28 +100,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json")
-    parser.add_argument("--side", choices=["jaxreason", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.rows, args.length = args.rows or SHAPES[args.model][-2], args.length or SHAPES[args.model][-1]
     if args.side:
-        run = run_jaxreason if args.side == "jaxreason" else run_trl
-        print("RESULT " + json.dumps(run(args, args.checkpoint)))
+        answer(lambda: SIDES[args.side](args))
         return
-    found: dict[str, list[float]] = {"jaxreason": [], "trl": []}
-    loss = {}
     with tempfile.TemporaryDirectory() as path:
-        make_checkpoint(args, Path(path))
-        for _ in range(args.rounds):
-            for side in found:
-                words = [sys.executable, __file__, "--side", side, "--checkpoint", path]
-                words += [f"--{n}={getattr(args, n)}" for n in ("model", "rows", "length", "steps")]
-                done = subprocess.run(words, capture_output=True, text=True)
-                lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-                if not lines:
-                    sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-                *seconds, loss[side] = json.loads(lines[-1].removeprefix("RESULT "))
-                found[side] += seconds
+        random_llama(*SHAPES[args.model][:-2], bos_token_id=1, eos_token_id=2).save_pretrained(path)
+        words = [f"--{n}={getattr(args, n)}" for n in ("model", "rows", "length", "steps")]
+        results = by_turns(__file__, SIDES, args.rounds, [*words, "--checkpoint", path])
+    found = {side: [s for *seconds, _ in rounds for s in seconds] for side, rounds in results.items()}
+    loss = {side: rounds[-1][-1] for side, rounds in results.items()}
     tokens = args.rows * args.length
     rate = {side: tokens / float(np.median(seconds)) for side, seconds in found.items()}
     print(f"{args.model}: {args.rows} rows x {args.length} tokens, median of {len(found['trl'])} steps")

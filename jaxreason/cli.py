@@ -108,6 +108,34 @@ def evaluate(argv=None) -> None:
 
 
 @command
+def compare(argv=None) -> None:
+    """Trains losses from the same start on the same prompts and seeds, and writes one HTML report."""
+    parser = argparse.ArgumentParser(prog="compare.py", description=compare.__doc__)
+    parser.add_argument("--config", help="a name below configs/ (grpo, sft) or a YAML file")
+    parser.add_argument(
+        "--losses", metavar="LOSS,LOSS", help="names or my_file.py:my_loss; LOSS@key=value@key=value sets its options"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each loss, with seeds from run.seed on")
+    parser.add_argument("--offline", action="store_true", help="train nothing: gradients on one recorded rollout")
+    parser.add_argument("--report-only", nargs="+", metavar="RUN", help="train nothing: report on runs that exist")
+    parser.add_argument("--out", help="folder of the runs and report.html; default: RUN.DIR/RUN.NAME-compare")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config, for every loss")
+    args = parser.parse_intermixed_args(argv)
+    if args.report_only and (args.config or args.losses or args.words or args.offline):
+        raise UserError("--report-only RUN [RUN ...] goes with --out alone")
+    if not args.report_only and not (args.config and args.losses):
+        raise UserError("give --config NAME and --losses LOSS,LOSS, or --report-only RUN [RUN ...]")
+    from jaxreason import compare as work
+
+    if args.report_only:
+        runs = [Path(run) for run in args.report_only]
+        work.finish(Path(args.out) if args.out else runs[0].parent, runs)
+        return
+    planned = work.plan(args.config, args.losses.split(","), args.seeds, args.words, args.out)
+    (work.offline if args.offline else work.train)(planned)
+
+
+@command
 def plan(argv=None) -> None:
     """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
     parser = argparse.ArgumentParser(prog="plan.py", description=plan.__doc__)

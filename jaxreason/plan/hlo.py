@@ -10,6 +10,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) (?:\(.*\) -> .*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.$-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
+_DEFINITION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) [a-z][\w-]*\(", re.M)
 _CALLED = re.compile(r"(body|condition|calls|to_apply)=%?([\w.$-]+)|(?:branch|called)_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -44,8 +45,8 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in _SHAPE.findall(text)]
 
 
-def instructions(text: str, loops: int = 1) -> list[Instruction]:
-    """Every instruction that the program executes as such: not those inside fusions.
+def instructions(text: str, loops: int = 1, fused: bool = False) -> list[Instruction]:
+    """Every instruction that the program executes as such or, with ``fused``, also those inside fusions.
 
     ``loops`` is how often a loop runs whose number of rounds the compiler does not know.
     """
@@ -59,27 +60,41 @@ def instructions(text: str, loops: int = 1) -> list[Instruction]:
         elif name and (found := _INSTRUCTION.match(line)):
             bodies[name].append(found.groups())
     times: dict[str, int] = collections.Counter()
-    _count(entry, 1, bodies, times, loops)
+    _count(entry, 1, bodies, times, loops, fused)
     return [
         Instruction(kind, type_text, rest, times[name])
-        for name, body in bodies.items() if times[name]
+        for name, body in bodies.items()
+        if times[name]
         for type_text, kind, rest in body
-    ]  # fmt: skip
+    ]
 
 
-def _count(name: str, count: int, bodies: dict, times: dict, loops: int) -> None:
+def _count(name: str, count: int, bodies: dict, times: dict, loops: int, fused: bool) -> None:
     times[name] += count
     for _, kind, rest in bodies.get(name, ()):
-        # What a fusion or a reduction calls is its definition; what a loop, a branch or a call names is executed.
-        if kind in ("fusion", "reduce", "reduce-window", "sort", "scatter", "map", "custom-call", *_COLLECTIVES):
+        if kind == "fusion" and not fused:
             continue
         trips = _TRIPS.search(rest)
         rounds = (int(trips[1]) if trips else loops) if kind == "while" else 1
         for role, one, several in _CALLED.findall(rest):
-            if role == "to_apply" and kind != "call":
+            if role == "to_apply" and kind != "call":  # how two elements are combined, not a step of the program
                 continue
             for called in [one] if one else re.findall(r"[\w.$-]+", several):
-                _count(called, count * rounds, bodies, times, loops)
+                _count(called, count * rounds, bodies, times, loops, fused)
+
+
+def matmul_flops(text: str, loops: int = 1) -> int:
+    """FLOPs of all matrix products; attention's custom calls are not among them."""
+    types = dict(_DEFINITION.findall(text))
+    total = 0
+    for one in instructions(text, loops, fused=True):
+        if one.kind != "dot" and not (one.kind == "custom-call" and "__cublas" in one.rest):
+            continue
+        left = shapes(types[re.match(r"%?([\w.$-]+)", one.rest)[1]])[0][1]
+        contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', one.rest)[1]
+        depth = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
+        total += 2 * math.prod(shapes(one.type)[0][1]) * depth * one.times
+    return total
 
 
 def collectives(text: str, loops: int = 1) -> list[Collective]:

@@ -123,6 +123,7 @@ def compiled(config: cfg.RunConfig, options: Options) -> dict:
         "mesh": dict(mesh.shape), "algorithm": config.algorithm,
         "model": {"source": source, "parameters": param_count(model), "attention": backend, "remat": model.remat},
         "batch": {"rows": rows, "tokens_per_row": shape.length, "microbatches": shape.microbatches},
+        "recompute": _recompute(programs[0], shape),
         "programs": [_program(p, resident[p.name], shape, devices, options) for p in programs],
         "memory": _memory(programs, resident, target, shape),
         "speed": _speed(shape, options, devices, price, decoding),
@@ -173,6 +174,13 @@ def _grpo(s: _Shape):
     resident = {"update": frozen, "reference": state, "prefill": state | frozen | buffers, "decode": state | frozen}
     mean = c.data.max_prompt_tokens / 2 + c.rollout.max_completion_tokens / 2
     return programs, resident, (slots, mean)
+
+
+def _recompute(update: compile.Program, s: _Shape) -> float:
+    """FLOPs of the step's matrix products over those of the convention: 1 where nothing is computed twice."""
+    tokens = s.rows * s.length / s.place.mesh.size
+    done = compile.hlo.matmul_flops(update.text, s.microbatches)
+    return done / (6 * roofline.matmul_weights(s.model) * tokens)
 
 
 def _program(p: compile.Program, resident: dict, s: _Shape, devices: int, options: Options) -> dict:

@@ -63,6 +63,10 @@ def _programs(report: dict, console: Console) -> None:
             _gib(p["total_bytes"]), f"{forward} forward, {backward} backward", f"{p['compile_seconds']:.0f} s",
         )  # fmt: skip
     console.print(table)
+    console.print(
+        f"the update's matrix products are {report['recompute']:.2f} x those of a step without recomputation; attention "
+        "runs as often as its calls above say, in every layer"
+    )
     beside = {name: size for p in report["programs"] for name, size in p["resident_bytes"].items()}
     if beside:
         console.print("beside them: " + ", ".join(f"{name} {_gib(size)}" for name, size in beside.items()))

@@ -73,8 +73,8 @@ class Engine:
       chunk: decoding steps between two looks of the host.
       pad_id: fed where there is no token; it has no influence.
 
-    Completions depend on (weights, prompt, seed, step, prompt index, sample index) only: slots, chunk and neighbours
-    change nothing but the rounding of matrix products.
+    Engines with the same settings share what is compiled. Completions depend on (weights, prompt, seed, step, prompt
+    index, sample index) only: slots, chunk and neighbours change nothing but the rounding of matrix products.
     """
 
     def __init__(
@@ -94,11 +94,8 @@ class Engine:
         for token in (*self.stop_ids, pad_id):
             if not 0 <= token < config.vocab_size:
                 raise UserError(f"token id {token} (stop or padding) is outside the vocabulary of {config.vocab_size}")
-        self._prefill = jax.jit(functools.partial(_prefill, config=config))
-        self._decode = jax.jit(
-            functools.partial(_decode, config=config, sampling=sampling, stop_ids=self.stop_ids, chunk=chunk),
-            donate_argnums=(1, 2),
-        )
+        self._prefill = _prefill_of(config)
+        self._decode = _decode_of(config, sampling, self.stop_ids, chunk)
 
     def kv_bytes(self, max_prompt_tokens: int) -> int:
         """Most bytes of keys and values that are held at once for prompts of at most this length."""
@@ -111,7 +108,7 @@ class Engine:
         return max(1, min(self.slots, _PREFILL_TOKENS // longest_prompt))
 
     def compiles(self) -> int:
-        """Compiled variants so far: it stops growing once every length bucket has been met."""
+        """Variants of prefill and decoding compiled so far; it stops growing once every length bucket has been met."""
         return sum(function._cache_size() for function in (self._prefill, self._decode))
 
     def generate(
@@ -268,8 +265,15 @@ def _empty_slots(engine: Engine) -> _Slots:
     return _Slots(jnp.full_like(zeros, engine.pad_id), jnp.array(zeros), jnp.array(zeros), jnp.array(zeros > 0), keys)
 
 
-def _prefill(params: dict, tokens: Array, segment_ids: Array, *, config: LlamaConfig) -> cache.Caches:
-    return prefill(params, config, tokens, segment_ids)
+@functools.cache
+def _prefill_of(config: LlamaConfig):
+    return jax.jit(lambda params, tokens, segment_ids: prefill(params, config, tokens, segment_ids))
+
+
+@functools.cache
+def _decode_of(config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int):
+    settings = {"config": config, "sampling": sampling, "stop_ids": stop_ids, "chunk": chunk}
+    return jax.jit(functools.partial(_decode, **settings), donate_argnums=(1, 2))
 
 
 @jax.jit

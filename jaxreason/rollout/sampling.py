@@ -70,13 +70,19 @@ def sample(logits: Array, keys: Array, index: Array, sampling: Sampling) -> tupl
     full = jnp.exp(shifted)  # the most likely token has weight exactly 1
     log_total = jnp.log(jnp.sum(full, axis=-1))
     if greedy:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return tokens, jnp.zeros_like(log_total), -log_total
+        return _first_zero(shifted), jnp.zeros_like(log_total), -log_total
     kept = truncate(full, sampling)
     uniform = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)))(keys, index)
     tokens = draw(kept, uniform)
     chosen = _pick(shifted, tokens)
     return tokens, chosen - jnp.log(jnp.sum(kept, axis=-1)), chosen - log_total
+
+
+def _first_zero(shifted: Array) -> Array:
+    """First index [B] int32 where [B, V] is 0: two vectorised reductions, where argmax is one that is not on a CPU."""
+    last = shifted.shape[-1] - 1  # also what a row of NaNs gives
+    index = lax.broadcasted_iota(jnp.int32, shifted.shape, 1)
+    return jnp.min(jnp.where(shifted == 0.0, index, last), axis=-1)
 
 
 def truncate(weights: Array, sampling: Sampling) -> Array:

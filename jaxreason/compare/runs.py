@@ -1,0 +1,139 @@
+"""Which runs a comparison is made of, and making them one after another in this process."""
+
+import dataclasses
+import gc
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxreason import config as cfg
+from jaxreason import losses
+from jaxreason.errors import UserError
+from jaxreason.train import grpo, sft
+from jaxreason.train.run import RunDir, console
+from jaxreason.train.step import STATS
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run of a comparison."""
+
+    loss: str  # as the user wrote it
+    seed: int
+    config: cfg.RunConfig
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.run.dir) / self.config.run.name
+
+
+def folder(config: cfg.RunConfig, out: str | None) -> Path:
+    """Where a comparison lives: ``out``, or ``RUN.DIR/RUN.NAME-compare``."""
+    return Path(out) if out else Path(config.run.dir) / f"{config.run.name}-compare"
+
+
+def plan(name: str, specs: Sequence[str], seeds: int, words: Sequence[str], out: str | None) -> list[Planned]:
+    """The runs of config ``name`` with each loss and each of ``seeds`` seeds from ``run.seed`` on, seeds innermost.
+
+    Args:
+      specs: ``LOSS`` or ``LOSS@key=value@key=value``, the values being options of that loss alone. LOSS is a name, an
+        import path or ``path/to/file.py:function``.
+      words: ``key=value`` changes that hold for all.
+
+    Raises:
+      UserError: no loss, no seed, two losses that would be the same run, or a config that is not valid.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least one seed is needed")
+    base = cfg.load(name, words)
+    where = folder(base, out)
+    planned, owners = [], {}
+    for spec in specs:
+        loss, *options = spec.split("@")
+        if not loss:
+            raise UserError(f"--losses {','.join(specs)}: a name is empty; write e.g. grpo,dr_grpo,my_file.py:my_loss")
+        slug = _slug(spec)
+        if slug in owners:
+            raise UserError(f"--losses: {owners[slug]} and {spec} would be the same run {slug}; leave one out")
+        owners[slug] = spec
+        changes = [f"loss.name={json.dumps(loss)}", *(f"loss.options.{option}" for option in options)]
+        for seed in range(base.run.seed, base.run.seed + seeds):
+            place = [f"run.dir={json.dumps(str(where))}", f"run.name={slug}-seed{seed}", f"run.seed={seed}"]
+            planned.append(Planned(spec, seed, cfg.load(name, [*words, *changes, *place])))
+    return planned
+
+
+def _slug(spec: str) -> str:
+    """A folder name: of a path its last part, and only characters that run.name may have."""
+    loss, *options = spec.split("@")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "@".join([loss.rsplit("/", 1)[-1], *options])).strip("-.") or "loss"
+
+
+def check(planned: Sequence[Planned]) -> list[losses.Loss]:
+    """Every loss found and tried on a tiny batch, every folder free or resumable, before anything trains.
+
+    Returns the losses in order, one for each ``Planned.loss``. Raises UserError.
+    """
+    found = {}
+    for item in planned:
+        if item.loss not in found:
+            found[item.loss] = find_loss(item.config)
+        RunDir(item.config).resumable()
+    return list(found.values())
+
+
+def find_loss(config: cfg.RunConfig) -> losses.Loss:
+    """The config's loss, checked. Raises UserError."""
+    if config.algorithm == "grpo":
+        loss = grpo.find_loss(config)
+        grpo.find_estimator(config, loss)
+        return loss
+    loss = losses.get(config.loss.name, kind="sft", **config.loss.options)
+    losses.check(loss)
+    if missing := set(loss.needs) - set(STATS):
+        raise UserError(f"loss {config.loss.name} needs {', '.join(sorted(missing))}, which SFT does not provide")
+    return loss
+
+
+def train_all(planned: Sequence[Planned]) -> list[str] | None:
+    """Trains what is not trained yet. Returns a message for each run that failed while training, or None if the user
+    stopped it.
+
+    A loss that diverges is a result of the comparison: the others go on. A run that fails before its first step fails
+    for a reason that the next one has too, and that is raised.
+    """
+    failures, spent = [], []
+    train = {"grpo": grpo.train, "sft": sft.train}[planned[0].config.algorithm]
+    open_runs = sum(RunDir(item.config).summary() is None for item in planned)
+    for number, item in enumerate(planned, 1):
+        fresh = RunDir(item.config).summary() is None
+        left = sum(spent) / len(spent) * (open_runs - len(spent)) if spent else None
+        eta = f", about {max(1, round(left / 60))} min to go" if fresh and left is not None else ""
+        console.rule(f"run {number} of {len(planned)}: {item.path.name}{eta}")
+        clock = time.monotonic()
+        try:
+            done = train(item.config)
+        except UserError as error:
+            if not has_steps(item.path):
+                raise
+            failures.append(f"{item.path.name}: {error}")
+            console.print(f"{failures[-1]}\nthe other runs go on", markup=False)
+        else:
+            if done is None:
+                return None
+        # The programs of this run belong to its loss; nothing later can use them.
+        jax.clear_caches()
+        gc.collect()
+        if fresh:
+            spent.append(time.monotonic() - clock)
+    return failures
+
+
+def has_steps(path: Path) -> bool:
+    """Whether a run has recorded anything."""
+    metrics = path / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0

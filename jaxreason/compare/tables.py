@@ -1,0 +1,184 @@
+"""The tables of a comparison, as text: the terminal and the report show the same ones."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from jaxreason.compare.charts import short
+from jaxreason.compare.curves import TITLES, main_metrics
+from jaxreason.compare.read import Run, Variant
+from jaxreason.compare.stats import Estimate, estimate, paired, t_factor
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first cell of a row names it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def show(table: Table, console: Console) -> None:
+    """Prints a table; no cell is read as markup."""
+    drawn = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
+    for name in table.header:
+        drawn.add_column(Text(name))
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+    for note in table.notes:
+        console.print(note, markup=False)
+
+
+def accuracy_table(variants: Sequence[Variant]) -> Table | None:
+    """Held-out accuracy before and after training; None if no run was evaluated."""
+    after = [v.by_seed([run.last("eval_accuracy") for run in v.runs]) for v in variants]
+    if not any(after):
+        return None
+    before = [v.by_seed([run.first("eval_accuracy") for run in v.runs]) for v in variants]
+    rows = []
+    for i, variant in enumerate(variants):
+        found = estimate(list(after[i].values())) if after[i] else None
+        gain = paired(after[i], before[i])
+        ahead = paired(after[i], after[0]) if i else None
+        rows.append([
+            variant.label, str(len(variant.runs)),
+            _percent(statistics.fmean(before[i].values()) if before[i] else None),
+            _percent(found.mean if found else None), _interval(found, clip=True), _difference(gain),
+            _difference(ahead) if i else "",
+        ])  # fmt: skip
+    header = ["loss", "seeds", "before", "after", "95 % interval", "gain", f"minus {variants[0].label}"]
+    return Table("Held-out accuracy, %", header, rows, _accuracy_notes(variants))
+
+
+def _accuracy_notes(variants: Sequence[Variant]) -> list[str]:
+    count = min(len(v.runs) for v in variants)
+    notes = [
+        "Gain and difference pair the same seed, which saw the same prompts; ▲ and ▼ mark intervals without 0. Intervals "
+        "are Student's t over seeds; the same problems serve every seed, so they say nothing about other problems.",
+    ]
+    if count == 1:
+        notes.append("With one seed the spread between seeds is unknown: no interval, and no claim about which is better.")
+    elif count < 5:
+        notes.append(
+            f"With {count} seeds an interval is ± {t_factor(count):.1f} standard errors: only large differences can show."
+        )
+    return notes
+
+
+def seed_table(variants: Sequence[Variant]) -> Table | None:
+    """Held-out accuracy of every run, with its interval over problems; None if no run was evaluated."""
+    runs = [run for v in variants for run in v.runs]
+    if all(run.last("eval_accuracy") is None for run in runs):
+        return None
+    seeds = sorted({run.seed for run in runs})
+    rows = []
+    for variant in variants:
+        cells = {run.seed: _of_seed(run) for run in variant.runs}
+        rows.append([variant.label, *(cells.get(seed, "–") for seed in seeds)])
+    problems = {run.last("eval_problems") for run in runs} - {None}
+    on = f" on {problems.pop():.0f} problems" if len(problems) == 1 else ""
+    notes = [f"Greedy decoding{on}; in brackets the 95 % interval over problems (Wilson)."]
+    if any(run.summary is None for run in runs):
+        notes.append("A run that is not finished counts with its latest evaluation; its step stands beside it.")
+    return Table("Held-out accuracy by seed, %", ["loss", *(f"seed {seed}" for seed in seeds)], rows, notes)
+
+
+def _of_seed(run: Run) -> str:
+    value, low, high = (run.last(f"eval_accuracy{end}") for end in ("", "_low", "_high"))
+    around = "" if low is None or high is None else f" ({_percent(low)}–{_percent(high)})"
+    return f"{_percent(value)}{around}{'' if run.summary else f' at step {run.last_step}'}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(found: Estimate | None, clip: bool = False) -> str:
+    if found is None or found.low is None:
+        return "–"
+    low, high = (max(0.0, found.low), min(1.0, found.high)) if clip else (found.low, found.high)
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _difference(found: Estimate | None) -> str:
+    """``+3.1 (1.0 to 5.2) ▲``."""
+    if found is None:
+        return "–"
+    around = "" if found.low is None else f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    mark = "" if not found.excludes_zero else " ▲" if found.mean > 0 else " ▼"
+    return f"{100 * found.mean:+.1f}{around}{mark}"
+
+
+def end_table(variants: Sequence[Variant]) -> Table:
+    """The last tenth of training: mean over its steps, then over seeds, with the seeds' range; and the time it took."""
+    rows = []
+    for metric in main_metrics(variants):
+        columns = [[value for run in v.runs if (value := _late_mean(run, metric)) is not None] for v in variants]
+        if any(columns) and metric != "eval_accuracy":  # it has tables of its own
+            rows.append([TITLES[metric], *map(_spread, columns)])
+    seconds = [[value for run in v.runs if (value := _seconds(run)) is not None] for v in variants]
+    minutes = [[run.summary["train_seconds"] / 60 for run in v.runs if run.summary] for v in variants]
+    rows += [["Seconds a step", *map(_spread, seconds)], ["Minutes in all", *map(_spread, minutes)]]
+    notes = [
+        "Mean over the last tenth of the steps, then over seeds; in brackets the lowest and highest seed.",
+        "Seconds a step: the median, without the first step, which compiles, and without evaluations.",
+    ]
+    return Table("End of training", ["", *(v.label for v in variants)], rows, notes)
+
+
+def _late_mean(run: Run, metric: str) -> float | None:
+    series = run.series(metric)
+    late = [v for step, v in series.items() if v is not None and step > 0.9 * run.last_step]
+    return statistics.fmean(late) if late else None
+
+
+def _seconds(run: Run) -> float | None:
+    values = [v for v in run.series("seconds").values() if v is not None]
+    return statistics.median(values[1:] or values) if values else None
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    low, high = short(min(values)), short(max(values))
+    around = f" ({low} to {high})" if low != high else ""
+    return short(statistics.fmean(values)) + around
+
+
+def offline_tables(measured: dict) -> list[Table]:
+    """Values, norms and cosines of a measurement, at both policies."""
+    rollout, first = measured["rollout"], measured["losses"][0]
+    tables = []
+    titles = {
+        "start": "Offline: at the policy that sampled, every ratio 1",
+        "stale": f"Offline: after one step of {first} at learning rate {rollout['learning_rate']:g}",
+    }
+    for name, title in titles.items():
+        point = measured["points"][name]
+        shown = {"ratio_min": "lowest ratio", "ratio_max": "highest ratio", "clip_fraction": "clipped",
+                 "policy_kl": "KL to sampler", "kl": "KL to ref."}  # fmt: skip
+        keys = [k for k in shown if any(k in row for row in point["rows"])]
+        header = ["loss", "value", "gradient norm", *(shown[k] for k in keys), *(f"cos {n}" for n in measured["losses"])]
+        rows = [
+            [label, short(row["value"]), short(row["grad_norm"]), *(short(row.get(k)) for k in keys),
+             *("–" if c is None else f"{c:.4f}" for c in cosine)]
+            for label, row, cosine in zip(measured["losses"], point["rows"], point["cosine"])
+        ]  # fmt: skip
+        tables.append(Table(title, header, rows))
+    tables[-1].notes.append(
+        f"One rollout of {rollout['model']}: {rollout['prompts']} prompts x {rollout['group_size']} of {rollout['data']}, "
+        f"seed {rollout['seed']}, {rollout['tokens']:,} tokens, mean reward {short(rollout['reward'])}, "
+        f"{100 * rollout['zero_std_fraction']:.0f} % of the groups without a difference in reward. cos: cosine between "
+        "the gradients by all parameters."
+    )
+    if rollout["zero_std_fraction"] == 1:
+        tables[-1].notes.append("No group differs in reward, so group-relative losses have no gradient here.")
+    return tables

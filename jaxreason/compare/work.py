@@ -1,0 +1,47 @@
+"""What the command does: train or measure, then tables on the terminal and the report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxreason.compare.offline import measure
+from jaxreason.compare.read import write_offline
+from jaxreason.compare.report import write_report
+from jaxreason.compare.runs import Planned, check, has_steps, plan, train_all
+from jaxreason.compare.tables import show
+from jaxreason.errors import UserError
+from jaxreason.train.run import console
+
+__all__ = ["Planned", "finish", "offline", "plan", "train"]
+
+
+def train(planned: Sequence[Planned]) -> None:
+    """Trains what is not trained yet, then reports. Raises UserError, after the report, if a run failed on its way."""
+    check(planned)
+    failures = train_all(planned)
+    if failures is None:
+        console.print("the comparison stopped; the same command goes on")
+        return
+    finish(planned[0].path.parent, [item.path for item in planned if has_steps(item.path)])
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+def offline(planned: Sequence[Planned]) -> None:
+    """Measures the losses on one rollout, then reports, together with the comparison's runs as far as there are any."""
+    where = planned[0].path.parent
+    measured = measure(planned, check(planned))
+    if jax.process_index() == 0:
+        write_offline(where, measured)
+    finish(where, [item.path for item in planned if has_steps(item.path)])
+
+
+def finish(where: Path, runs: Sequence[Path]) -> None:
+    """Writes ``where``/report.html and shows its tables."""
+    if jax.process_index() > 0:
+        return
+    path, tables = write_report(where, runs)
+    for table in tables:
+        show(table, console)
+    console.print(f"report: {path}", markup=False)
