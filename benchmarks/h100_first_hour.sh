@@ -4,13 +4,14 @@
 #   bash benchmarks/h100_first_hour.sh [OUT.json]
 #
 # Every measurement has a process and a time limit of its own, a failed one is written down as failed, and all limits
-# together are below 60 minutes. PRESET, LENGTH and PYTHON may be set; nothing is downloaded.
+# together are below 60 minutes. PRESET, LENGTH, COMPLETION and PYTHON may be set; nothing is downloaded.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-h100_first_hour.json}
 python=${PYTHON:-python}
 preset=${PRESET:-llama3.2-3b}
 length=${LENGTH:-8192}
+completion=${COMPLETION:-1024}
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
 
@@ -38,9 +39,9 @@ measure train_graphs_off 8 env XLA_FLAGS=--xla_gpu_enable_command_buffer= $probe
 # Do two rows at once pay? They fit at half the length only.
 measure train_two_rows 7 $probe train --preset "$preset" --length $((length / 2)) --rows 2
 # How far is decoding from the bandwidth limit, and does one graph for the whole loop help?
-measure decode_64 6 $probe decode --preset "$preset" --length 1024 --slots 64
-measure decode_128 6 $probe decode --preset "$preset" --length 1024 --slots 128
-measure decode_while 6 env XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE $probe decode --preset "$preset" --length 1024 --slots 64
+measure decode_64 6 $probe decode --preset "$preset" --length "$completion" --slots 64
+measure decode_128 6 $probe decode --preset "$preset" --length "$completion" --slots 128
+measure decode_while 6 env XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE $probe decode --preset "$preset" --length "$completion" --slots 64
 
 "$python" - "$parts" "$out" <<'PY'
 import json, pathlib, sys, time

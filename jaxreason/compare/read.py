@@ -150,6 +150,7 @@ def labels(configs: Sequence[dict[str, Any]]) -> list[str]:
     unique = len(set(short)) == len(set(names))
     keys = dict.fromkeys(key for config in configs for key in config if key != "loss.name")
     differing = [key for key in keys if len({json.dumps(config.get(key, "∅")) for config in configs}) > 1]
+    differing.sort(key=lambda key: not key.startswith("loss."))
     return [
         " ".join([
             short[i] if unique else names[i],

@@ -29,7 +29,7 @@ def show(table: Table, console: Console) -> None:
     """Prints a table; no cell is read as markup."""
     drawn = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
     for name in table.header:
-        drawn.add_column(Text(name))
+        drawn.add_column(Text(name), overflow="fold")
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     console.print(drawn)
@@ -153,31 +153,29 @@ def _spread(values: Sequence[float]) -> str:
     return short(statistics.fmean(values)) + around
 
 
+_POINTS = {"value": "value", "grad_norm": "gradient norm", "ratio_min": "lowest ratio", "ratio_max": "highest ratio",
+           "clip_fraction": "clipped", "policy_kl": "KL to sampler", "kl": "KL to reference"}  # fmt: skip
+
+
 def offline_tables(measured: dict) -> list[Table]:
     """Values, norms and cosines of a measurement, at both policies."""
-    rollout, first = measured["rollout"], measured["losses"][0]
-    tables = []
-    titles = {
-        "start": "Offline: at the policy that sampled, every ratio 1",
-        "stale": f"Offline: after one step of {first} at learning rate {rollout['learning_rate']:g}",
+    rollout, names = measured["rollout"], measured["losses"]
+    places = {
+        "start": "at the policy that sampled, every ratio 1",
+        "stale": f"after one step of {names[0]} at learning rate {rollout['learning_rate']:g}",
     }
-    for name, title in titles.items():
-        point = measured["points"][name]
-        shown = {"ratio_min": "lowest ratio", "ratio_max": "highest ratio", "clip_fraction": "clipped",
-                 "policy_kl": "KL to sampler", "kl": "KL to ref."}  # fmt: skip
-        keys = [k for k in shown if any(k in row for row in point["rows"])]
-        header = ["loss", "value", "gradient norm", *(shown[k] for k in keys), *(f"cos {n}" for n in measured["losses"])]
-        rows = [
-            [label, short(row["value"]), short(row["grad_norm"]), *(short(row.get(k)) for k in keys),
-             *("–" if c is None else f"{c:.4f}" for c in cosine)]
-            for label, row, cosine in zip(measured["losses"], point["rows"], point["cosine"])
-        ]  # fmt: skip
-        tables.append(Table(title, header, rows))
+    tables = []
+    for name, place in places.items():
+        rows, cosines = measured["points"][name]["rows"], measured["points"][name]["cosine"]
+        keys = [key for key in _POINTS if any(key in row for row in rows)]
+        cells = [[label, *(short(row.get(key)) for key in keys)] for label, row in zip(names, rows)]
+        tables.append(Table(f"Offline, {place}", ["loss", *(_POINTS[key] for key in keys)], cells))
+        cells = [[label, *("–" if c is None else f"{c:.4f}" for c in row)] for label, row in zip(names, cosines)]
+        tables.append(Table(f"Cosine between gradients, {place}", ["", *names], cells))
     tables[-1].notes.append(
         f"One rollout of {rollout['model']}: {rollout['prompts']} prompts x {rollout['group_size']} of {rollout['data']}, "
         f"seed {rollout['seed']}, {rollout['tokens']:,} tokens, mean reward {short(rollout['reward'])}, "
-        f"{100 * rollout['zero_std_fraction']:.0f} % of the groups without a difference in reward. cos: cosine between "
-        "the gradients by all parameters."
+        f"{100 * rollout['zero_std_fraction']:.0f} % of the groups without a difference in reward."
     )
     if rollout["zero_std_fraction"] == 1:
         tables[-1].notes.append("No group differs in reward, so group-relative losses have no gradient here.")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from jaxreason.compare.offline import measure
+from jaxreason.compare.gradients import measure
 from jaxreason.compare.read import write_offline
 from jaxreason.compare.report import write_report
 from jaxreason.compare.runs import Planned, check, has_steps, plan, train_all

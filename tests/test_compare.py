@@ -1,0 +1,383 @@
+"""The comparison: its statistics by hand, its page parsed, its runs planned, a real one end to end."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import grpo_words
+
+from jaxreason import cli
+from jaxreason import config as cfg
+from jaxreason.compare import charts, curves, gradients, read, report, runs, stats, work
+from jaxreason.data.prompts import Prompt
+from jaxreason.errors import UserError
+from jaxreason.rollout import Completion
+from jaxreason.train.rollouts import Sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIL = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
+
+
+# ---- statistics
+
+
+def test_intervals_by_hand():
+    # Quantiles of the printed t table: 12.706 for one degree of freedom, 4.303 for two.
+    assert stats.t_factor(2) == pytest.approx(12.706, abs=1e-3)
+    found = stats.estimate([1.0, 2.0, 3.0])  # s = 1, s/sqrt(3) = 0.57735
+    assert (found.mean, found.count) == (2.0, 3)
+    assert found.low == pytest.approx(2 - 4.3027 * 0.57735, abs=1e-3) and not found.excludes_zero
+    assert found.high - found.mean == pytest.approx(found.mean - found.low)
+    alone = stats.estimate([0.7])
+    assert (alone.mean, alone.low, alone.high, alone.excludes_zero) == (0.7, None, None, False)
+    assert stats.estimate([1.0, 1.1, 0.9]).excludes_zero
+
+
+def test_differences_pair_the_seeds():
+    # Differences 0.1 and 0.1: no spread at all, though the accuracies themselves spread widely.
+    found = stats.paired({0: 0.5, 1: 0.9, 7: 0.0}, {1: 0.8, 0: 0.4, 8: 1.0})
+    assert found.mean == pytest.approx(0.1) and found.low == pytest.approx(0.1) and found.count == 2
+    assert stats.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_trailing_mean_leaves_gaps_out():
+    assert stats.trailing_mean([1.0, 3.0, None, 5.0], 2) == [1.0, 2.0, None, 5.0]
+    assert stats.trailing_mean([4.0, 2.0], 1) == [4.0, 2.0]
+
+
+# ---- charts
+
+
+def test_ticks_and_numbers():
+    assert charts.ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert charts.ticks(0.83, 1.07) == [0.9, 1.0]
+    assert charts.ticks(2.9e-7, 3.3e-7) == [2.9e-7, 3e-7, 3.1e-7, 3.2e-7, 3.3e-7]
+    assert [charts.short(v) for v in (None, 0.0, 0.5, 12.345, 123.4, 4567.8, 3.14e-7)] == [
+        "–", "0", "0.500", "12.3", "123", "4,568", "3.1e-07",
+    ]  # fmt: skip
+
+
+def make_run(where: Path, name: str, seed: int, lines: list[dict], *words: str, samples=(), finished=True) -> Path:
+    """A run's files without the run."""
+    path = where / name
+    path.mkdir(parents=True)
+    config = cfg.load("grpo", [f"run.name={name}", f"run.dir={where}", f"run.seed={seed}", *words])
+    (path / "config.yaml").write_text(cfg.dump(config))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    if finished:
+        (path / "summary.json").write_text(json.dumps({"step": lines[-1]["step"], "train_seconds": 120.0}))
+    return path
+
+
+def test_curves_are_mean_and_range_over_seeds_at_common_steps(tmp_path):
+    a = make_run(tmp_path, "a", 0, [{"step": s, "reward": float(s)} for s in (1, 2, 3)])
+    b = make_run(tmp_path, "b", 1, [{"step": 1, "reward": 3.0}, {"step": 2, "reward": "nan"}])
+    (variant,) = read.read_variants([a, b])
+    (line,) = curves.curve("reward", [variant]).lines
+    # Step 3 belongs to one seed only; at step 2 the other seed's value is not finite.
+    assert (line.steps, line.mean, line.low, line.high) == ([1, 2], [2.0, 2.0], [1.0, 2.0], [3.0, 2.0])
+    assert curves.curve("entropy", [variant]) is None
+
+
+def test_long_curves_are_smoothed_thinned_and_keep_their_end(tmp_path):
+    lines = [{"step": s, "reward": s / 1000, "eval_accuracy": s / 1000} for s in range(1, 1001)]
+    (variant,) = read.read_variants([make_run(tmp_path, "a", 0, lines)])
+    (line,) = curves.curve("reward", [variant]).lines
+    assert len(line.steps) <= 240 and line.steps[-1] == 1000
+    assert line.mean[-1] == pytest.approx((951 + 1000) / 2 / 1000)  # the last twentieth: 50 steps
+    assert curves.curve("eval_accuracy", [variant]).lines[0].mean[-1] == 1.0  # an evaluation stands for itself
+
+
+# ---- files
+
+
+def test_runs_group_and_are_named_by_what_differs(tmp_path):
+    one = [{"step": 1, "reward": 0.0}]
+    rate = "optimizer.learning_rate=0.0002"
+    paths = [
+        make_run(tmp_path, "a", 0, one, "loss.name=grpo", rate),
+        make_run(tmp_path, "b", 3, one, "loss.name=my/file.py:mine", "loss.options.width=0.3", rate),
+        make_run(tmp_path, "c", 1, one, "loss.name=grpo", "train.save_every=7", rate),  # not a matter of what is computed
+        make_run(tmp_path, "d", 0, one, "loss.name=grpo", "optimizer.learning_rate=0.0001"),
+    ]
+    found = read.read_variants(paths)
+    assert [v.label for v in found] == [f"grpo {rate}", f"mine width=0.3 {rate}", "grpo optimizer.learning_rate=0.0001"]
+    assert [v.label for v in read.read_variants(paths[:2])] == ["grpo", "mine width=0.3"]
+    assert [[r.seed for r in v.runs] for v in found] == [[0, 1], [3], [0]]
+
+
+def test_files_that_cannot_be_reported_are_named(tmp_path):
+    good = make_run(tmp_path, "good", 0, [{"step": 1, "reward": 0.0}])
+    with pytest.raises(UserError, match="same config and seed 0"):
+        read.read_variants([good, make_run(tmp_path, "twin", 0, [{"step": 1}])])
+    with pytest.raises(UserError, match="no config.yaml"):
+        read.read_variants([tmp_path / "nothing"])
+    with open(good / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "rew')  # being written right now
+    assert read.read_run(good).last_step == 1
+    (good / "metrics.jsonl").write_text('{"step": 1}\nbroken\n{"step": 3}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 2"):
+        read.read_run(good)
+    sft = make_run(tmp_path, "sft", 0, [{"step": 1}])
+    (sft / "config.yaml").write_text(cfg.dump(cfg.load("sft")))
+    with pytest.raises(UserError, match="different algorithms"):
+        read.read_variants([sft, make_run(tmp_path, "grpo", 0, [{"step": 1}])])
+
+
+# ---- the page
+
+
+class Page(html.parser.HTMLParser):
+    """Cells of tables, contents of pre, and every tag with its attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.rows, self.texts, self._open = [], [], {}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "input", "line", "circle", "polyline", "polygon", "img"):
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag in ("pre", "script", "style"):
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        if tag in self._open:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+        elif self._open and self._open[-1] in self.texts:
+            self.texts[self._open[-1]][-1] += data
+
+
+@pytest.fixture
+def two_losses(tmp_path):
+    """grpo and gspo, two seeds each, with known accuracies and hostile text wherever text can come from."""
+    paths = []
+    for loss, ends in (("grpo", (0.6, 0.8)), ("gspo", (0.7, 0.9))):
+        for seed, end in enumerate(ends):
+            lines = [{"step": 0, "eval_accuracy": 0.5, "eval_problems": 100}]
+            lines += [{"step": s, "reward": 0.4, "entropy": s / 10 + seed, "clip_fraction": 0.0, "seconds": 2.0,
+                       f"mine {EVIL}": float(s)} for s in range(1, 10)]  # fmt: skip
+            lines += [{"step": 10, "reward": 0.25 + 0.5 * seed, "entropy": 2.0, "clip_fraction": 0.0, "seconds": 4.0,
+                       "eval_accuracy": end, "eval_accuracy_low": end - 0.1, "eval_accuracy_high": end + 0.1}]  # fmt: skip
+            sample = {"step": 10, "group": 0, "prompt": f"2+2? {EVIL}", "gold": f"4{EVIL}", "tokens": 7, "truncated": False}
+            samples = [sample | {"completion": f"{loss} {text} {EVIL} \ud800", "reward": reward}
+                       for text, reward in (("middle", 0.5), ("best", 1.0), ("worst", 0.0))]  # fmt: skip
+            older = [{**samples[0], "step": 9, "completion": "of an older step"}]
+            paths.append(make_run(tmp_path, f"{loss}-{seed}", seed, lines, f"loss.name={loss}",
+                                  f"data.system_prompt=\"{EVIL}\"", samples=older + samples))  # fmt: skip
+    return tmp_path, paths
+
+
+def test_the_report_holds_the_numbers(two_losses):
+    where, paths = two_losses
+    path, _ = report.write_report(where, paths)
+    rows = {tuple(row) for row in Page(path.read_text()).rows}
+    # Means 0.7 and 0.8; half-widths 12.706 · 0.1 leave [0, 1] on both sides. Every pair differs by exactly 0.1.
+    assert ("grpo", "2", "50.0", "70.0", "0.0 to 100.0", "+20.0 (-107.1 to +147.1)", "") in rows
+    (gspo,) = [row for row in rows if row[:4] == ("gspo", "2", "50.0", "80.0")]
+    assert gspo[6] == "+10.0 (+10.0 to +10.0) ▲"
+    assert ("grpo", "60.0 (50.0–70.0)", "80.0 (70.0–90.0)") in rows
+    assert ("Reward", "0.500 (0.250 to 0.750)", "0.500 (0.250 to 0.750)") in rows  # the last tenth is the last step
+    assert ("Seconds a step", "2.00", "2.00") in rows and ("Minutes in all", "2.00", "2.00") in rows
+    text = path.read_text()
+    assert "12.7 standard errors" in text and "on 100 problems" in text
+    assert "The same in every run at every step: Clipped tokens, fraction 0" in text
+
+
+def test_no_text_of_a_run_becomes_markup(two_losses):
+    where, paths = two_losses
+    path, _ = report.write_report(where, paths)
+    page = Page(path.read_text())
+    names = {tag for tag, _ in page.tags}
+    assert "img" not in names and [tag for tag, _ in page.tags].count("script") == 1
+    shown = [text for text in page.texts["pre"] if text.startswith(("grpo ", "gspo "))]
+    assert [text.split(" <")[0] for text in shown] == ["grpo best", "grpo worst", "gspo best", "gspo worst"]
+    assert all(EVIL in text for text in shown)
+    # Nothing is fetched, and only this page's own script and style may run, whatever else got in.
+    for _, attributes in page.tags:
+        assert not {"src", "href", "style", "onload", "onerror", "onclick"} & attributes.keys()
+    (policy,) = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    for kind in ("script", "style"):
+        digest = base64.b64encode(hashlib.sha256(page.texts[kind][0].encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+
+
+def test_charts_carry_the_values_for_the_cursor(two_losses):
+    where, paths = two_losses
+    page = Page(report.write_report(where, paths)[0].read_text())
+    drawn = [a for tag, a in page.tags if tag == "g" and a["data-label"] == "gspo"]
+    assert [2, "0.700", "0.200", "1.20"] in [v for a in drawn for v in json.loads(a["data-values"])]  # entropy, step 2
+    accuracy = next(v for a in drawn if len(v := json.loads(a["data-values"])) == 2)
+    assert accuracy == [[0, "0.500", "0.500", "0.500"], [10, "0.800", "0.700", "0.900"]]
+    width = {tag: a for tag, a in page.tags}["svg"]["viewbox"]
+    assert width == f"0 0 {charts.WIDTH} {charts.HEIGHT}"
+
+
+def test_one_seed_has_no_interval(two_losses):
+    where, paths = two_losses
+    assert cli.compare(["--report-only", str(paths[0]), str(paths[2]), "--out", str(where / "one")]) == 0
+    text = (where / "one" / "report.html").read_text()
+    rows = Page(text).rows
+    assert ["grpo", "1", "50.0", "60.0", "–", "+10.0", ""] in rows
+    assert ["gspo", "1", "50.0", "70.0", "–", "+20.0", "+10.0"] in rows
+    assert "no claim about which is better" in text
+
+
+# ---- planning and training
+
+
+def test_the_plan_changes_loss_seed_and_place_only(tmp_path):
+    words = ["run.seed=4", "loss.options.clip_low=0.1"]
+    planned = runs.plan("grpo", ["grpo", "dapo@clip_high=0.3"], 2, words, str(tmp_path))
+    assert [item.path for item in planned] == [
+        tmp_path / name for name in ("grpo-seed4", "grpo-seed5", "dapo-clip_high-0.3-seed4", "dapo-clip_high-0.3-seed5")
+    ]
+    last = planned[-1].config
+    assert (last.loss.name, last.loss.options, last.run.seed) == ("dapo", {"clip_low": 0.1, "clip_high": 0.3}, 5)
+    base = json.loads(cfg.load("grpo", words).model_dump_json())
+    changed = cfg.differences(base, json.loads(last.model_dump_json()))
+    assert set(changed) == {"loss.name", "loss.options.clip_high", "run.dir", "run.name", "run.seed"}
+    assert runs.folder(cfg.load("grpo"), None) == Path("runs/grpo-compare")
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--config", "grpo", "--losses", "drgrpo,grpo"], "'drgrpo' is unknown; did you mean dr_grpo?"),
+        (["--config", "grpo", "--losses", "nll"], "loss nll is a sft loss"),
+        (["--config", "grpo", "--losses", "no.py:f"], "no such file"),
+        (["--config", "grpo", "--losses", "grpo@clip_hgh=0.3"], "did you mean clip_high?"),
+        (["--config", "grpo", "--losses", "grpo@clip_high"], "not of the form key=value"),
+        (["--config", "grpo", "--losses", "grpo,grpo"], "would be the same run grpo"),
+        (["--config", "grpo", "--losses", "grpo,"], "a name is empty"),
+        (["--config", "grpo", "--losses", "grpo", "--seeds", "0"], "--seeds 0"),
+        (["--config", "sft", "--losses", "nll", "--offline"], "this config's algorithm is sft"),
+        (["--config", "grpo"], "give --config NAME and --losses"),
+        (["--report-only", "x", "--config", "grpo"], "goes with --out alone"),
+        (["--report-only", "runs/none"], "runs/none: no config.yaml"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_message_before_anything_trains(argv, part, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "out")]
+    assert cli.compare([*argv, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and part in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_fails_on_its_way_does_not_stop_the_others(tmp_path, monkeypatch):
+    planned = runs.plan("grpo", ["grpo", "gspo", "cispo"], 1, [], str(tmp_path))
+    trained = []
+
+    def train(config):
+        trained.append(config.loss.name)
+        if config.loss.name == "gspo":
+            make_run(tmp_path, config.run.name, 0, [{"step": 1, "reward": 0.1}], "loss.name=gspo", finished=False)
+            raise UserError("step 2: loss is nan")
+        make_run(tmp_path, config.run.name, 0, [{"step": 2, "reward": 0.5}], f"loss.name={config.loss.name}")
+        return {}
+
+    monkeypatch.setattr(runs.grpo, "train", train)
+    monkeypatch.setattr(work, "check", lambda planned: None)
+    with pytest.raises(UserError, match="gspo-seed0: step 2: loss is nan"):
+        work.train(planned)
+    assert trained == ["grpo", "gspo", "cispo"]
+    assert re.search(r"gspo-seed0</th><td>gspo</td><td>0</td><td>1</td><td>unfinished", (tmp_path / "report.html").read_text())
+    # What fails before its first step would fail for every loss.
+    monkeypatch.setattr(runs.grpo, "train", lambda config: (_ for _ in ()).throw(UserError("no such weights")))
+    with pytest.raises(UserError, match="^no such weights$"):
+        runs.train_all(runs.plan("grpo", ["grpo", "gspo"], 1, [], str(tmp_path / "other")))
+    # A person's interrupt ends the comparison and reports nothing.
+    monkeypatch.setattr(runs.grpo, "train", lambda config: None)
+    assert runs.train_all(planned) is None
+
+
+def script(*argv) -> str:
+    """The command in a process of its own, on one device, and what it printed."""
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), *argv]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_losses_train_from_the_same_start_and_are_not_trained_twice(tmp_path, capsys):
+    argv = ["--config", "grpo", "--losses", "bnpo,cispo", "--seeds", "1", "--out", str(tmp_path / "out"),
+            *grpo_words(tmp_path, "train.steps=2")]  # fmt: skip
+    script(*argv)
+    first = {name: read.read_run(tmp_path / "out" / f"{name}-seed0") for name in ("bnpo", "cispo")}
+    # At step 1 nothing but the loss differs: the same completions, the same rewards, and at ratio 1 the same gradient.
+    a, b = (run.records[0] for run in first.values())
+    for key in ("reward", "completion_tokens", "entropy"):
+        assert a[key] == b[key]
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5) and a["grad_norm"] > 0
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert [row for row in page.rows if row[0].endswith("-seed0")] == [
+        [str(tmp_path / "out" / f"{name}-seed0"), name, "0", "2", "finished"] for name in ("bnpo", "cispo")
+    ]
+    assert cli.compare(argv) == 0
+    assert capsys.readouterr().out.count("is finished") == 2
+
+
+# ---- offline
+
+
+def test_cosines_by_hand():
+    a, b, zero = [np.array([3.0]), np.array([4.0, 0.0])], [np.array([0.0]), np.array([2.0, 0.0])], [np.zeros(1), np.zeros(2)]
+    found = gradients.cosines([a, b, zero])
+    assert found[0][0] == found[1][1] == 1.0
+    assert found[0][1] == found[1][0] == pytest.approx(8 / (5 * 2))
+    assert found[2] == [None] * 3 and found[0][2] is None
+
+
+def test_each_loss_gets_its_own_advantages():
+    def one(reward, group):
+        completion = Completion(0, 0, np.arange(2), np.zeros(2), np.zeros(2), False, 0)
+        return Sequence(Prompt((1, 2), "p", "1", "p", 0), completion, "", group, {"r": reward}, reward)
+
+    planned = runs.plan("grpo", ["dr_grpo", "rloo"], 1, [], None)
+    sequences = [one(r, i // 2) for i, r in enumerate((1.0, 0.0, 3.0, 1.0))]
+    centred, loo = (
+        [s.advantage for s in gradients.with_advantages(sequences, 2, item.config, runs.grpo.find_loss(item.config))]
+        for item in planned
+    )
+    assert centred == [0.5, -0.5, 1.0, -1.0] and loo == [1.0, -1.0, 2.0, -2.0]
+
+
+def test_offline_measures_values_norms_and_angles(tmp_path):
+    argv = ["--config", "grpo", "--losses", "bnpo,dapo", "--offline", "--out", str(tmp_path / "out"),
+            *grpo_words(tmp_path, "optimizer.learning_rate=0.03")]  # fmt: skip
+    script(*argv)
+    measured = json.loads((tmp_path / "out" / "offline.json").read_text())
+    start, stale = measured["points"]["start"], measured["points"]["stale"]
+    for row in start["rows"]:
+        assert row["ratio_min"] == row["ratio_max"] == 1.0 and row["clip_fraction"] == 0.0 and row["grad_norm"] > 0
+    # At ratio 1 a wider clip is the same loss; where ratios spread it is not.
+    assert start["cosine"][0][1] == pytest.approx(1.0, abs=1e-9)
+    assert start["rows"][0]["grad_norm"] == pytest.approx(start["rows"][1]["grad_norm"], rel=1e-6)
+    assert 0.5 < stale["cosine"][0][1] < 1 - 1e-6
+    assert stale["rows"][0]["ratio_min"] < 0.99 and stale["rows"][0]["ratio_max"] > 1.01
+    assert stale["rows"][0]["clip_fraction"] > stale["rows"][1]["clip_fraction"] > 0
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    cosine = f"{stale['cosine'][0][1]:.4f}"
+    assert [row for row in page.rows if row[0] == "dapo" and len(row) == 3] == [
+        ["dapo", "1.0000", "1.0000"], ["dapo", cosine, "1.0000"],
+    ]  # fmt: skip
