@@ -1,6 +1,8 @@
 """The mesh and the one table of which axis of which array is split over it."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -86,3 +88,14 @@ def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh) -> None:
             f"{microbatch_size} rows in a microbatch are not divisible by mesh axes data x fsdp = {ways}; "
             f"use {low} or {low + ways} (train.microbatch_size, data.batch_size), or change mesh.*"
         )
+
+
+def within(mesh: Mesh, function: Callable) -> Callable:
+    """``function`` traced and called with ``mesh`` as the current one, by which the model places its activations."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return wrapped

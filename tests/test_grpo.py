@@ -116,7 +116,7 @@ def test_a_failing_grader_is_named_counted_and_stops_if_asked(reward, kind, tmp_
     assert {e.kind for e in graded.errors} == {kind} and len(graded.errors) == 2
     assert graded.total == [None, None] and np.isnan(graded.rewards[:, 0]).all() and (graded.rewards[:, 1] == 1).all()
     with RewardPool([(function, 1.0)], 1, 0.5, "stop") as pool, pytest.raises(UserError, match=rf"{reward}.*sample 0"):
-        pool.grade([one])
+        pool.grade([one, one])
 
 
 def sequence(prompt: int, answer: int, group: int, advantage: float = 0.0, reward: float = 1.0, truncated=False):
@@ -157,7 +157,7 @@ def test_microbatches_skipped_and_run_give_one_gradient_and_score():
     """Packed into few rows and split any way, empty microbatches included, gradient and scores are the same."""
     config = model.LlamaConfig(128, 32, 48, 1, 2, 1, 16, init_std=0.2)
     params = model.init(config, jax.random.key(0))
-    sequences = [sequence(3 + i % 4, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i)) for i in range(16)]
+    sequences = [sequence(3 + i % 4, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i) / 16) for i in range(16)]
     loss = losses.get("grpo", kl_coef=0.0)
     found = []
     for rows, length, count in ((16, 16, 1), (16, 16, 4), (16, 32, 16)):

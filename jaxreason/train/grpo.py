@@ -18,7 +18,7 @@ from jaxreason.losses import PolicyInputs, advantage
 from jaxreason.model import LlamaConfig, param_count, unstack
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rollout import Engine, Sampling
-from jaxreason.sharding import check_batch, make_mesh, replicated
+from jaxreason.sharding import check_batch, make_mesh, replicated, within
 from jaxreason.train import optimizer as opt
 from jaxreason.train import rollouts
 from jaxreason.train import state as states
@@ -72,8 +72,8 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     engine = Engine(model, setup.tokenizer.stop_ids, _sampling(config.rollout), slots=config.rollout.slots)
     step_fn = make_train_step(model, loss, optimizer, schedule, count, temperature)
     out = (jax.tree.map(lambda s: s.sharding, abstract), None)
-    train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=out)
-    score = jax.jit(make_score(model, count, temperature))
+    train_step = within(mesh, jax.jit(step_fn, donate_argnums=0, out_shardings=out))
+    score = within(mesh, jax.jit(make_score(model, count, temperature)))
     to_rollout = jax.jit(lambda params: unstack(params, model), out_shardings=replicated(mesh))
     show_table("grpo", [
         ("parameters", f"{param_count(model):,} ({model.num_layers} layers x {model.embed_dim})"),

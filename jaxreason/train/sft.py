@@ -16,7 +16,7 @@ from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, param_count, unstack
 from jaxreason.rollout import Engine, Sampling
-from jaxreason.sharding import batch_sharding, check_batch, make_mesh, replicated
+from jaxreason.sharding import batch_sharding, check_batch, make_mesh, replicated, within
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.evaluation import evaluate
@@ -146,7 +146,8 @@ class Evaluator:
         self._rows, self._problems, self._mesh, self._tokenizer = data.eval, problems, mesh, setup.tokenizer
         nll = losses.get("nll")
         one = Totals(*(jnp.ones(()),) * 3)
-        self._loss: Callable = jax.jit(lambda params, batch: batch_loss(params, model, nll, batch, one)[0])
+        loss: Callable = jax.jit(lambda params, batch: batch_loss(params, model, nll, batch, one)[0])
+        self._loss = within(mesh, loss)
         self._unstack = jax.jit(lambda params: unstack(params, model), out_shardings=replicated(mesh))
         if problems:
             sampling = Sampling(temperature=0.0, max_completion_tokens=config.eval.max_completion_tokens)
