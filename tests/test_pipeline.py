@@ -162,7 +162,7 @@ def test_cache_hits_until_something_changes(tmp_path, config, monkeypatch):
     assert run(config(path, max_length=128, packing=False, eval_rows=3), seed=4).eval is not None
     monkeypatch.undo()
     run(config(path, system_prompt="think"))
-    run(config(path, template="r1_zero"))
+    run(config(path, template="r1_zero", max_length=1024))
     run(config(path), tokenizer=helpers.llama(generation_config={"eos_token_id": 9}))
     assert len(made()) == 4
     helpers.write_jsonl(path, [helpers.trace(99), *TRACES[1:]])

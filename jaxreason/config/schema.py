@@ -265,10 +265,8 @@ class Advantage(Section):
 
 class Kl(Section):
     coef: float = Field(0.0, ge=0)
-    """0: no reference model is kept."""
+    """Coefficient of the KL to the reference in the loss, by token; 0: no reference model is kept."""
     estimator: Literal["k1", "k2", "k3", "k3+", "k3_unbiased"] = "k3"
-    placement: Literal["loss", "reward"] = "loss"
-    """In the loss by token, or subtracted from the sequence's reward (k1, summed over its tokens)."""
 
 
 class GrpoTrain(Train):

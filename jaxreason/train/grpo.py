@@ -193,11 +193,11 @@ def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
         for name in ("kl_coef", "kl_estimator"):
             if name in options:
                 raise UserError(f"loss.options.{name}: set kl.{name.removeprefix('kl_')} instead")
-        if config.kl.coef and config.kl.placement == "loss":
+        if config.kl.coef:
             options |= {"kl_coef": config.kl.coef, "kl_estimator": config.kl.estimator}
         if options.get("reduce", known["reduce"]) == "token-sum/const":
             options.setdefault("max_completion_tokens", config.rollout.max_completion_tokens)
-    elif config.kl.coef and config.kl.placement == "loss":
+    elif config.kl.coef:
         raise UserError(f"kl.coef: {config.loss.name} is your own loss and adds its own KL; set kl.coef=0")
     loss = losses.get(config.loss.name, kind="policy", preset=config.loss.preset, **options)
     losses.check(loss)
