@@ -73,20 +73,28 @@ def shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh) -> None:
-    """Rows must divide evenly into microbatches and over the devices. Raises UserError with sizes that do."""
+def microbatch_sizes(batch_size: int, mesh: Mesh) -> list[int]:
+    """Rows that a microbatch may have: divisors of the batch that the devices share evenly."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return [m for m in range(ways, batch_size + 1, ways) if batch_size % m == 0]
+
+
+def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh, name: str = "data.batch_size") -> None:
+    """Rows must divide evenly into microbatches and over the devices. Raises UserError with sizes that do.
+
+    ``name`` says what makes ``batch_size``.
+    """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % microbatch_size:
-        divisors = [m for m in range(1, batch_size + 1) if batch_size % m == 0 and m % ways == 0]
         raise UserError(
-            f"train.microbatch_size {microbatch_size} does not divide data.batch_size {batch_size}; "
-            f"use one of {divisors or 'another batch size'}"
+            f"train.microbatch_size {microbatch_size} does not divide {name} {batch_size}; "
+            f"use one of {microbatch_sizes(batch_size, mesh) or 'another batch size'}"
         )
     if microbatch_size % ways:
         low = max(ways, microbatch_size // ways * ways)
         raise UserError(
             f"{microbatch_size} rows in a microbatch are not divisible by mesh axes data x fsdp = {ways}; "
-            f"use {low} or {low + ways} (train.microbatch_size, data.batch_size), or change mesh.*"
+            f"use {low} or {low + ways} (train.microbatch_size, {name}), or change mesh.*"
         )
 
 

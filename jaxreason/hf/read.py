@@ -1,7 +1,9 @@
 """Reads a Hugging Face directory into our parameters, tensor by tensor or shard by shard."""
 
 import dataclasses
+import gc
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from jaxreason.errors import UserError
@@ -19,6 +22,7 @@ from jaxreason.hf.table import DTYPES, EMBEDDING, HEAD, rows, unflatten
 from jaxreason.model import LlamaConfig
 
 _BUFFER = "rotary_emb.inv_freq"  # old checkpoints store what rope.py computes
+_MAPPED_BYTES = 32 << 20  # of a file at once, where it holds float32
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 Placement = Callable[[tuple[str, ...], "Leaf"], Array]
@@ -26,12 +30,7 @@ Placement = Callable[[tuple[str, ...], "Leaf"], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our parameters, still in its files. ``read`` touches only what ``index`` covers, so
-
-        jax.make_array_from_callback(leaf.shape, sharding, leaf.read)
-
-    brings each device its shard and the host never holds more than one.
-    """
+    """One of our parameters, still in its files; ``read`` touches only what ``index`` covers."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -49,13 +48,26 @@ class Leaf:
             pairs = [(out, self.tensors[0])]
         there = tuple(reversed(bounds)) if self.transposed else tuple(bounds)
         for target, tensor in pairs:
-            values = tensor.read(there)
-            target[...] = values.T if self.transposed else values
+            tensor.read_into(target.T if self.transposed else target, there)
         return out
 
     def read_all(self) -> np.ndarray:
         """All of it."""
         return self.read(tuple(slice(0, size) for size in self.shape))
+
+    def place(self, sharding: Sharding) -> Array:
+        """All of it, split over this process's devices; the host holds one shard at a time.
+
+        (``jax.make_array_from_callback`` makes the shards of all devices before it copies the first.)
+        """
+        places: dict[tuple, list] = {}
+        for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+            bounds = tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
+            places.setdefault(bounds, []).append(device)
+        copies = []
+        for bounds, devices in places.items():
+            copies += _put(self.read(tuple(slice(*part) for part in bounds)), devices)
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, copies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +80,17 @@ class _Tensor:
     kind: str
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for each read: the mapped pages of one tensor are let go before the next is touched.
+        # Opened for each read: the pages that it mapped are let go before others are touched.
         with _open(self.file) as file:
             return file.get_slice(self.name)[index]
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
+        """Some rows at a time: a few columns of a large table are on all of its pages."""
+        step = max(1, _MAPPED_BYTES * self.shape[0] // (4 * math.prod(self.shape)))
+        start, stop = index[0].start, index[0].stop
+        for row in range(start, stop, step):
+            part = slice(row, min(row + step, stop))
+            out[row - start : part.stop - start] = self.read((part, *index[1:]))
 
 
 def load(
@@ -84,7 +104,7 @@ def load(
     Args:
       path: directory with config.json and safetensors, or OWNER/NAME on the hub (downloaded only if no such directory).
       param_dtype, compute_dtype: ``float32`` or ``bfloat16``; weights are cast to the first as they are read.
-      placement: ``(path, leaf) -> Array`` puts one parameter on devices; None: the default device. See :class:`Leaf`.
+      placement: ``(path, leaf) -> Array`` puts one parameter on devices, e.g. by :meth:`Leaf.place`; None: on the default one.
 
     Raises: UserError naming the file and the tensor or key for anything missing, extra, misshapen, cut short, or beyond
     the model.
@@ -116,8 +136,16 @@ def stored_dtype(directory: Path) -> str:
 
 
 def _place_whole(_: tuple[str, ...], leaf: Leaf) -> Array:
-    # Waited for, since a copy under way keeps the host's array alive beside the next one.
-    return jax.block_until_ready(jax.device_put(leaf.read_all()))
+    return _put(leaf.read_all(), [None])[0]
+
+
+def _put(values: np.ndarray, devices: list) -> list[Array]:
+    """A copy on each device; None: the default one."""
+    # Waited for, since a copy under way keeps the host's array alive beside the next one; and jax lets go of what it has
+    # copied only when Python collects garbage.
+    copies = jax.block_until_ready([jax.device_put(values, device) for device in devices])
+    gc.collect(0)
+    return copies
 
 
 def _open(file: Path):

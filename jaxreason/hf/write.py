@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -14,7 +15,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from safetensors.numpy import save_file
 
 from jaxreason.errors import UserError
 from jaxreason.hf.card import model_card
@@ -22,6 +22,7 @@ from jaxreason.hf.config import config_to_hf, generation_to_hf
 from jaxreason.hf.table import DTYPES, EMBEDDING, flatten, rows
 from jaxreason.model import LlamaConfig
 
+_STORED = {"float32": "F32", "bfloat16": "BF16"}
 _SLACK_BYTES = 64 << 20  # tokenizer, index and file system overhead beside the weights
 
 
@@ -73,7 +74,7 @@ class _Source:
     path: tuple[str, ...]
     layer: int | None
     transposed: bool
-    size: int
+    shape: tuple[int, ...]  # as Hugging Face stores it
 
 
 def _check_tree(params: dict, config: LlamaConfig) -> list[_Source]:
@@ -85,11 +86,11 @@ def _check_tree(params: dict, config: LlamaConfig) -> list[_Source]:
         if (found := tuple(leaves.pop(path).shape)) != spec.shape:
             raise UserError(f"cannot export: parameter {'.'.join(path)} is {list(found)}, expected {list(spec.shape)}")
         if path[0] == "layers":
-            size = int(np.prod(spec.shape[1:]))
-            layers.append([_Source(pattern.format(i), path, i, transposed, size) for i in range(config.num_layers)])
+            shape = spec.shape[:0:-1] if transposed else spec.shape[1:]
+            layers.append([_Source(pattern.format(i), path, i, transposed, shape) for i in range(config.num_layers)])
         else:
             group = before if pattern == EMBEDDING else after
-            group.append(_Source(pattern, path, None, transposed, int(np.prod(spec.shape))))
+            group.append(_Source(pattern, path, None, transposed, spec.shape))
     if leaves:
         raise UserError(f"cannot export: parameter {'.'.join(next(iter(leaves)))} is not part of the architecture")
     return [*before, *itertools.chain.from_iterable(zip(*layers)), *after]
@@ -99,7 +100,7 @@ def _plan_shards(sources: list[_Source], itemsize: int, shard_bytes: int) -> lis
     """Consecutive groups of at most ``shard_bytes``, each with its bytes; a larger tensor is a group of its own."""
     shards: list[tuple[list[_Source], int]] = []
     for source in sources:
-        size = source.size * itemsize
+        size = math.prod(source.shape) * itemsize
         if shards and shards[-1][1] + size <= shard_bytes:
             shards[-1] = ([*shards[-1][0], source], shards[-1][1] + size)
         else:
@@ -111,19 +112,35 @@ def _write_weights(directory: Path, shards: list[tuple[list[_Source], int]], par
     leaves, weight_map = flatten(params), {}
     for number, (sources, _) in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {source.name: _to_numpy(leaves[source.path], source, dtype) for source in sources}
-        # transformers refuses a file that does not name the framework whose layout it has.
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(directory.stat().st_mode & 0o666)  # written private, whatever the umask
-        weight_map |= dict.fromkeys(tensors, file)
+        _write_file(directory / file, sources, leaves, dtype)
+        weight_map |= {source.name: file for source in sources}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for _, size in shards)}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _write_file(file: Path, sources: list[_Source], leaves: dict, dtype: str) -> None:
+    """A safetensors file: the header's length (u64, little endian), the header as JSON, the values in its order.
+
+    Written here, tensor by tensor, because the library's writer takes a file's tensors all at once.
+    """
+    itemsize, end = jnp.dtype(dtype).itemsize, 0
+    # transformers refuses a file that does not name the framework whose layout it has.
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    for source in sources:
+        start, end = end, end + math.prod(source.shape) * itemsize
+        header[source.name] = {"dtype": _STORED[dtype], "shape": source.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for source in sources:
+            out.write(_to_numpy(leaves[source.path], source, dtype).view(np.uint8).data)
+
+
 def _to_numpy(leaf: Array | np.ndarray, source: _Source, dtype: str) -> np.ndarray:
     values = np.asarray(leaf if source.layer is None else leaf[source.layer]).astype(jnp.dtype(dtype), copy=False)
-    return np.ascontiguousarray(values.T if source.transposed else values)  # safetensors writes memory, not strides
+    return np.ascontiguousarray(values.T if source.transposed else values)  # a file holds memory, not strides
 
 
 @contextlib.contextmanager
