@@ -4,8 +4,7 @@
     python benchmarks/decode.py --preset embedded-tiny --batch 32 --json
 
 Both decode greedily and never stop early. The two take turns within one process, so that other load on the machine
-meets both; the table holds each one's best and median round. On a CPU both run in float32: its bfloat16 products
-are slower in either library.
+meets both; the table holds each one's best and median round. Both run in float32.
 """
 
 import argparse

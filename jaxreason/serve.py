@@ -6,13 +6,15 @@ import sys
 import jax
 
 from jaxreason import config as cfg
+from jaxreason import rewards
 from jaxreason.data import chat as chats
 from jaxreason.data.example import Example
 from jaxreason.data.prompts import load_prompts
+from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.model import unstack
 from jaxreason.rollout import Engine, Sampling
-from jaxreason.sharding import make_mesh
+from jaxreason.sharding import make_mesh, replicated
 from jaxreason.train.evaluation import evaluate
 from jaxreason.weights import locate
 
@@ -34,8 +36,9 @@ def open_model(name: str, options: cfg.Decode, slots: int) -> Opened:
         temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p,
         max_completion_tokens=options.max_completion_tokens,
     )  # fmt: skip
-    params = source.params(config, make_mesh(cfg.Mesh()))
-    params = jax.jit(lambda p: unstack(p, config))(params)
+    mesh = make_mesh(cfg.Mesh())
+    params = source.params(config, mesh)
+    params = jax.jit(lambda p: unstack(p, config), out_shardings=replicated(mesh))(params)
     return Opened(Engine(config, stops, sampling, slots=slots), params, tokenizer)
 
 
@@ -64,8 +67,9 @@ def measure(name: str, task: str, samples: int, options: cfg.Task) -> tuple[dict
     """Accuracy of a model on a task's problems, and every completion."""
     opened = open_model(name, options, options.slots)
     data = cfg.Data(
-        source=task, split=options.split, max_rows=options.problems, system_prompt=options.system_prompt,
-        template=options.template,
+        source=task, split=options.split or ("eval" if splits_itself(task) else "test"), max_rows=options.problems,
+        system_prompt=options.system_prompt, template=options.template,
     )  # fmt: skip
     prompts = load_prompts(data, opened.tokenizer, options.seed)
-    return evaluate(opened.engine, opened.params, prompts, opened.tokenizer, samples, options.seed)
+    grader = rewards.get(options.grader)
+    return evaluate(opened.engine, opened.params, prompts, opened.tokenizer, grader, samples, options.seed)

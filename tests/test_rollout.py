@@ -4,11 +4,16 @@ import jax
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 from transformers import AutoModelForCausalLM
 
+from jaxreason import config as cfg
 from jaxreason import hf, model
 from jaxreason.errors import UserError
 from jaxreason.rollout import Engine, Sampling, cache
+from jaxreason.rollout.run import fewer
+from jaxreason.rollout.spread import spread
+from jaxreason.sharding import make_mesh, replicated
 
 CONFIG = model.LlamaConfig(
     vocab_size=97, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12,
@@ -78,6 +83,88 @@ def test_slots_and_chunk_change_nothing(unstacked, reference, slots, chunk):
         np.testing.assert_allclose(a.full_logp, b.full_logp, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def everywhere(unstacked):
+    """The weights whole on eight devices."""
+    return jax.device_put(unstacked, replicated(make_mesh(cfg.Mesh())))
+
+
+@pytest.mark.parametrize(("slots", "chunk", "devices"), [(7, 64, 7), (9, 8, 8)])
+def test_devices_change_nothing(everywhere, reference, slots, chunk, devices):
+    """No more devices than slots, and as many slots on each: 9 slots are 16 on 8 devices."""
+    engine = make(slots, chunk)
+    found = engine.generate(everywhere, PROMPTS, 3, seed=1, step=2)
+    (mesh,) = engine._programs
+    assert mesh.size == devices
+    assert ids(found) == ids(reference)
+    for a, b in zip(found, reference):
+        np.testing.assert_allclose(a.full_logp, b.full_logp, atol=1e-5)
+        np.testing.assert_allclose(a.sampler_logp, b.sampler_logp, atol=1e-5)
+
+
+def test_each_device_decodes_its_share_of_the_slots(everywhere):
+    """Caches and slots stay split while buffers grow, are refilled and are decoded with; greedy is as on one device."""
+    sampling, prompts, seen = Sampling(60, temperature=0.0), ragged([20, 3, 9, 33, 1, 12]), []
+    engine = make(16, 16, sampling, ())
+    inner = engine.programs(spread(everywhere, 16)[1])
+
+    def decode(params, slots, caches, idle_at):
+        seen.extend((leaf.shape, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(caches))
+        assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves((params, slots, caches)))
+        return inner.decode(params, slots, caches, idle_at)
+
+    engine.programs = lambda mesh: inner._replace(decode=decode)
+    found = engine.generate(everywhere, prompts, 4, seed=0, step=0)
+    assert {(whole[2], whole[0] // share[0]) for whole, share in seen} == {(64, 8), (128, 8)}
+    assert all(whole[1:] == share[1:] for whole, share in seen)
+    alone = make(3, 16, sampling, ()).generate(jax.device_put(everywhere, jax.devices()[3]), prompts, 4, seed=0, step=0)
+    assert ids(found) == ids(alone)
+
+
+def test_split_weights_are_decoded_with_as_they_are(unstacked):
+    """Too large for one device: one program over all of them, as the partitioner makes it."""
+    split = NamedSharding(make_mesh(cfg.Mesh()), PartitionSpec("fsdp"))
+    whole = replicated(split.mesh)
+    params = jax.tree.map(lambda w: jax.device_put(w, whole if w.shape[0] % 8 else split), unstacked)
+    same, mesh = spread(params, 4)
+    assert mesh is None and same is params
+
+
+def test_calls_that_share_a_step_draw_what_one_call_draws(unstacked, reference):
+    """As processes do, each with its part of the prompts: the key counts prompts of the whole step."""
+    engine = make()
+    head = engine.generate(unstacked, PROMPTS[:2], 3, seed=1, step=2)
+    tail = engine.generate(unstacked, PROMPTS[2:], 3, seed=1, step=2, first_prompt=2)
+    assert [c.tokens.tolist() for c in head + tail] == [c.tokens.tolist() for c in reference]
+    assert [c.prompt_index for c in tail] == [0] * 3 + [1] * 3 + [2] * 3
+    assert ids(engine.generate(unstacked, PROMPTS[2:], 3, seed=1, step=2)) != ids(tail)
+
+
+@pytest.mark.parametrize(("slots", "devices", "widths"), [(32, 1, [32, 8, 4]), (64, 8, [64, 32])])
+def test_what_still_runs_moves_into_fewer_slots(unstacked, everywhere, slots, devices, widths):
+    """40 sequences; a device's share becomes a quarter, and that a quarter, once nothing waits and so few still run."""
+    params, seen = unstacked if devices == 1 else everywhere, []
+    spread_lengths = Sampling(34, temperature=1.3), (5, 11, *range(40, 48))
+    engine = make(slots, 2, *spread_lengths)
+    inner = engine.programs(spread(params, slots)[1])
+
+    def decode(params, slots, caches, idle_at):
+        seen.append(slots.token.shape[0])
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(caches)} == {seen[-1]}
+        return inner.decode(params, slots, caches, idle_at)
+
+    engine.programs = lambda mesh: inner._replace(decode=decode)
+    found = engine.generate(params, PROMPTS, 8, seed=1, step=2)
+    assert list(dict.fromkeys(seen)) == widths
+    assert ids(found) == ids(make(4, 8, *spread_lengths).generate(unstacked, PROMPTS, 8, seed=1, step=2))
+
+
+def test_how_many_slots_decode_on():
+    assert [fewer(64, live) for live in (64, 17, 16, 5, 4, 1)] == [64, 64, 16, 16, 4, 4]
+    assert [fewer(160, live) for live in (41, 40, 10, 4)] == [160, 40, 10, 4]  # 160 → 40 → 10 → 4
+    assert [fewer(slots, 1) for slots in (1, 4, 7, 8)] == [1, 4, 7, 4]
+
+
 def test_neighbours_change_nothing(unstacked, reference):
     others = [*PROMPTS[:3], *ragged([40, 3], seed=9)]
     assert ids(make().generate(unstacked, others, 3, seed=1, step=2))[:9] == ids(reference)[:9]
@@ -141,11 +228,12 @@ def test_greedy_equals_transformers_generate(tmp_path):
 
 def test_each_prompt_is_prefilled_once(unstacked):
     engine, rows = make(), []
-    inner = engine._prefill
-    engine._prefill = lambda params, tokens, segments: (
+    inner = engine.programs()
+    noted = lambda params, tokens, segments: (  # noqa: E731
         rows.extend(row[mask > 0].tolist() for row, mask in zip(tokens, segments)),
-        inner(params, tokens, segments),
+        inner.prefill(params, tokens, segments),
     )[1]
+    engine.programs = lambda mesh: inner._replace(prefill=noted)
     engine.generate(unstacked, PROMPTS, 6, seed=0, step=0)
     # All but the last token, which decoding feeds; prompt 0 has no other.
     assert [row for row in rows if row] == [prompt[:-1] for prompt in PROMPTS[1:]]
@@ -233,5 +321,8 @@ def test_buckets():
 def test_kv_bytes():
     # 100 + 30 positions → buffers of 192: 2 layers · k and v · 2 heads · 12 channels · 4 bytes = 384 bytes a position.
     assert cache.longest(130) == 192
-    slots, prompts = 4 * 192, 4 * 128  # the prompts of one prefill: as many as slots, 100 → 128 tokens
-    assert make(slots=4).kv_bytes(100) == 384 * (slots + prompts)
+    assert len(jax.local_devices()) == 8
+    slots, prompts = 1 * 192, 1 * 128  # one slot keeps one device; the prompts of one prefill: as many as slots, 100 → 128
+    assert make(slots=1).kv_bytes(100) == 384 * (slots + prompts)
+    # 12 slots become 16 on 8 devices, and each of these holds the keys of one of two layers of 16 prompts for a moment.
+    assert make(slots=12).kv_bytes(100) == 384 * 16 * (192 + 128) + 8 * 16 * 128 * 384 // 4

@@ -9,9 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.sharding import Mesh
 
 from jaxreason.model import LlamaConfig
+from jaxreason.rollout.spread import AXIS, SPLIT, over, placed
 
 Caches = list[tuple[Array, Array]]  # per layer k and v, each [slots, K, C, H]
 
@@ -47,10 +49,10 @@ def longest(length: int) -> int:
     return -(-length // step) * step
 
 
-def allocate(config: LlamaConfig, slots: int, length: int) -> Caches:
+def allocate(config: LlamaConfig, slots: int, length: int, mesh: Mesh | None = None) -> Caches:
     """Empty buffers."""
-    shape = (slots, config.num_kv_heads, length, config.head_dim)
-    return [tuple(jnp.zeros(shape, config.compute_dtype) for _ in "kv") for _ in range(config.num_layers)]
+    shape, place = (slots, config.num_kv_heads, length, config.head_dim), placed(mesh)
+    return [tuple(jnp.zeros(shape, config.compute_dtype, device=place) for _ in "kv") for _ in range(config.num_layers)]
 
 
 def num_bytes(config: LlamaConfig, slots: int, length: int) -> int:
@@ -59,21 +61,38 @@ def num_bytes(config: LlamaConfig, slots: int, length: int) -> int:
     return config.num_layers * slots * length * entry
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _resize_one(buffer: Array, length: int) -> Array:
-    grow = length - buffer.shape[2]
-    return jnp.pad(buffer, ((0, 0), (0, 0), (0, grow), (0, 0))) if grow > 0 else buffer[:, :, :length]
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _resize_one(buffer: Array, length: int, mesh: Mesh | None) -> Array:
+    def resized(buffer):
+        grow = length - buffer.shape[2]
+        return jnp.pad(buffer, ((0, 0), (0, 0), (0, grow), (0, 0))) if grow > 0 else buffer[:, :, :length]
+
+    return over(mesh, resized, SPLIT, SPLIT)(buffer)
 
 
-def resize(caches: Caches, length: int) -> Caches:
+def resize(caches: Caches, length: int, mesh: Mesh | None = None) -> Caches:
     """The same entries in buffers of another length. Empties ``caches``: old and new coexist for one layer only."""
     if caches[0][0].shape[2] == length:
         return caches
     resized = []
     while caches:
         k, v = caches.pop(0)
-        resized.append((_resize_one(k, length), _resize_one(v, length)))
+        resized.append((_resize_one(k, length, mesh), _resize_one(v, length, mesh)))
     return resized
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take_one(buffer: Array, places: Array, mesh: Mesh | None) -> Array:
+    return over(mesh, lambda buffer, places: buffer[places], (SPLIT, SPLIT), SPLIT)(buffer, places)
+
+
+def take(caches: Caches, places: Array, mesh: Mesh | None = None) -> Caches:
+    """The slots at ``places``, which count from 0 on every device, as the only ones. Empties ``caches``."""
+    taken = []
+    while caches:
+        k, v = caches.pop(0)
+        taken.append((_take_one(k, places, mesh), _take_one(v, places, mesh)))
+    return taken
 
 
 def write_at(positions: Array):
@@ -89,17 +108,23 @@ def write_at(positions: Array):
     return write
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy_one(buffer: Array, prompts: Array, slots: Array, rows: Array) -> Array:
-    # A batch may hold a longer prompt than those that are copied now, which fit into the buffer.
-    length = min(prompts.shape[2], buffer.shape[2])
-    return buffer.at[slots, :, :length].set(prompts[rows, :, :length], unique_indices=True, mode="drop")
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _copy_one(buffer: Array, prompts: Array, new: Array, rows: Array, mesh: Mesh | None) -> Array:
+    def copied(buffer, prompts, new, rows):
+        if mesh is not None:  # a prompt may be wanted on another device than the one that computed it
+            prompts = lax.all_gather(prompts, AXIS, tiled=True)
+        # A batch may hold a longer prompt than those that are copied now, which fit into the buffer.
+        length, slots = min(prompts.shape[2], buffer.shape[2]), jnp.arange(buffer.shape[0])
+        where = jnp.where(new, slots, slots + buffer.shape[0])
+        return buffer.at[where, :, :length].set(prompts[rows, :, :length], unique_indices=True, mode="drop")
+
+    return over(mesh, copied, (SPLIT,) * 4, SPLIT)(buffer, prompts, new, rows)
 
 
-def copy_rows(caches: Caches, prompts: Caches, slots: Array, rows: Array) -> Caches:
-    """Puts row ``rows[i]`` of the prompts' entries [R, K, S, H] into slot ``slots[i]``; slots past the end are skipped.
+def copy_rows(caches: Caches, prompts: Caches, new: Array, rows: Array, mesh: Mesh | None = None) -> Caches:
+    """Puts row ``rows[i]`` of the prompts' entries [R, K, S, H] into every slot i that is ``new``; both are [N].
 
-    ``slots`` holds no number twice. The buffers in ``caches`` are donated. Compiled for one buffer, not for all layers:
-    there is a variant for every pair of lengths.
+    The buffers in ``caches`` are donated. Compiled for one buffer, not for all layers: there is a variant for every
+    pair of lengths, and over several devices only one buffer's prompts are on all of them at a time.
     """
-    return [tuple(_copy_one(b, p, slots, rows) for b, p in zip(*pair)) for pair in zip(caches, prompts)]
+    return [tuple(_copy_one(b, p, new, rows, mesh) for b, p in zip(*pair)) for pair in zip(caches, prompts)]

@@ -1,0 +1,124 @@
+"""What runs on the devices: prompts into keys and values, sequences into slots, and chunks of decoding steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from jaxreason.model import LlamaConfig, next_logits, prefill, step_cached
+from jaxreason.rollout import cache
+from jaxreason.rollout.sampling import Sampling, sample, sequence_key
+from jaxreason.rollout.spread import COLUMNS, SPLIT, WHOLE, over, placed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Device state of the slots, N of them; row i of every cache belongs to slot i."""
+
+    token: Array  # [N] int32, the last known token, not yet fed
+    position: Array  # [N] int32, its position
+    drawn: Array  # [N] int32, completion tokens drawn so far
+    live: Array  # [N] bool
+    key: Array  # [N] key of the sequence
+
+
+class Programs(NamedTuple):
+    """The two large programs of an engine."""
+
+    prefill: Callable  # (params, tokens [R, S], segment_ids [R, S]) -> keys and values
+    decode: Callable  # (params, slots, caches, idle_at) -> slots, caches, what was drawn
+
+
+def programs(config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Programs:
+    """Jitted, and shared by all engines with these settings."""
+    return Programs(_prefill_of(config, mesh), _decode_of(config, sampling, stop_ids, chunk, mesh))
+
+
+@functools.cache
+def _prefill_of(config: LlamaConfig, mesh: Mesh | None) -> Callable:
+    def fill(params, tokens, segment_ids):
+        return prefill(params, config, tokens, segment_ids)
+
+    return jax.jit(over(mesh, fill, (WHOLE, SPLIT, SPLIT), SPLIT))
+
+
+@functools.cache
+def _decode_of(config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Callable:
+    settings = {"config": config, "sampling": sampling, "stop_ids": stop_ids, "chunk": chunk}
+    results = SPLIT, SPLIT, (COLUMNS, COLUMNS, COLUMNS, SPLIT)
+    decode = over(mesh, functools.partial(_decode, **settings), (WHOLE, SPLIT, SPLIT, WHOLE), results)
+    return jax.jit(decode, donate_argnums=(1, 2))
+
+
+def empty_slots(slots: int, pad_id: int, mesh: Mesh | None = None) -> Slots:
+    zeros = jnp.zeros(slots, jnp.int32)
+    made = Slots(zeros + pad_id, zeros, zeros + 0, zeros > 0, jax.random.split(jax.random.key(0), slots))
+    return made if mesh is None else jax.device_put(made, placed(mesh))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def admit(slots: Slots, new, token, position, seed, step, prompt_number, sample_index, *, mesh: Mesh | None) -> Slots:
+    """Starts a sequence in every slot that is ``new``, from the entries [N] of the other arrays."""
+
+    def admitted(slots, new, token, position, seed, step, prompt_number, sample_index):
+        keys = jax.vmap(sequence_key, (None, None, 0, 0))(seed, step, prompt_number, sample_index)
+        fresh = Slots(token, position, jnp.zeros_like(token), jnp.ones_like(new), keys)
+        return jax.tree.map(lambda a, b: jnp.where(new, a, b), fresh, slots)
+
+    arguments = SPLIT, SPLIT, SPLIT, SPLIT, WHOLE, WHOLE, SPLIT, SPLIT
+    return over(mesh, admitted, arguments, SPLIT)(slots, new, token, position, seed, step, prompt_number, sample_index)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def take(slots: Slots, places: Array, mesh: Mesh | None) -> Slots:
+    """The slots at ``places``, which count from 0 on every device, as the only ones."""
+    return over(mesh, lambda slots, places: jax.tree.map(lambda x: x[places], slots), (SPLIT, SPLIT), SPLIT)(slots, places)
+
+
+def _decode(
+    params: dict, slots: Slots, caches: cache.Caches, idle_at: Array, *, config, sampling, stop_ids, chunk
+) -> tuple[Slots, cache.Caches, tuple[Array, Array, Array, Array]]:
+    """Up to ``chunk`` steps; fewer once no more than ``idle_at`` slots are live.
+
+    Returns the slots, the caches, and tokens, sampler_logp, full_logp [chunk, N] with the number [N] of valid entries.
+    """
+    size, length = slots.token.shape[0], caches[0][0].shape[2]
+    stops = np.array(stop_ids, np.int32)
+
+    def body(carry):
+        i, slots, caches, (tokens, sampler_logp, full_logp, counts) = carry
+        # A slot that is not live attends to one entry: what reads a cache by its length then reads no more of it.
+        position = jnp.where(slots.live, slots.position, 0)
+        visible = jnp.arange(length) <= position[:, None, None]
+        x, caches = step_cached(
+            params, config, slots.token[:, None], position[:, None], caches, cache.write_at(position), visible
+        )
+        new, sampler, full = sample(next_logits(params, config, x[:, 0]), slots.key, slots.drawn, sampling)
+        drawn = slots.drawn + slots.live
+        ended = jnp.any(new[:, None] == stops, axis=-1) | (drawn >= sampling.max_completion_tokens)
+        columns = zip((tokens, sampler_logp, full_logp), (new, sampler, full))
+        outputs = (*(column.at[i].set(row) for column, row in columns), counts + slots.live)
+        slots = Slots(
+            token=jnp.where(slots.live, new, slots.token),
+            position=slots.position + slots.live,
+            drawn=drawn,
+            live=slots.live & ~ended,
+            key=slots.key,
+        )
+        return i + 1, slots, caches, outputs
+
+    def unfinished(carry):
+        i, slots, *_ = carry
+        return (i < chunk) & (jnp.sum(slots.live) > idle_at)
+
+    logp = jnp.zeros((chunk, size), jnp.float32)
+    outputs = (jnp.zeros((chunk, size), jnp.int32), logp, logp, jnp.zeros(size, jnp.int32))
+    _, slots, caches, outputs = lax.while_loop(unfinished, body, (jnp.int32(0), slots, caches, outputs))
+    return slots, caches, outputs
