@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 from jaxreason.data.batches import Rows
-from jaxreason.data.pack import plan
+from jaxreason.data.pack import MAX_EXAMPLES, plan
 from jaxreason.data.store import Store
+from jaxreason.model import LlamaConfig
+from jaxreason.train.rollouts import row_layout
 
 LENGTHS = np.random.default_rng(0).integers(3, 90, 500)
 
@@ -51,6 +53,43 @@ def test_rows_come_in_random_order_not_by_length():
     made = plan(LENGTHS, 90, packing=True, shuffle=True, seed=0, epoch=0)
     longest = np.array([LENGTHS[row].max() for row in rows_of(made)])
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_row_takes_no_more_examples_than_attention_has_segments(shuffle):
+    """40 examples of 2 tokens in rows of 512: 31 and 9, since the row's rest is the 32nd segment."""
+    assert MAX_EXAMPLES == 31 == LlamaConfig.max_segments - 1
+    rows = rows_of(plan(np.full(40, 2), 512, packing=True, shuffle=shuffle, seed=1, epoch=0))
+    assert sorted(map(len, rows)) == [9, 31]
+    assert sorted(example for row in rows for example in row) == list(range(40))
+    many = rows_of(plan(np.full(1000, 2), 512, packing=True, shuffle=shuffle, seed=1, epoch=0))
+    assert len(many) == 33 and max(map(len, many)) == 31  # ceil(1000 / 31)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_cap_costs_nothing_where_rows_hold_fewer(shuffle, monkeypatch):
+    def make():
+        return rows_of(plan(LENGTHS + 10, 256, packing=True, shuffle=shuffle, seed=0, epoch=0))
+
+    capped = make()
+    assert 5 < max(map(len, capped)) < 31  # or this shows nothing
+    monkeypatch.setattr("jaxreason.data.pack.MAX_EXAMPLES", 10**9)
+    assert make() == capped
+
+
+def test_a_capped_row_still_leaves_its_long_partner_in():
+    """One of 100 tokens and 60 of 1 in rows of 200: the long one is placed first and shares its row with 30 others."""
+    rows = rows_of(plan(np.array([1] * 60 + [100]), 200, packing=True, shuffle=True, seed=0, epoch=0))
+    assert sorted(map(len, rows)) == [30, 31] and len(next(row for row in rows if 60 in row)) == 31
+
+
+def test_rollout_rows_hold_what_the_cap_lets_through():
+    places = row_layout([2] * 40, 512, rows=40, microbatches=4)
+    assert len(set(places)) == 40
+    assert sorted(np.unique([row for row, _ in places], return_counts=True)[1]) == [9, 31]
+    assert {row % 4 for row, _ in places} == {0}  # both rows in the first microbatch; the step skips the others
+    with pytest.raises(ValueError, match="40 sequences fill 2 rows of 512 tokens, and there are 1"):
+        row_layout([2] * 40, 512, rows=1, microbatches=1)
 
 
 def test_an_example_that_fits_no_row_is_a_defect():

@@ -15,7 +15,8 @@ class Rows:
     """Rows of T tokens from a store, as batches.
 
     With ``endless`` the epochs follow each other without a seam: the batch that ends one epoch is filled from the
-    next. Without, there is one epoch, and the last batch is filled with empty rows.
+    next. Without, there is one epoch, and the last batch is filled with empty rows. ``weights``: of the targets of a
+    thought, and of what follows it.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class Rows:
         seed: int,
         pad_id: int,
         endless: bool,
+        weights: tuple[float, float] | None = None,
     ):
         self.length, self.batch_size, self.endless = length, batch_size, endless
         self.index, self.lengths = index, lengths
-        self._store, self._pad_id = store, pad_id
+        self._store, self._pad_id, self.weights = store, pad_id, weights
         self._options = {"packing": packing, "shuffle": shuffle, "seed": seed}
         self._lock = threading.Lock()  # grain reads steps from threads
         self._plans: dict[int, Plan] = {}
@@ -84,6 +86,7 @@ class Rows:
         shape = (len(rows), self.length)
         tokens, targets = np.full(shape, self._pad_id, np.int32), np.full(shape, self._pad_id, np.int32)
         positions, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        weights = None if self.weights is None else np.ones(shape, np.float32)
         for r, examples in enumerate(rows):
             at = 0
             for segment, example in enumerate(examples, 1):
@@ -95,10 +98,15 @@ class Rows:
                 segments[r, at:end] = segment
                 # Position t is trained to say token t + 1, so the mask begins one before the trained span.
                 mask[r, at + self._store.starts[stored] - 1 : end - 1] = 1
+                if weights is not None:
+                    answer = min(at + self._store.answers[stored] - 1, end)
+                    weights[r, at:answer], weights[r, answer:end] = self.weights
                 at = end
         # Each row holds fewer than T segments, so a row's ids cannot reach the next row's.
         sequence_ids = (np.arange(first_row, first_row + len(rows), dtype=np.int32)[:, None] * self.length) + segments
-        return Batch(tokens, targets, positions, segments, mask, sequence_ids=sequence_ids)
+        return Batch(
+            tokens, targets, positions, segments, mask, sequence_ids=sequence_ids, token_weights=weights
+        )
 
     def _end(self, epoch: int) -> int:
         while len(self._ends) <= epoch:

@@ -15,6 +15,8 @@ from jaxreason.data.schema import parse
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.errors import UserError
 
+_CLOSED = "</think>"
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
@@ -23,6 +25,7 @@ class Encoded:
     ids: np.ndarray  # [sum of lengths] int32
     lengths: np.ndarray  # [n] int32
     starts: np.ndarray  # [n] int32, first trained token
+    answers: np.ndarray  # [n] int32, first token behind the thought; the first trained one where spans are not wanted
     ordinals: np.ndarray  # [n] int64
     rows: int
     rejects: list[tuple[int, str, int]]  # (ordinal, reason, key)
@@ -33,6 +36,7 @@ class Encoder:
     tokenizer: Tokenizer
     chat: Chat
     keep_only_correct: bool
+    spans: bool = False  # find where the answer begins behind the thought
 
     def chunk(self, chunk: Chunk, schema: str) -> Encoded:
         """Reads, parses and encodes the rows of ``chunk``. Raises UserError for a file that cannot be read."""
@@ -50,7 +54,8 @@ class Encoder:
             rows += 1
         prompts = self.tokenizer.encode_batch([prompt for prompt, _ in texts])
         completions = self._completions([completion for _, completion in texts], plain)
-        ids, starts, kept = [], [], []
+        thoughts = [self._thought(text, ids) for (_, text), ids in zip(texts, completions)]
+        ids, starts, answers, kept = [], [], [], []
         for at, (prompt, completion) in enumerate(zip(prompts, completions)):
             try:
                 ids.append(np.array(prompt + end_at_stop(completion, self.tokenizer), np.int32))
@@ -59,11 +64,13 @@ class Encoder:
             else:
                 # The very first token has nothing before it that could predict it.
                 starts.append(max(len(prompt), 1))
+                answers.append(max(len(prompt) + thoughts[at], 1))
                 kept.append(ordinals[at])
         return Encoded(
             np.concatenate([*ids, np.zeros(0, np.int32)]),
             np.array([len(row) for row in ids], np.int32),
             np.array(starts, np.int32),
+            np.array(answers, np.int32),
             np.array(kept, np.int64),
             rows,
             sorted(rejects),
@@ -75,6 +82,17 @@ class Encoder:
         if example.user is None:
             return (self.tokenizer.hf.bos_token if self.tokenizer.adds_bos else ""), example.answer
         return self.chat.render(example)
+
+    def _thought(self, text: str, ids: list[int]) -> int:
+        """Tokens of a completion up to the one that ends its ``</think>``, included; 0 without a thought."""
+        if not self.spans or _CLOSED not in text:
+            return 0
+        # The fewest tokens whose text holds the tag: texts of prefixes only grow, so halving finds it.
+        low, high = 1, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if _CLOSED in self.tokenizer.decode(ids[:middle]) else (middle + 1, high)
+        return low
 
     def _completions(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
         """Plain text begins a document and is encoded as one; a reply continues its prompt."""

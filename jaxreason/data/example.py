@@ -1,6 +1,8 @@
 """The record that every row becomes, and the text conventions of the data sets it comes from."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _THOUGHT_TAGS = ((THINK_OPEN, THINK_CLOSE), ("<|begin_of_thought|>", "<|end_of_thought|>"))
@@ -28,6 +30,7 @@ class Example:
     system: str | None = None
     gold: str | None = None  # what a grader compares with
     history: tuple[tuple[str, str], ...] = ()  # earlier (role, text) turns, never trained
+    row: Mapping[str, Any] | None = None  # further columns, for a reward function that reads them
 
     @property
     def reply(self) -> str | None:

@@ -8,6 +8,10 @@ import dataclasses
 
 import numpy as np
 
+from jaxreason.types import MAX_SEGMENTS
+
+MAX_EXAMPLES = MAX_SEGMENTS - 1  # in a row: what is left of it at the end is a segment too
+
 # Examples considered together. Large enough that every row of 128k tokens finds partners, small enough that sorting a
 # window does not bring examples of like length together all over the epoch.
 _WINDOW = 8192
@@ -28,7 +32,7 @@ class Plan:
 
 
 def plan(lengths: np.ndarray, max_length: int, *, packing: bool, shuffle: bool, seed: int, epoch: int) -> Plan:
-    """Rows of at most ``max_length`` tokens; every example in exactly one.
+    """Rows of at most ``max_length`` tokens and ``MAX_EXAMPLES`` examples; every example in exactly one.
 
     Shuffled packing is best-fit decreasing within windows of a random order, then a random order of rows. Unshuffled
     packing keeps the file's order and closes a row at the first example that does not fit. O(n log n).
@@ -49,10 +53,10 @@ def plan(lengths: np.ndarray, max_length: int, *, packing: bool, shuffle: bool, 
 
 
 def _best_fit(window: np.ndarray, lengths: np.ndarray, max_length: int) -> list[list[int]]:
-    """Longest first, each into the fullest row that still has room for it."""
+    """Longest first, each into the fullest row that still takes it."""
     window = window[np.argsort(-lengths[window], kind="stable")]
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    room: list[tuple[int, int]] = []  # (free tokens, row) of rows that take more, sorted
     for example, length in zip(window.tolist(), lengths[window].tolist()):
         at = bisect.bisect_left(room, (length, 0))
         if at == len(room):
@@ -61,7 +65,7 @@ def _best_fit(window: np.ndarray, lengths: np.ndarray, max_length: int) -> list[
         else:
             free, row = room.pop(at)
         rows[row].append(example)
-        if free > length:
+        if free > length and len(rows[row]) < MAX_EXAMPLES:
             bisect.insort(room, (free - length, row))
     return rows
 
@@ -70,7 +74,7 @@ def _next_fit(lengths: np.ndarray, max_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     free = 0
     for example, length in enumerate(lengths.tolist()):
-        if length > free or not rows:
+        if not rows or length > free or len(rows[-1]) == MAX_EXAMPLES:
             rows.append([])
             free = max_length
         rows[-1].append(example)

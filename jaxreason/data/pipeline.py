@@ -11,7 +11,7 @@ from jaxreason.data.batches import Rows
 from jaxreason.data.chat import Chat
 from jaxreason.data.encode import Encoder, Fit, fit
 from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report
-from jaxreason.data.sources import open_source
+from jaxreason.data.sources import open_source, splits_itself
 from jaxreason.data.store import Store
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.data.tokenizing import cache_root, tokenize
@@ -52,7 +52,7 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     length = _row_length(data, [train] if held_out is None else [train, held_out])
     shared = {"length": length, "batch_size": data.batch_size, "packing": data.packing, "seed": seed}
     shared["pad_id"] = tokenizer.pad_id
-    rows = Rows(store, train.index, train.lengths, shuffle=data.shuffle, endless=True, **shared)
+    rows = Rows(store, train.index, train.lengths, shuffle=data.shuffle, endless=True, weights=_weights(data), **shared)
     eval_rows = None
     if held_out is not None:
         eval_rows = Rows(eval_store, held_out.index, held_out.lengths, shuffle=False, endless=False, **shared)
@@ -60,10 +60,15 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     return Prepared(rows, eval_rows, report, chat, store, tokenizer)
 
 
+def _weights(data: Data) -> tuple[float, float] | None:
+    """(thought, answer), or None where all targets weigh the same."""
+    weights = data.think_weight, data.answer_weight
+    return None if weights == (1.0, 1.0) else weights
+
+
 def eval_split(data: Problems) -> str:
     """The split that held-out rows are read from."""
-    embedded = (data.eval_source or data.source).startswith("embedded:")
-    return data.eval_split or ("eval" if embedded else data.split)
+    return data.eval_split or ("eval" if splits_itself(data.eval_source or data.source) else data.split)
 
 
 def _source(
@@ -71,7 +76,7 @@ def _source(
 ) -> tuple[Store, Fit, SourceReport]:
     store = tokenize(
         open_source(name, split, max_rows, seed),
-        Encoder(tokenizer, chat, data.keep_only_correct),
+        Encoder(tokenizer, chat, data.keep_only_correct, spans=_weights(data) is not None),
         schema=data.row_schema,
         max_rows=max_rows,
         workers=data.workers,

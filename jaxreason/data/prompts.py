@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxreason.config import Problems
 from jaxreason.data import chat as chats
@@ -25,6 +27,7 @@ class Prompt:
     gold: str  # what a grader compares with
     user: str  # the question alone
     index: int  # ordinal of the row in its source
+    row: Mapping[str, Any] | None = None  # the columns of data.keep_columns, or the entry of a reasoning-gym task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +56,13 @@ def load_prompts(
     source = open_source(data.source, data.split, data.max_rows, seed)
     prompts, dropped, rows = [], collections.Counter(), 0
     for chunk, schema in row_formats(source, data.row_schema, keep_only_correct=False):
-        found, read = _examples(chunk, _FORMAT.get(schema, schema), rows, data.max_rows, dropped)
+        found, read = _examples(chunk, _FORMAT.get(schema, schema), rows, data, dropped)
         texts = [chat.render_prompt(example) for _, example in found]
         for (index, example), text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
             else:
-                prompts.append(Prompt(tuple(ids), text, example.gold, example.user, index))
+                prompts.append(Prompt(tuple(ids), text, example.gold, example.user, index, example.row))
         rows += read
         if rows == data.max_rows:
             break
@@ -70,15 +73,17 @@ def load_prompts(
 
 
 def _examples(
-    chunk: Chunk, schema: str, first: int, max_rows: int | None, dropped: collections.Counter
+    chunk: Chunk, schema: str, first: int, data: Problems, dropped: collections.Counter
 ) -> tuple[list[tuple[int, Example]], int]:
     """(ordinal, example) of the chunk's usable rows, and how many rows were read."""
     found, read = [], 0
-    for _, row in chunk.rows():
-        if first + read == max_rows:
+    for key, row in chunk.rows():
+        if first + read == data.max_rows:
             break
         try:
             example = row if isinstance(row, Example) else parse(row, schema, False)
+            if data.keep_columns and not isinstance(row, Example):
+                example = dataclasses.replace(example, row=_columns(row, data.keep_columns, chunk.place(key)))
             if example.user is None:
                 raise Reject("plain text asks nothing")
             if example.gold is None:
@@ -88,3 +93,9 @@ def _examples(
             dropped[reject.reason] += 1
         read += 1
     return found, read
+
+
+def _columns(row: Mapping[str, Any], names: Sequence[str], place: str) -> dict[str, Any]:
+    if missing := [name for name in names if name not in row]:
+        raise UserError(f"{place}: data.keep_columns names {missing[0]}, which the row lacks; it has {', '.join(row)}")
+    return {name: row[name] for name in names}

@@ -5,11 +5,12 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxreason.data import files, hub
+from jaxreason.data.example import Example
 from jaxreason.errors import UserError
 
 
@@ -21,10 +22,21 @@ class Source:
     fingerprint: str  # changes with the rows
 
 
+def splits_itself(source: str) -> bool:
+    """Whether the source is a program that keeps its splits ``train`` and ``eval`` apart."""
+    return source.startswith(("embedded:", "reasoning-gym:"))
+
+
 def open_source(source: str, split: str, max_rows: int | None, seed: int) -> Source:
     """The source that ``data.source`` names; only a hub id touches the network. Raises UserError."""
     if source.startswith("embedded:"):
-        return _embedded(source, split, max_rows, seed)
+        from jaxreason.data import embedded
+
+        return _inline(source, embedded.examples(source.removeprefix("embedded:"), split, max_rows, seed))
+    if source.startswith("reasoning-gym:"):
+        from jaxreason.data import gym
+
+        return _inline(source, gym.examples(source.removeprefix("reasoning-gym:"), split, max_rows, seed))
     path = Path(source).expanduser()
     if path.exists():
         paths = files.find(source, path)
@@ -36,7 +48,7 @@ def open_source(source: str, split: str, max_rows: int | None, seed: int) -> Sou
         return _hub(name, config or None, split)
     raise UserError(
         f"data.source {source}: no such file or directory; give a {', '.join(files.SUFFIXES)} file, a directory of "
-        "them, a hub id (owner/name or owner/name:config), or embedded:NAME"
+        "them, a hub id (owner/name or owner/name:config), embedded:NAME, or reasoning-gym:NAME"
     )
 
 
@@ -78,11 +90,7 @@ def _without_network(offline: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = saved
 
 
-def _embedded(source: str, split: str, max_rows: int | None, seed: int) -> Source:
-    from jaxreason.data import embedded
-
-    examples = embedded.examples(source.removeprefix("embedded:"), split, max_rows, seed)
-
+def _inline(source: str, examples: Sequence[Example]) -> Source:
     def chunks() -> Iterator[files.Chunk]:
         for start in range(0, len(examples), files.CHUNK_ROWS):
             items = tuple(examples[start : start + files.CHUNK_ROWS])

@@ -12,7 +12,7 @@ import numpy as np
 from jaxreason.data.encode import Encoded
 from jaxreason.errors import UserError
 
-FORMAT = 1  # part of every cache key; raise it when parsing, rendering or this layout changes
+FORMAT = 2  # part of every cache key; raise it when parsing, rendering or this layout changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Store:
     tokens: np.ndarray  # [sum of lengths] uint16 or uint32, memory-mapped
     offsets: np.ndarray  # [n + 1] int64
     starts: np.ndarray  # [n] int32
+    answers: np.ndarray  # [n] int32, first token behind the thought
     rows: np.ndarray  # [n] int64, ordinal of the row in its source
     meta: dict  # rows, rejects {reason: {count, first}}, schemas
 
@@ -62,8 +63,9 @@ class Writer:
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         empty = [np.zeros(0, np.int64)]
         starts = np.concatenate([part.starts for part in self.parts] or empty).astype(np.int32)
+        answers = np.concatenate([part.answers for part in self.parts] or empty).astype(np.int32)
         rows = np.concatenate([part.ordinals for part in self.parts] or empty).astype(np.int64)
-        np.savez(self.temporary / "index.npz", offsets=offsets, starts=starts, rows=rows)
+        np.savez(self.temporary / "index.npz", offsets=offsets, starts=starts, answers=answers, rows=rows)
         (self.temporary / "meta.json").write_text(json.dumps({**meta, "dtype": np.dtype(self.dtype).name}))
         try:
             os.rename(self.temporary, self.final)
@@ -84,10 +86,10 @@ def open_store(path: Path) -> Store | None:
         return None
     meta = json.loads((path / "meta.json").read_text())
     with np.load(path / "index.npz") as index:
-        offsets, starts, rows = index["offsets"], index["starts"], index["rows"]
+        offsets, starts, answers, rows = (index[name] for name in ("offsets", "starts", "answers", "rows"))
     dtype, size = np.dtype(meta["dtype"]), (path / "tokens.bin").stat().st_size
     if size != offsets[-1] * dtype.itemsize:
         raise UserError(f"{path}: tokenized data is damaged; delete this directory, it will be made again")
     # An empty file cannot be mapped.
     tokens = np.memmap(path / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
-    return Store(tokens, offsets, starts, rows, meta)
+    return Store(tokens, offsets, starts, answers, rows, meta)

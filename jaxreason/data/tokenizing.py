@@ -54,7 +54,8 @@ def tokenize(
 def _key(source: Source, encoder: Encoder, schema: str, max_rows: int | None) -> str:
     chat = encoder.chat
     state = [FORMAT, source.fingerprint, encoder.tokenizer.fingerprint, chat.template, chat.tokens, chat.system_prompt]
-    return hashlib.sha256(json.dumps([*state, encoder.keep_only_correct, schema, max_rows]).encode()).hexdigest()[:32]
+    state += [encoder.keep_only_correct, encoder.spans, schema, max_rows]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
 
 
 def _build(path, source, encoder, schema, max_rows, workers, progress) -> None:
@@ -107,6 +108,7 @@ def _first_rows(part: Encoded, count: int) -> Encoded:
         part.ids[: part.lengths[:keep].sum()],
         part.lengths[:keep],
         part.starts[:keep],
+        part.answers[:keep],
         part.ordinals[:keep],
         count,
         [reject for reject in part.rejects if reject[0] < count],

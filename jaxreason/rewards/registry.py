@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 from jaxreason.errors import UserError
-from jaxreason.rewards import answer, format, length
+from jaxreason.rewards import answer, countdown, format, gym, length
 
 REWARDS: dict[str, Callable] = {
     "accuracy": answer.accuracy,
+    "countdown": countdown.countdown,
+    "reasoning_gym": gym.reasoning_gym,
     "format": format.format,
     "tag_count": format.tag_count,
     "soft_overlong": length.soft_overlong,
@@ -25,7 +27,7 @@ REWARDS: dict[str, Callable] = {
     "repetition": length.repetition,
 }
 ALIASES = {"exact_answer": "accuracy"}
-_PREPARE = {"accuracy": answer.prepare, "cosine": answer.prepare}
+_PREPARE = {"accuracy": answer.prepare, "cosine": answer.prepare, "reasoning_gym": gym.prepare}
 
 
 @dataclasses.dataclass(frozen=True)
