@@ -25,6 +25,7 @@ def arrays(seed: int = 0) -> dict[str, np.ndarray]:
         "logsumexp": rng.normal(size=shape),
         "mean_logp": -3 - np.abs(rng.normal(size=shape)),
         "ref_kl": np.abs(rng.normal(size=shape)),
+        "teacher_divergence": np.abs(rng.normal(size=shape)),
         "topk_entropy": np.abs(rng.normal(size=shape)),
         "token_weights": np.abs(rng.normal(size=shape)),
     }

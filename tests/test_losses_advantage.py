@@ -61,7 +61,7 @@ def test_leave_one_out_is_scaled_centring():
 def test_equal_rewards_give_exactly_zero_at_any_epsilon():
     """The mean of eight 0.1 is not 0.1 in float32; divided by a tiny eps it would be a signal."""
     rewards = np.full((2, 8), 0.1, np.float32)
-    for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc"}:
+    for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc", "zero"}:
         options = {"eps": 0.0} if name not in ("center", "rloo", "gpg") else {}
         assert not np.any(advantage.get(name, **options)(rewards)), name
     assert not np.any(advantage.tic_lc(rewards, np.full((2, 8), 7), eps=0.0))
@@ -131,10 +131,3 @@ def test_reinforce_pp_tokens():
     )
     np.testing.assert_allclose(found[0, :3], (returns - returns.mean()) / returns.std(ddof=1), rtol=1e-5)
     assert found[0, 3] == 0
-
-
-def test_on_policy_distillation():
-    found = tokens.on_policy_distillation(
-        jnp.asarray([[-1.0, NAN]]), jnp.asarray([[-0.5, 1.0]]), jnp.asarray([[1, 0]]), 2.0
-    )
-    np.testing.assert_allclose(found, [[1.0, 0.0]])

@@ -131,14 +131,29 @@ def test_jsd_limits():
     forward, reverse = distill.forward_kl(Z, Z_REF), distill.reverse_kl(Z, Z_REF)
     np.testing.assert_allclose(forward, kl_exact(jax.nn.log_softmax(Z_REF), jax.nn.log_softmax(Z)), rtol=1e-6)
     np.testing.assert_allclose(reverse, kl_exact(jax.nn.log_softmax(Z), jax.nn.log_softmax(Z_REF)), rtol=1e-6)
-    assert distill.generalized_jsd(Z, Z_REF, 0.0) == forward
-    assert distill.generalized_jsd(Z, Z_REF, 1.0) == reverse
-    np.testing.assert_allclose(distill.generalized_jsd(Z, Z_REF, 1e-3) / 1e-3, forward, rtol=5e-3)
-    np.testing.assert_allclose(distill.generalized_jsd(Z, Z_REF, 1 - 1e-3) / 1e-3, reverse, rtol=5e-3)
-    half = distill.generalized_jsd(Z, Z_REF, 0.5)
-    np.testing.assert_allclose(half, distill.generalized_jsd(Z_REF, Z, 0.5), rtol=1e-5)
+    assert distill.generalized_jsd(Z, Z_REF, beta=0.0) == forward
+    assert distill.generalized_jsd(Z, Z_REF, beta=1.0) == reverse
+    np.testing.assert_allclose(distill.generalized_jsd(Z, Z_REF, beta=1e-3) / 1e-3, forward, rtol=5e-3)
+    np.testing.assert_allclose(distill.generalized_jsd(Z, Z_REF, beta=1 - 1e-3) / 1e-3, reverse, rtol=5e-3)
+    half = distill.generalized_jsd(Z, Z_REF, beta=0.5)
+    np.testing.assert_allclose(half, distill.generalized_jsd(Z_REF, Z, beta=0.5), rtol=1e-5)
     with pytest.raises(UserError, match=r"beta is 1\.5"):
-        distill.generalized_jsd(Z, Z_REF, 1.5)
+        distill.generalized_jsd(Z, Z_REF, beta=1.5)
+
+
+def test_temperature_divides_both_models_logits():
+    softened = distill.reverse_kl(Z / 2, Z_REF / 2)
+    np.testing.assert_allclose(distill.reverse_kl(Z, Z_REF, temperature=2.0), softened, rtol=1e-6)
+    both = distill.generalized_jsd(Z, Z_REF, beta=0.3, temperature=2.0)
+    np.testing.assert_allclose(both, distill.generalized_jsd(Z / 2, Z_REF / 2, beta=0.3), rtol=1e-6)
+
+
+def test_topk_entropy_by_hand():
+    """Of (1/2, 1/4, 1/8, 1/8) the two largest make (2/3, 1/3)."""
+    logits = jnp.log(jnp.asarray([[0.125, 0.5, 0.125, 0.25]]))
+    by_hand = -(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))
+    np.testing.assert_allclose(distill.topk_entropy(logits, 2), [by_hand], rtol=1e-6)
+    np.testing.assert_allclose(distill.topk_entropy(logits, 9), [1.75 * np.log(2)], rtol=1e-6)
 
 
 def test_jsd_by_hand_and_with_impossible_tokens():

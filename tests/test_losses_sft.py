@@ -13,6 +13,7 @@ from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from jaxreason import losses
 from jaxreason.errors import UserError
 from jaxreason.losses import sft
+from jaxreason.losses.segments import sequences_of
 
 exp, log = math.exp, math.log
 
@@ -43,6 +44,10 @@ CASES = [
      lambda s, t: -twin.clip(exp(s.logp0[t] - s.ref_logp[t]), 0.2, 1.8) * s.logp[t], "token-mean"),
     ("eaft", {"alpha": 1.5}, lambda s, t: -((s.topk_entropy[t] / 3) ** 1.5) * s.logp[t], "token-mean"),
     ("rho1", {}, lambda s, t: -s.logp[t] * (s.ref_logp[t] > s.logp0[t]), "token-mean"),
+    ("forward_kl", {"nll_coef": 0.3}, lambda s, t: s.teacher_divergence[t] - 0.3 * s.logp[t], "token-mean"),
+    ("reverse_kl", {"nll_coef": 0.5, "reduce": "seq-mean-token-mean"},
+     lambda s, t: s.teacher_divergence[t] - 0.5 * s.logp[t], "seq-mean-token-mean"),
+    ("jsd", {"nll_coef": 1.0}, lambda s, t: s.teacher_divergence[t] - s.logp[t], "token-mean"),
 ]  # fmt: skip
 
 
@@ -76,6 +81,9 @@ HAND = {
     "iw_sft": (2 * 1 + 1 * 4) * log(2) / 3,  # p_ref .25: weights 2 and 1
     "eaft": 5 * log(2) / 3 * 0.5,  # H = 1.5
     "rho1": 0.0,  # p_ref is nowhere above p
+    "forward_kl": 0.4,
+    "reverse_kl": 0.4,
+    "jsd": 0.4,
 }
 
 
@@ -93,6 +101,7 @@ def test_hand_number(name):
         mean_logp=full(-3.0),
         ref_logp=full(log(0.25)),
         topk_entropy=full(1.5),
+        teacher_divergence=full(0.4),
         entropy=full(0.7),
         sequence_ids=jnp.asarray(np.repeat(np.arange(4)[:, None], 7, axis=1), jnp.int32),
     )
@@ -143,15 +152,18 @@ def test_certain_token_has_finite_focal_gradient():
 
 
 def test_neftune_scale():
-    mask = jnp.asarray([[1.0] * 16 + [0.0] * 48, [1.0] * 64])
-    noise = sft.neftune(jnp.zeros((2, 64, 9)), mask, jax.random.key(0), alpha=5.0)
-    # alpha / sqrt(16 * 9) = 5 / 12 and alpha / sqrt(64 * 9) = 5 / 24
-    assert 0.98 * 5 / 12 < jnp.max(jnp.abs(noise[0])) <= 5 / 12
-    assert 0.98 * 5 / 24 < jnp.max(jnp.abs(noise[1])) <= 5 / 24
+    """alpha / sqrt(L D) of each sequence's own length: 5/12 for 16 tokens of width 9, 5/18 for 36, 5/24 for 64."""
+    ids = jnp.asarray([[1] * 16 + [2] * 36 + [0] * 12, [1] * 64])
+    keys = jax.random.split(jax.random.key(0), 2)
+    noise = np.abs(sft.neftune_noise(keys, sequences_of(ids > 0, ids), 9, 5.0))
+    for part, bound in ((noise[0, :16], 5 / 12), (noise[0, 16:52], 5 / 18), (noise[1], 5 / 24)):
+        assert 0.97 * bound < part.max() <= bound and 0.4 * bound < part.mean() < 0.6 * bound
+    assert not noise[0, 52:].any()
 
 
 def test_missing_inputs_are_named():
     inputs = losses.SftInputs(logp=jnp.zeros((1, 2)), mask=jnp.ones((1, 2)))
-    for name, field in [("asft", "ref_kl"), ("iw_sft", "ref_logp"), ("z_loss", "logsumexp"), ("eaft", "topk_entropy")]:
+    for name, field in [("asft", "ref_kl"), ("iw_sft", "ref_logp"), ("z_loss", "logsumexp"), ("eaft", "topk_entropy"),
+                        ("jsd", "teacher_divergence")]:  # fmt: skip
         with pytest.raises(UserError, match=f"SftInputs.{field}"):
             losses.get(name)(inputs)

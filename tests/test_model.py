@@ -285,6 +285,7 @@ def test_bfloat16_compute_keeps_float32_where_it_decides(params):
         ({"num_heads": 3}, "num_kv_heads 2"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"rope_scaling": {"kind": "llama3"}}, "factor"),
+        ({"max_segments": 8}, "max_segments is below 32"),
     ],
 )
 def test_bad_architectures_are_named(overrides, words):

@@ -47,6 +47,11 @@ def raw(rewards: ArrayLike) -> Array:
     return _graded(rewards)[0]
 
 
+def zero(rewards: ArrayLike) -> Array:
+    """0: the rewards are measured and teach nothing, as where a teacher alone does (on-policy distillation)."""
+    return jnp.zeros_like(_graded(rewards)[0])
+
+
 def rloo(rewards: ArrayLike) -> Array:
     """R_i - mean_{j != i} R_j = n / (n - 1) (R_i - mean), leave-one-out. RLOO (2402.14740). A group of one gets 0."""
     values, valid = _graded(rewards)
@@ -121,7 +126,7 @@ def gdpo(rewards: ArrayLike, weights: ArrayLike | None = None, *, ddof: int = 1,
 ESTIMATORS: dict[str, Callable[..., Array]] = {
     f.__name__: f
     for f in (
-        grpo, center, raw, rloo, lite_ppo, reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
+        grpo, center, raw, zero, rloo, lite_ppo, reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
     )
 }  # fmt: skip
 

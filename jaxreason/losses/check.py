@@ -14,7 +14,7 @@ from jaxreason.errors import UserError
 from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs
 from jaxreason.losses.reduce import whole_step
 
-_DIFFERENTIABLE = ("logp", "entropy", "logsumexp", "mean_logp", "ref_kl")
+_DIFFERENTIABLE = ("logp", "entropy", "logsumexp", "mean_logp", "ref_kl", "teacher_divergence")
 _POISONS = (1e30, -1e30, float("nan"))
 _TOLERANCE = 1e-5  # float32 sums of a few dozen terms in another order; a real dependence is of order 1
 
@@ -77,6 +77,7 @@ def tiny_inputs(kind: str) -> Inputs:
             mean_logp=-jnp.abs(normal()) - 3.0,
             ref_logp=logp + normal(0.3),
             ref_kl=jnp.abs(normal(0.1)),
+            teacher_divergence=jnp.abs(normal(0.1)),
             topk_entropy=jnp.abs(normal()),
             token_weights=jnp.abs(normal()),
         )

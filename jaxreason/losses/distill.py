@@ -1,8 +1,7 @@
 """Divergences between a student's and a teacher's next-token distributions, on full logits [..., V].
 
-Reference functions: small and exact, for tests and small inputs. Training over a large vocabulary takes them in chunks
-  in
-the vocabulary head.
+Pure functions of small logits. Training hands them chunks of tokens at a time (``model.chunked``), so that a
+``[B, T, V]`` array never exists. ``temperature`` divides both models' logits and scales nothing else (GKD, 2306.13649).
 """
 
 import jax
@@ -12,17 +11,19 @@ from jax import Array
 from jaxreason.errors import UserError
 
 
-def forward_kl(student_logits: Array, teacher_logits: Array) -> Array:
+def forward_kl(student_logits: Array, teacher_logits: Array, *, temperature: float = 1.0) -> Array:
     """[...] KL(teacher || student) = sum_v p_T log(p_T / p_S): mass-covering."""
-    return _kl(_log_softmax(teacher_logits), _log_softmax(student_logits))
+    return _kl(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature))
 
 
-def reverse_kl(student_logits: Array, teacher_logits: Array) -> Array:
+def reverse_kl(student_logits: Array, teacher_logits: Array, *, temperature: float = 1.0) -> Array:
     """[...] KL(student || teacher) = sum_v p_S log(p_S / p_T): mode-seeking."""
-    return _kl(_log_softmax(student_logits), _log_softmax(teacher_logits))
+    return _kl(_log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature))
 
 
-def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float = 0.5) -> Array:
+def generalized_jsd(
+    student_logits: Array, teacher_logits: Array, *, beta: float = 0.5, temperature: float = 1.0
+) -> Array:
     """[...] beta KL(p_T || M) + (1 - beta) KL(p_S || M) with M = beta p_T + (1 - beta) p_S. GKD (2306.13649).
 
     beta = 0 is the forward and beta = 1 the reverse KL: there the formula itself is 0, and only its quotient by beta
@@ -31,16 +32,22 @@ def generalized_jsd(student_logits: Array, teacher_logits: Array, beta: float = 
     if not 0 <= beta <= 1:
         raise UserError(f"beta is {beta}; it lies between 0 (forward KL) and 1 (reverse KL)")
     if beta == 0:
-        return forward_kl(student_logits, teacher_logits)
+        return forward_kl(student_logits, teacher_logits, temperature=temperature)
     if beta == 1:
-        return reverse_kl(student_logits, teacher_logits)
-    student, teacher = _log_softmax(student_logits), _log_softmax(teacher_logits)
+        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
+    student, teacher = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
     mixture = jnp.logaddexp(teacher + jnp.log(beta), student + jnp.log1p(-beta))
     return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
 
 
-def _log_softmax(logits: Array) -> Array:
-    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+def topk_entropy(logits: Array, k: int = 20) -> Array:
+    """[...] entropy, nats, of the k largest probabilities made to sum to 1 (EAFT, 2601.02151)."""
+    top = _log_softmax(jax.lax.top_k(logits, min(k, logits.shape[-1]))[0], 1.0)
+    return -jnp.sum(jnp.exp(top) * top, axis=-1)
+
+
+def _log_softmax(logits: Array, temperature: float) -> Array:
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
 
 
 def _kl(log_p: Array, log_q: Array) -> Array:

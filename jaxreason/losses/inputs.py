@@ -30,6 +30,7 @@ class SftInputs:
     mean_logp: Array | None = None  # mean over the vocabulary of log p_v
     ref_logp: Array | None = None  # log-probs of the target under the reference model
     ref_kl: Array | None = None  # KL(reference || policy) over the full vocabulary, nats
+    teacher_divergence: Array | None = None  # ``Loss.divergence`` of the student's and the teacher's logits, nats
     topk_entropy: Array | None = None  # entropy of the renormalised top-k (20) probabilities, nats
     token_weights: Array | None = None  # multiplies every token's loss; the denominator stays the token count
     sequence_ids: Array | None = None  # int32, unique within the optimizer step; None: one sequence a row
@@ -57,17 +58,19 @@ class PolicyInputs:
     totals: Totals | None = None
     group_tokens: Array | None = None  # supervised tokens of this position's prompt in the whole step (prompt-mean)
     selected: Array | None = None  # > 0 where the loss's step-wide rule picked the token (``Loss.select``)
-    entropy_coef: Array | None = None  # [] float32, replaces the option of that name (adaptive entropy bonus)
+    entropy_coef: Array | None = None  # replaces the option of that name (adaptive entropy bonus)
 
 
 Inputs = SftInputs | PolicyInputs
 
 # Inputs that cost the caller something to produce; ``Loss.needs`` names those that a loss reads.
 OPTIONAL_INPUTS = {
-    "sft": ("entropy", "logsumexp", "mean_logp", "ref_logp", "ref_kl", "topk_entropy", "token_weights"),
+    "sft": (
+        "entropy", "logsumexp", "mean_logp", "ref_logp", "ref_kl", "teacher_divergence", "topk_entropy", "token_weights",
+    ),
     "policy": ("ref_logp", "sampler_logp", "entropy", "group_tokens", "selected"),
-}
-_NOT_PER_TOKEN = {"mask", "sequence_ids", "group_ids", "totals", "entropy_coef"}
+}  # fmt: skip
+_NOT_PER_TOKEN = {"mask", "sequence_ids", "group_ids", "totals"}
 
 
 def clean(inputs: Inputs) -> tuple[Inputs, Sequences]:

@@ -13,7 +13,6 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError
-from jaxreason.losses.segments import Sequences, sequence_sum
 
 Estimator = Literal["k1", "k2", "k3", "k1+", "k3+", "k3_unbiased"]
 ESTIMATORS = get_args(Estimator)
@@ -47,8 +46,3 @@ def kl(
     if estimator.endswith("+"):
         value = stop_gradient(value) + k2 - stop_gradient(k2)
     return value
-
-
-def sequence_kl(old_logp: Array, ref_logp: Array, sequences: Sequences) -> Array:
-    """[B, T] sum of k1 over each position's sequence: the penalty of KL placed in the reward, R - beta * sum_t k1."""
-    return sequence_sum(old_logp - ref_logp, sequences)

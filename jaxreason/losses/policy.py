@@ -144,7 +144,7 @@ def policy_loss(
         metrics["entropy"] = _mean(inputs.entropy, sequences.live, totals)
     if inputs.entropy_coef is not None or entropy_coef != 0:
         entropy = need(inputs, "entropy", "entropy_coef")
-        value = value - coef * jnp.sum(jnp.where(sequences.live, entropy, 0.0)) / jnp.maximum(totals.tokens, 1.0)
+        value = value - jnp.sum(jnp.where(sequences.live, coef * entropy, 0.0)) / jnp.maximum(totals.tokens, 1.0)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
 
 

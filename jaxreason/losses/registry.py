@@ -51,8 +51,11 @@ class Loss:
     function: Callable[..., tuple[Array, dict[str, Array]]] = field(repr=False)
     advantage: str | None = None  # the estimator (``jaxreason.losses.advantage``) that belongs to it; sft: None
     advantage_preset: str | None = None
+    kl_placement: str = "loss"  # where its KL belongs: ``loss`` or ``reward``
     select: Callable[..., Array] | None = field(default=None, repr=False)
     # select(inputs of the whole step, logp = old_logp, key) -> [B, T] for ``PolicyInputs.selected``
+    divergence: Callable[..., Array] | None = field(default=None, repr=False)
+    # divergence(student's logits [..., V], teacher's) -> [...] for ``SftInputs.teacher_divergence``
 
     def __call__(self, inputs: Inputs) -> tuple[Array, dict[str, Array]]:
         expected = SftInputs if self.kind == "sft" else PolicyInputs
@@ -93,7 +96,7 @@ def defaults(name: str) -> dict[str, Any]:
     if name in variants.VARIANTS:
         return variants.VARIANTS[name].defaults()
     per_token, changed, _ = sft.SFT_LOSSES[name]
-    return sft.OPTIONS | variants.keyword_defaults(per_token) | changed
+    return sft.OPTIONS | variants.keyword_defaults(per_token) | _divergence_options(name) | changed
 
 
 def get(name: str, *, kind: Kind | None = None, preset: str | None = None, **options: Any) -> Loss:
@@ -139,15 +142,25 @@ def _find(name: str, kind: Kind | None, preset: str | None, options: dict[str, A
     return _policy(name, known | conventions | options, preset)
 
 
+def _divergence_options(name: str) -> dict[str, Any]:
+    return variants.keyword_defaults(sft.DIVERGENCES[name]) if name in sft.DIVERGENCES else {}
+
+
 def _sft(name: str, options: dict[str, Any]) -> Loss:
     per_token, _, needs = sft.SFT_LOSSES[name]
+    apart = {key: options[key] for key in _divergence_options(name)}
+
+    def function(inputs: SftInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
+        return sft.sft_loss(inputs, per_token=per_token, **{k: v for k, v in bound.items() if k not in apart})
+
     return Loss(
         name=name,
         options=options,
         kind="sft",
         tokenwise=options["reduce"] == "token-mean" and options.get("level") != "sequence",
         needs=needs | ({"logsumexp"} if options["z_loss_coef"] else frozenset()),
-        function=functools.partial(sft.sft_loss, per_token=per_token),
+        function=function,
+        divergence=functools.partial(sft.DIVERGENCES[name], **apart) if name in sft.DIVERGENCES else None,
     )
 
 
@@ -185,6 +198,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         function=function,
         advantage="rloo" if preset == "nemo" and variant.advantage == "grpo" else variant.advantage,
         advantage_preset=preset,
+        kl_placement=variant.kl_placement,
         select=None if rule is None else variants.on_raw(rule),
     )
 
@@ -284,5 +298,7 @@ def _check_option(name: str, key: str, value: Any, known: Mapping[str, Any]) -> 
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"loss {name}: {key} is {value!r}, which is not a finite number")
-    if key in ("top_entropy", "cov_fraction", "epsilon") and not 0 <= value <= 1:
+    if key in ("top_entropy", "cov_fraction", "epsilon", "beta") and not 0 <= value <= 1:
         raise UserError(f"loss {name}: {key} is {value}; it is a fraction, 0 to 1")
+    if key == "temperature" and value <= 0:
+        raise UserError(f"loss {name}: {key} is {value}; it is greater than 0")

@@ -12,6 +12,7 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError
+from jaxreason.losses import distill as divergences
 from jaxreason.losses.inputs import SftInputs, clean, need, totals_of
 from jaxreason.losses.segments import Sequences, sequence_counts, sequence_mean
 
@@ -136,15 +137,21 @@ def rho1(x: SftInputs, sequences: Sequences, *, threshold: float = 0.0) -> Array
     return jnp.where(excess > threshold, -x.logp, 0.0)
 
 
-def neftune(embeddings: Array, mask: Array, key: Array, alpha: float = 5.0) -> Array:
-    """Embeddings [B, T, D] plus U(-1, 1) alpha / sqrt(L D), training only (2310.05914).
+def distill(x: SftInputs, sequences: Sequences, *, nll_coef: float = 0.0) -> Array:
+    """D(student, teacher) - nll_coef log p, D being the loss's divergence over the full vocabulary (2306.13649)."""
+    divergence = need(x, "teacher_divergence", "a distillation loss")
+    return divergence - nll_coef * x.logp if nll_coef else divergence
 
-    L is the number of positions of the row where ``mask`` [B, T] > 0; the authors' code uses the padded length, for
-    which pass a mask of ones.
+
+def neftune_noise(keys: Array, sequences: Sequences, width: int, alpha: float) -> Array:
+    """[B, T, width] U(-1, 1) alpha / sqrt(L width), to be added to embeddings in training (2310.05914).
+
+    L is the number of tokens of the position's own sequence, so packing does not change the scale. ``keys`` [B], one a
+    row. 0 at padding.
     """
-    length = jnp.maximum(jnp.sum(mask > 0, axis=1, dtype=jnp.float32), 1.0)[:, None, None]
-    noise = jax.random.uniform(key, embeddings.shape, jnp.float32, -1.0, 1.0)
-    return embeddings + (noise * alpha / jnp.sqrt(length * embeddings.shape[-1])).astype(embeddings.dtype)
+    length, columns = jnp.maximum(sequence_counts(sequences), 1.0), sequences.live.shape[1]
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (columns, width), jnp.float32, -1.0, 1.0))(keys)
+    return jnp.where(sequences.live[..., None], noise * (alpha / jnp.sqrt(length * width))[..., None], 0.0)
 
 
 # name -> (per-token function, options in which it differs, inputs it reads whatever its options)
@@ -161,4 +168,14 @@ SFT_LOSSES: dict[str, tuple[Callable[..., Array], dict[str, Any], frozenset[str]
     "iw_sft": (iw_sft, {}, frozenset({"ref_logp"})),
     "eaft": (eaft, {}, frozenset({"topk_entropy"})),
     "rho1": (rho1, {}, frozenset({"ref_logp"})),
+    "forward_kl": (distill, {}, frozenset({"teacher_divergence"})),
+    "reverse_kl": (distill, {}, frozenset({"teacher_divergence"})),
+    "jsd": (distill, {}, frozenset({"teacher_divergence"})),
+}
+
+# What those that distil compare the logits by; its keyword arguments are options of the loss.
+DIVERGENCES: dict[str, Callable[..., Array]] = {
+    "forward_kl": divergences.forward_kl,
+    "reverse_kl": divergences.reverse_kl,
+    "jsd": divergences.generalized_jsd,
 }

@@ -57,12 +57,6 @@ def whiten(values: Array, live: Array, *, ddof: int = 1, eps: float = 1e-8) -> A
     return centred / (std + eps)
 
 
-def on_policy_distillation(old_logp: Array, teacher_logp: Array, mask: Array, coef: float = 1.0) -> Array:
-    """[B, T] -coef (log pi_student - log pi_teacher) of the sampled tokens: reverse KL as a per-token advantage,
-    without a task reward (Thinking Machines, "On-Policy Distillation")."""
-    return jnp.where(mask > 0, coef * (teacher_logp - old_logp), 0.0)
-
-
 def _last_supervised(sequences: Sequences) -> Array:
     """[B, T] bool: the last supervised position of each sequence."""
     after = reward_to_go(jnp.ones(sequences.live.shape, jnp.float32), sequences)

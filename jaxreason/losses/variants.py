@@ -23,6 +23,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     advantage: str = "grpo"
     select: Callable[..., Callable[..., Array]] | None = None  # options of the rule -> rule(inputs, key)
+    kl_placement: str = "loss"  # where the paper has its KL: ``loss`` or ``reward``
 
     def defaults(self) -> dict[str, Any]:
         """Every option of the variant with its default."""
@@ -78,12 +79,12 @@ VARIANTS: dict[str, Variant] = {
     "cispo": Variant(s.cispo, {"reduce": "token-mean"}),
     # 2507.20673
     "gmpo": Variant(s.gmpo),
-    # 2402.14740; KL belongs in the reward
-    "rloo": Variant(s.reinforce, {"reduce": "seq-mean-token-sum"}, "rloo"),
+    # 2402.14740
+    "rloo": Variant(s.reinforce, {"reduce": "seq-mean-token-sum"}, "rloo", kl_placement="reward"),
     # Williams 1992
     "reinforce": Variant(s.reinforce, {"reduce": "token-mean"}, "raw"),
-    # 2501.03262; KL belongs in the reward
-    "reinforce_pp": Variant(s.ppo_clip, {"reduce": "token-mean"}, "reinforce_pp"),
+    # 2501.03262
+    "reinforce_pp": Variant(s.ppo_clip, {"reduce": "token-mean"}, "reinforce_pp", kl_placement="reward"),
     "reinforce_pp_baseline": Variant(s.ppo_clip, {"reduce": "token-mean"}, "reinforce_pp_baseline"),
     # 2511.20347
     "sapo": Variant(s.sapo),

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxreason.errors import UserError
 from jaxreason.model import cudnn
+from jaxreason.types import MAX_SEGMENTS
 
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp of it is 0 beside any real score
 
@@ -29,7 +30,7 @@ def resolve(backend: str, dtype, head_dim: int) -> str:
 
 
 def attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, backend: str = "auto", max_segments: int = 32
+    q: Array, k: Array, v: Array, segment_ids: Array, backend: str = "auto", max_segments: int = MAX_SEGMENTS
 ) -> Array:
     """softmax(q kᵀ / √H) v over earlier positions of the same segment.
 

@@ -5,6 +5,7 @@ import difflib
 from typing import Any, Literal
 
 from jaxreason.errors import UserError
+from jaxreason.types import MAX_SEGMENTS
 
 Remat = Literal["none", "full", "attention", "matmuls"]
 
@@ -44,7 +45,7 @@ class LlamaConfig:
     compute_dtype: str = "float32"
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
     remat: Remat = "none"
-    max_segments: int = 32  # of a packed row, its padding included; what the cudnn backend is compiled for
+    max_segments: int = MAX_SEGMENTS  # of a packed row, its padding included; what the cudnn backend is compiled for
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -103,6 +104,8 @@ def preset(name: str, overrides: dict[str, Any] | None = None) -> LlamaConfig:
         if wanted in (int, float, bool) and (isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, wanted))):
             raise UserError(f"model.overrides.{key} is {value!r}; it is a {wanted.__name__}")
     overrides = dict(overrides or {})
+    if overrides.get("max_segments", MAX_SEGMENTS) < MAX_SEGMENTS:
+        raise UserError(f"model.overrides.max_segments is below {MAX_SEGMENTS}, which packed rows have; leave it out")
     if isinstance(overrides.get("rope_scaling"), dict):
         try:
             overrides["rope_scaling"] = RopeScaling(**overrides["rope_scaling"])

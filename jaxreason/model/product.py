@@ -11,7 +11,7 @@ def times_transposed(x: Array, weight: Array, dtype=None) -> Array:
 
     On a CPU XLA packs the right operand of every product, which for few rows costs as much as the product. There the
     weight goes left and the rows, transposed, right; the barriers keep the simplifier from turning that around.
-    Measured on a CPU core at 4 to 32 rows of 576 channels: 1.5 to 2 times faster; from 64 rows on equal.
+    Measured on two CPU cores at 16 rows by five shapes of a 135M model: 1.45 to 1.6 times faster; from 64 rows on equal.
     """
 
     def plain(x, weight):

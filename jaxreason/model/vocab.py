@@ -38,13 +38,13 @@ class HeadStats:
     mean_logp: Array
 
 
-def _logits(x: Array, head: Array, temperature: float) -> Array:
+def logits_of(x: Array, head: Array, temperature: float) -> Array:
     """[n, D] · [v, D]ᵀ → [n, v] float32."""
     z = lax.dot_general(x, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return z if temperature == 1.0 else z / temperature
 
 
-def _dense_stats(z: Array, targets: Array) -> HeadStats:
+def dense_stats(z: Array, targets: Array) -> HeadStats:
     top = lax.stop_gradient(z.max(-1))
     e = jnp.exp(z - top[:, None])
     total = e.sum(-1)
@@ -67,7 +67,7 @@ def _dz(z: Array, hit: Array, stats: HeadStats, grads: HeadStats, vocab: int, ne
     return dz + grads.mean_logp[:, None] / vocab if "mean_logp" in needs else dz
 
 
-def _chunks(length: int, width: int, budget: int) -> tuple[int, int]:
+def chunk_of(length: int, width: int, budget: int) -> tuple[int, int]:
     """(chunk, padding): the fewest equal chunks of ``length`` with chunk · width ≤ budget elements."""
     count = max(1, -(-length * width // budget))
     chunk = -(-length // count)
@@ -127,12 +127,12 @@ def _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, wit
 
 
 def _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_grad):
-    chunk, pad = _chunks(hidden.shape[0], head.shape[0], budget)
+    chunk, pad = chunk_of(hidden.shape[0], head.shape[0], budget)
     table = head.astype(hidden.dtype)
 
     def one(x, y, a):
-        z = _logits(x, table, 1.0)
-        stats = _dense_stats(z, y)
+        z = logits_of(x, table, 1.0)
+        stats = dense_stats(z, y)
         if not with_grad:
             return loss(stats, a, consts), None, None
         value, pull, metrics = jax.vjp(lambda s: loss(s, a, consts), stats, has_aux=True)
@@ -208,7 +208,7 @@ def _head_stats(hidden, head, targets, temperature, needs, budget):
 
 
 def _vocab_pieces(head: Array, rows: int, dtype, budget: int) -> tuple[Array, int]:
-    chunk, pad = _chunks(head.shape[0], rows, budget)
+    chunk, pad = chunk_of(head.shape[0], rows, budget)
     return jnp.pad(head.astype(dtype), ((0, pad), (0, 0))).reshape(-1, chunk, head.shape[1]), chunk
 
 
@@ -216,12 +216,12 @@ def _vocab_walk(hidden, head, targets, temperature, budget) -> HeadStats:
     vocab = head.shape[0]
     pieces, chunk = _vocab_pieces(head, hidden.shape[0], hidden.dtype, budget)
     if chunk == vocab:
-        return _dense_stats(_logits(hidden, pieces[0], temperature), targets)
+        return dense_stats(logits_of(hidden, pieces[0], temperature), targets)
 
     def body(carry, item):
         top, total, weighted, target, plain = carry
         i, piece = item
-        z = _logits(hidden, piece, temperature)
+        z = logits_of(hidden, piece, temperature)
         column = i * chunk + jnp.arange(chunk)
         live = column < vocab
         new_top = jnp.maximum(top, jnp.where(live, z, -jnp.inf).max(-1))
@@ -248,7 +248,7 @@ def _head_bwd(temperature, needs, budget, saved, grads):
     pieces, chunk = _vocab_pieces(head, hidden.shape[0], hidden.dtype, budget)
 
     def one(i, piece):
-        z = _logits(hidden, piece, temperature)
+        z = logits_of(hidden, piece, temperature)
         column = i * chunk + jnp.arange(chunk)
         dz = _dz(z, column == targets[:, None], stats, grads, vocab, needs) / temperature
         dz = jnp.where(column < vocab, dz, 0.0).astype(hidden.dtype)
