@@ -51,6 +51,8 @@ for path in sorted(parts.glob("*.code"), key=lambda p: p.stat().st_mtime):
     name, code = path.stem, int(path.read_text())
     lines = (parts / f"{name}.out").read_text().strip().splitlines()
     try:
+        if code:
+            raise ValueError(code)
         report[name] = json.loads(lines[-1])
     except (IndexError, ValueError):
         said = (parts / f"{name}.err").read_text().strip()[-2000:]

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason import config as cfg
-from jaxreason import losses, xla
+from jaxreason import losses, targets, xla
 from jaxreason.model import init, preset, unstack
 from jaxreason.model.attention import attention, cached_attention, resolve
-from jaxreason.plan import roofline, targets
+from jaxreason.model.flops import train_flops_per_token
+from jaxreason.plan import roofline
 from jaxreason.rollout import Engine, Sampling
 from jaxreason.sharding import batch_sharding, make_mesh
 from jaxreason.train import optimizer as opt
@@ -123,7 +124,7 @@ def train(args) -> dict:
             times.append(time.monotonic() - began)
     seconds = float(np.median(times[2:]))
     lengths = np.concatenate([np.bincount(row)[np.bincount(row) > 0] for row in ids])
-    flops = roofline.train_flops_per_token(config, lengths) * ids.size / seconds
+    flops = train_flops_per_token(config, lengths) * ids.size / seconds
     memory = compiled.memory_analysis()
     planned = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     statistics = jax.local_devices()[0].memory_stats() or {}

@@ -41,6 +41,7 @@ def run_jaxreason(args) -> list[float]:
     from jaxreason.types import Batch
 
     params, config = hf.load(args.checkpoint)
+    config = config.replace(remat=cfg.Model.model_fields["remat"].default)
     settings = cfg.Optimizer(learning_rate=1e-5, schedule="constant")
     mesh = make_mesh(cfg.Mesh())
     optimizer = opt.make(settings, 100)

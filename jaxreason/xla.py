@@ -6,11 +6,12 @@ What is set and why, on a GPU (defaults are those of jax 0.10.2; docs/h100.md ha
 - no rematerialisation by the compiler, because remat policies choose what is computed twice, and jaxreason.plan counts
   memory the same way;
 - with several GPUs, overlap of collectives with compute, and combining thresholds above one layer's parameters;
-- a compilation cache, so that a resumed run starts at once.
+- a compilation cache, so that a resumed run starts at once; on a CPU it is the only thing that is set.
 
 An unknown flag aborts the whole process with a C++ stack trace, so flags are first tried in another process.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def unknown(names: tuple[str, ...]) -> list[str]:
     return [flag for flag in names if not _accepts((flag,))]
 
 
+@functools.cache
 def _accepts(some: tuple[str, ...]) -> bool:
     # jaxlib's CPU client parses the same table as the GPU plugin of its version, in half a second and without a device.
     code = "from jaxlib import xla_client; xla_client.make_cpu_client()"
@@ -82,9 +84,8 @@ def configure(platform: Literal["cpu", "gpu"], devices: int = 1, deterministic: 
     if wanted or given:
         chosen["XLA_FLAGS"] = " ".join((*given, *wanted))
     os.environ.update(chosen)
-    if platform == "gpu":
-        chosen["jax_compilation_cache_dir"] = str(cache_dir())
-        jax.config.update("jax_compilation_cache_dir", chosen["jax_compilation_cache_dir"])
+    chosen["jax_compilation_cache_dir"] = str(cache_dir())
+    jax.config.update("jax_compilation_cache_dir", chosen["jax_compilation_cache_dir"])
     return chosen
 
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from jaxreason import cli
+from jaxreason import cli, targets
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.model import PRESETS
-from jaxreason.plan import architecture, compile, hlo, roofline, run, targets
+from jaxreason.model.flops import matmul_weights, train_flops_per_token
+from jaxreason.plan import architecture, compile, hlo, roofline, run
 from jaxreason.plan.run import Options
 
 LLAMA_3B = PRESETS["llama3.2-3b"].replace(compute_dtype="bfloat16")
@@ -16,15 +17,15 @@ H100 = targets.load("h100")
 
 def test_flops_of_a_token():
     # 3,212,749,824 parameters less 57 norms of 3072
-    assert roofline.matmul_weights(LLAMA_3B) == 3_212_574_720
-    whole = roofline.train_flops_per_token(LLAMA_3B, [8192])
+    assert matmul_weights(LLAMA_3B) == 3_212_574_720
+    whole = train_flops_per_token(LLAMA_3B, [8192])
     assert whole == 6 * 3_212_574_720 + 6 * 28 * 3072 * 8192 == 23_503_306_752
     # four documents in the row: a quarter of the attention; 6144 + 2048: Σs²/Σs = 5120
-    assert roofline.train_flops_per_token(LLAMA_3B, [2048] * 4) == 6 * 3_212_574_720 + 6 * 28 * 3072 * 2048
-    assert roofline.train_flops_per_token(LLAMA_3B, [6144, 2048]) == 6 * 3_212_574_720 + 6 * 28 * 3072 * 5120
+    assert train_flops_per_token(LLAMA_3B, [2048] * 4) == 6 * 3_212_574_720 + 6 * 28 * 3072 * 2048
+    assert train_flops_per_token(LLAMA_3B, [6144, 2048]) == 6 * 3_212_574_720 + 6 * 28 * 3072 * 5120
     # an untied table is looked up for free and multiplied with once
     untied = LLAMA_3B.replace(tie_embeddings=False)
-    assert roofline.matmul_weights(untied) == roofline.matmul_weights(LLAMA_3B)
+    assert matmul_weights(untied) == matmul_weights(LLAMA_3B)
 
 
 def test_speed_at_an_mfu():

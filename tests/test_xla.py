@@ -56,8 +56,10 @@ def test_configure_for_a_gpu_and_what_the_user_said_wins(tmp_path):
     assert found["remat_pass"] is False and found["cache"] == str(tmp_path / "xla")
 
 
-def test_configure_for_a_cpu_changes_nothing():
-    assert configured("cpu") == {"remat_pass": True, "cache": None}
+def test_configure_for_a_cpu_sets_the_compilation_cache_alone(tmp_path):
+    found = configured("cpu", JAXREASON_CACHE=str(tmp_path))
+    assert found == {"remat_pass": True, "cache": str(tmp_path / "xla"), "jax_compilation_cache_dir": str(tmp_path / "xla")}
+
 
 
 def test_configure_names_a_flag_that_is_unknown(monkeypatch):

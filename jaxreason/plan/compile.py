@@ -14,8 +14,8 @@ from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.model import cudnn
 from jaxreason.plan import hlo
-from jaxreason.plan.targets import Target
 from jaxreason.sharding import make_mesh
+from jaxreason.targets import Target
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason.model import LlamaConfig, init, unstack
 from jaxreason.plan.compile import Program, compile_program
-from jaxreason.plan.targets import Target
 from jaxreason.rollout import Engine, cache
-from jaxreason.rollout.engine import _empty_slots
+from jaxreason.rollout.steps import empty_slots
 from jaxreason.sharding import batch_sharding, replicated, shardings
+from jaxreason.targets import Target
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.step import make_score, make_train_step
@@ -75,12 +75,12 @@ def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
 
 
 def score(
-    place: Place, config: LlamaConfig, dtype: str, batch: Batch, microbatches: int, temperature: float
+    place: Place, name: str, config: LlamaConfig, batch: Batch, microbatches: int, temperature: float
 ) -> Program:
-    """Log-probs of a frozen model, such as the reference."""
+    """Log-probs of a frozen model: the reference, or a teacher."""
     function = make_score(config, microbatches, temperature)
-    arguments = abstract_params(config, place.mesh, dtype), batch
-    return place.compile("reference", jax.jit(function), *arguments, loops=microbatches)
+    arguments = abstract_params(config, place.mesh, config.compute_dtype), batch
+    return place.compile(name, jax.jit(function), *arguments, loops=microbatches)
 
 
 def rollout_params(config: LlamaConfig, mesh: Mesh):
@@ -91,17 +91,17 @@ def rollout_params(config: LlamaConfig, mesh: Mesh):
 def prefill(place: Place, engine: Engine, prompts: int, length: int) -> Program:
     """Keys and values of ``prompts`` prompts of ``length`` tokens."""
     tokens = _whole(jax.ShapeDtypeStruct((prompts, length), jnp.int32), place.mesh)
-    return place.compile("prefill", engine._prefill, rollout_params(engine.config, place.mesh), tokens, tokens)
+    return place.compile("prefill", engine.programs().prefill, rollout_params(engine.config, place.mesh), tokens, tokens)
 
 
 def decode(place: Place, engine: Engine, length: int) -> Program:
     """A chunk of decoding steps over ``engine.slots`` sequences with buffers of ``length`` positions."""
-    slots = jax.eval_shape(lambda: _empty_slots(engine))
+    slots = jax.eval_shape(lambda: empty_slots(engine.slots, engine.pad_id))
     caches = jax.eval_shape(lambda: cache.allocate(engine.config, engine.slots, length))
     idle = jax.ShapeDtypeStruct((), jnp.int32)
     state = (_whole(tree, place.mesh) for tree in (slots, caches, idle))
     params = rollout_params(engine.config, place.mesh)
-    return place.compile("decode", engine._decode, params, *state, loops=engine.chunk)
+    return place.compile("decode", engine.programs().decode, params, *state, loops=engine.chunk)
 
 
 def _whole(tree, mesh: Mesh):

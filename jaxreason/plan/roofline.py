@@ -1,32 +1,15 @@
-"""Arithmetic of speed: FLOPs of a token, and what a card's compute, memory and links allow.
-
-Convention: a token costs 6 FLOPs for every weight of a matrix product (the tied table once, as the head; the look-up is
-free) and causal attention to its own segment only, 6·L·N·H·Σs²/Σs over segments of s tokens. Rematerialised work is not
-counted, so that MFU is useful work over peak.
-"""
+"""Arithmetic of speed: what a card's compute, memory and links allow. FLOPs are counted as in ``jaxreason.model.flops``."""
 
 import dataclasses
 
 import numpy as np
 
-from jaxreason.model import LlamaConfig, param_count
+from jaxreason.model import LlamaConfig
+from jaxreason.model.flops import matmul_weights
 from jaxreason.plan.hlo import Collective
-from jaxreason.plan.targets import Target
+from jaxreason.targets import Target
 
 MFU = (0.4, 0.5, 0.6)
-
-
-def matmul_weights(config: LlamaConfig) -> int:
-    """Weights that each token is multiplied with."""
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
-    return param_count(config) - lookup - config.embed_dim * (2 * config.num_layers + 1)
-
-
-def train_flops_per_token(config: LlamaConfig, segment_lengths) -> float:
-    """Forward and backward, averaged over the tokens of segments of these lengths."""
-    s = np.asarray(segment_lengths, np.float64)
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim * (s**2).sum() / s.sum()
-    return 6 * matmul_weights(config) + attention
 
 
 @dataclasses.dataclass(frozen=True)

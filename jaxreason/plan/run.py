@@ -6,18 +6,23 @@ import math
 import jax
 
 from jaxreason import config as cfg
-from jaxreason import losses
+from jaxreason import losses, targets
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, param_count
 from jaxreason.model.attention import resolve as resolve_attention
 from jaxreason.model.cudnn import assume_capability
-from jaxreason.plan import architecture, compile, phases, roofline, targets
+from jaxreason.model.flops import matmul_weights, train_flops_per_token
+from jaxreason.plan import architecture, compile, phases, roofline
 from jaxreason.plan.phases import Place
 from jaxreason.rollout import Engine, Sampling, cache
+from jaxreason.rollout.run import prefill_rows
 from jaxreason.sharding import BATCH_AXES
 from jaxreason.train.grpo import find_loss
+from jaxreason.train.rollouts import row_length
 
 DECODE_FRACTION = 0.71  # of the bandwidth limit: what SkyRL-tx, the fastest published JAX engine, reached
+
+_PHRASE_TOKENS = 64  # of a correction's guiding phrase and template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunCon
     if rows % wanted:
         rows = math.ceil(rows / wanted) * wanted
         if config.algorithm == "grpo":
-            group = config.rollout.group_size
+            group = config.rollout.group_size * (1 + config.correction.samples)
             prompts = rows * config.train.minibatches / group
             if prompts != int(prompts):
                 raise UserError(
@@ -93,7 +98,8 @@ def _ways(mesh: cfg.Mesh, devices: int) -> int:
 def _rows(config: cfg.RunConfig) -> int:
     if config.algorithm == "sft":
         return config.data.batch_size
-    return config.rollout.prompts_per_step * config.rollout.group_size // config.train.minibatches
+    layers = 1 + config.correction.samples
+    return config.rollout.prompts_per_step * config.rollout.group_size * layers // config.train.minibatches
 
 
 def _micro(config: cfg.RunConfig) -> int:
@@ -103,7 +109,10 @@ def _micro(config: cfg.RunConfig) -> int:
 def _length(config: cfg.RunConfig) -> int:
     if config.algorithm == "sft":
         return config.data.max_length
-    return -(-(config.data.max_prompt_tokens + config.rollout.max_completion_tokens) // 64) * 64
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if config.correction.samples:  # a second prompt holds the first, its completion and a phrase
+        longest += config.rollout.max_completion_tokens + _PHRASE_TOKENS
+    return row_length(longest)
 
 
 def compiled(config: cfg.RunConfig, options: Options) -> dict:
@@ -152,26 +161,33 @@ def _grpo(s: _Shape):
     temperature = c.rollout.temperature
     programs = [phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature)]
     state = {"train state": compile.device_bytes(phases.abstract_state(s.model, c.optimizer, s.place.mesh))}
-    frozen = {}
-    if reference:
-        dtype = s.model.compute_dtype
-        programs.append(phases.score(s.place, s.model, dtype, batch, s.microbatches, temperature))
-        frozen["reference model"] = compile.device_bytes(phases.abstract_params(s.model, s.place.mesh, dtype))
-    # Every device decodes its own share of the slots with whole weights.
+    models = {"reference": s.model} if reference else {}
+    if c.teacher.weights:
+        other = {"weights": c.teacher.weights, "preset": None, "overrides": {}}
+        models["teacher"] = architecture.resolve(c.model.model_copy(update=other))[0]
+    offloaded = {"reference": c.kl.offload, "teacher": c.teacher.offload}
+    frozen = {}  # what stays on the devices all the time
+    for name, model in models.items():
+        programs.append(phases.score(s.place, name, model, batch, s.microbatches, temperature))
+        if not offloaded[name]:
+            frozen[f"{name} model"] = compile.device_bytes(phases.abstract_params(model, s.place.mesh, model.compute_dtype))
+    # Every device, whatever its mesh axis, decodes its own share of the slots with whole weights.
     sampling = Sampling(
         temperature=temperature, top_p=c.rollout.top_p, top_k=c.rollout.top_k, min_p=c.rollout.min_p,
         max_completion_tokens=c.rollout.max_completion_tokens,
     )  # fmt: skip
-    slots = math.ceil(c.rollout.slots / math.prod(s.place.mesh.shape[axis] for axis in BATCH_AXES))
+    slots = math.ceil(c.rollout.slots / s.place.mesh.size)
     engine = Engine(s.model, s.model.stop_ids or (0,), sampling, slots)
     length = cache.longest(s.length)
-    prompts = engine._prefill_rows(c.data.max_prompt_tokens)
+    prompts = prefill_rows(c.data.max_prompt_tokens, slots, devices=1)
     programs += [
         phases.prefill(s.place, engine, prompts, cache.bucket(c.data.max_prompt_tokens, length)),
         phases.decode(s.place, engine, length),
     ]
     buffers = {"decoding caches": cache.num_bytes(s.model, slots, length)}
-    resident = {"update": frozen, "reference": state, "prefill": state | frozen | buffers, "decode": state | frozen}
+    resident = {"update": frozen, "prefill": state | frozen | buffers, "decode": state | frozen}
+    for name in models:
+        resident[name] = state | {key: size for key, size in frozen.items() if key != f"{name} model"}
     mean = c.data.max_prompt_tokens / 2 + c.rollout.max_completion_tokens / 2
     return programs, resident, (slots, mean)
 
@@ -180,7 +196,7 @@ def _recompute(update: compile.Program, s: _Shape) -> float:
     """FLOPs of the step's matrix products over those of the convention: 1 where nothing is computed twice."""
     tokens = s.rows * s.length / s.place.mesh.size
     done = compile.hlo.matmul_flops(update.text, s.microbatches)
-    return done / (6 * roofline.matmul_weights(s.model) * tokens)
+    return done / (6 * matmul_weights(s.model) * tokens)
 
 
 def _program(p: compile.Program, resident: dict, s: _Shape, devices: int, options: Options) -> dict:
@@ -216,7 +232,7 @@ def _memory(programs, resident: dict, target, s: _Shape) -> dict:
 def _speed(s: _Shape, options: Options, devices: int, price: float, decoding) -> dict:
     target, c = s.place.target, s.config
     document = min(options.document_tokens or s.length, s.length)
-    flops = roofline.train_flops_per_token(s.model, [document])
+    flops = train_flops_per_token(s.model, [document])
     trained = roofline.train_speed(flops, s.rows * s.length, target, devices)
     updates, rollouts = _steps(c, s, options, document)
     record = {
@@ -228,10 +244,10 @@ def _speed(s: _Shape, options: Options, devices: int, price: float, decoding) ->
     if decoding:
         slots, context = decoding
         rate = roofline.decode_tokens_per_second(s.model, target, slots, context)
-        drawn = c.rollout.prompts_per_step * c.rollout.group_size * c.rollout.max_completion_tokens
+        drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.correction.samples) * c.rollout.max_completion_tokens
         rollout = drawn / (rate * devices)
         # Forward passes over every row of a rollout: the reference's, and the policy's own where updates repeat.
-        forwards = ((c.kl.coef > 0) + (c.train.updates_per_rollout > 1)) * c.train.minibatches / 3
+        forwards = ((c.kl.coef > 0) + bool(c.teacher.weights) + (c.train.updates_per_rollout > 1)) * c.train.minibatches / 3
         record["decode"] = {
             "slots_per_device": slots, "mean_context": context, "tokens_per_second_per_device": rate,
             "kv_bytes_per_token": roofline.kv_bytes_per_token(s.model), "rollout_seconds": rollout,
@@ -297,7 +313,9 @@ def _candidates(config: cfg.RunConfig, options: Options) -> list[tuple[list[str]
     if config.algorithm == "grpo" and config.rollout.slots > 1:
         rollout = [[f"rollout.slots={config.rollout.slots // 2}"]]
         if config.kl.coef > 0:
-            rollout.append(["kl.coef=0"])
+            rollout += [["kl.coef=0"]] if config.kl.offload else [["kl.offload=true"], ["kl.coef=0"]]
+        if config.teacher.weights and not config.teacher.offload:
+            rollout.append(["teacher.offload=true"])
     here = [(change, options.devices) for change in [*single, *rollout, *remat, *combined, *with_remat]]
     more = [([], options.devices * factor) for factor in (2, 4, 8) if options.devices * factor <= 8]
     return [*here[:5], *more[:1], *here[5:], *more[1:]]

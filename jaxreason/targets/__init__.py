@@ -1,4 +1,4 @@
-"""GPUs that are not here: facts from ``targets/*.yaml``, and the description of one that XLA compiles for."""
+"""GPUs: facts from the YAML files beside this one, and the description of a GPU that XLA compiles for without having it."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ import yaml
 
 from jaxreason.errors import UserError
 
-_FOLDER = Path(__file__).parent / "targets"
+_FOLDER = Path(__file__).parent
 _USABLE = 0.92  # of the card's memory: jaxreason.xla's memory fraction
 _RESERVED = 2 * 2**30  # CUDA context, NCCL buffers, graphs and fragmentation, which no compiler reports
 
@@ -60,6 +60,11 @@ device_description_str: "{self.name}"
 
 def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def find(device_kind: str) -> Target | None:
+    """The target that the driver calls ``device_kind``, or None: a PCIe card of the same name has other limits."""
+    return next((found for found in map(load, names()) if found.name == device_kind), None)
 
 
 def load(name: str) -> Target:
