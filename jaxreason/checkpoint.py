@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, RopeScaling
@@ -103,6 +105,21 @@ def verify(step_dir: Path) -> dict:
     return listed
 
 
+def _verify_once(step_dir: Path) -> None:
+    """:func:`verify` by one process for all: the others need not read every file too."""
+    if jax.process_count() == 1:
+        verify(step_dir)
+        return
+    error = None
+    if jax.process_index() == 0:
+        try:
+            verify(step_dir)
+        except UserError as found:
+            error = found
+    if not multihost_utils.broadcast_one_to_all(np.array(error is None)):
+        raise error or UserError(f"{step_dir} is damaged; process 0 says where")
+
+
 class Checkpoints:
     """The checkpoints of one run: asynchronous saves, whose failures :meth:`check` raises, and verified restores."""
 
@@ -181,7 +198,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         """The verified state of a step, on the shardings of ``abstract``, and the data iterator's state."""
         path = self.directory / f"{step:08d}"
-        verify(path)
+        _verify_once(path)
         params = restore_tree(path / "params", abstract.params)
         opt_state = restore_tree(path / "optimizer", {"opt_state": abstract.opt_state})["opt_state"]
         place = getattr(abstract.step, "sharding", None)

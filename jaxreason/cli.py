@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxreason import config as cfg
+from jaxreason import distributed
 from jaxreason.errors import UserError
 
 
@@ -28,6 +29,21 @@ def command(function: Callable[[Sequence[str] | None], None]) -> Callable[[Seque
     return wrapped
 
 
+def _start(deterministic: bool = False, cluster: distributed.Cluster | None = None, timeout_s: float = 300) -> None:
+    """XLA's settings and the other processes, before the first device is touched. Raises UserError."""
+    from jaxreason import xla
+    from jaxreason.train.run import console
+
+    platform = xla.detect()
+    chosen = xla.configure(platform, distributed.devices(cluster), deterministic)
+    console.quiet = cluster is not None and cluster.process > 0  # one process speaks; errors come from every one
+    distributed.start(cluster, timeout_s)
+    if cluster:
+        console.print(f"{cluster.processes or 'several'} processes ({cluster.found})")
+    if platform == "gpu":
+        console.print(" ".join(f"{name}={value}" for name, value in chosen.items()), markup=False)
+
+
 @command
 def train(argv=None) -> None:
     """Trains what a config says: SFT or GRPO. A run that finds its own checkpoint resumes."""
@@ -35,17 +51,25 @@ def train(argv=None) -> None:
     parser.add_argument("--config", required=True, help="a name below configs/ (sft, llama3.2-3b/sft) or a YAML file")
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    several = parser.add_argument_group("several processes", "where no launcher says it: see docs/hosts.md")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="K", help="0 to N - 1")
+    several.add_argument("--connect-timeout", type=float, default=300, metavar="S", help="seconds until all have met")
     parser.add_argument("--dry-run", action="store_true", help="prepare data, compile, show everything; train nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = cfg.load(args.config, args.words)
     if args.print_config:
         print(cfg.dump(config), end="")
         return
-    if config.algorithm == "sft":
-        from jaxreason.train.sft import train as run
-    else:
-        from jaxreason.train.grpo import train as run
-    summary = run(config, args.dry_run)
+    cluster = distributed.detect(args.coordinator, args.num_processes, args.process_id)
+    with distributed.joined(cluster):
+        _start(config.run.deterministic, cluster, args.connect_timeout)
+        if config.algorithm == "sft":
+            from jaxreason.train.sft import train as run
+        else:
+            from jaxreason.train.grpo import train as run
+        summary = run(config, args.dry_run)
     if summary:
         from jaxreason.train.run import show_table
 
@@ -78,8 +102,9 @@ def generate(argv=None) -> None:
     parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
     parser.add_argument("--prompt", required=True, help="the user's message; - reads it from standard input")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Decode)))
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     options = cfg.parse_words(cfg.Decode, args.words)
+    _start()
     from jaxreason.serve import answer
 
     answer(args.model, sys.stdin.read() if args.prompt == "-" else args.prompt, options)
@@ -94,10 +119,11 @@ def evaluate(argv=None) -> None:
     parser.add_argument("--samples", type=int, default=1, help="completions a problem; above 1 set temperature")
     parser.add_argument("--out", help="also write metrics and every completion to this JSON file")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Task)))
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     options = cfg.parse_words(cfg.Task, args.words)
     if args.samples < 1 or (args.samples > 1 and options.temperature == 0):
         raise UserError(f"--samples {args.samples} of greedy decoding are all the same; set e.g. temperature=0.6")
+    _start()
     from jaxreason.serve import measure
     from jaxreason.train.run import show_table
 
@@ -132,6 +158,7 @@ def compare(argv=None) -> None:
         work.finish(Path(args.out) if args.out else runs[0].parent, runs)
         return
     planned = work.plan(args.config, args.losses.split(","), args.seeds, args.words, args.out)
+    _start(planned[0].config.run.deterministic)
     (work.offline if args.offline else work.train)(planned)
 
 
@@ -140,7 +167,7 @@ def plan(argv=None) -> None:
     """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
     parser = argparse.ArgumentParser(prog="plan.py", description=plan.__doc__)
     parser.add_argument("--config", required=True, help="a name below configs/ (llama3.2-3b/sft) or a YAML file")
-    parser.add_argument("--target", default="h100", help="a GPU of jaxreason/plan/targets/: a100, b200, h100, h200")
+    parser.add_argument("--target", default="h100", help="a GPU of jaxreason/targets/: a100, b200, h100, h200")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs of one host")
     parser.add_argument("--hosts", type=int, default=1, metavar="M")
     parser.add_argument("--price", type=float, help="USD for a GPU hour; default: an assumption in the target's file")

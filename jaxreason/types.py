@@ -9,6 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+# Segments of a packed row, its padding included, for which cuDNN's attention is compiled: its softmax statistics take
+# memory in proportion, 25 MB a layer for one row of 8k tokens at 32. What packs rows stays below it on every backend, so
+# that a run has the same rows wherever it runs.
+MAX_SEGMENTS = 32
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Batch:
     sampler_logp: Array | None = None  # [B, T] float32, log-probs that the sampler itself reported
     group_tokens: Array | None = None  # [B, T] float32, trained tokens of the prompt in the whole step
     selected: Array | None = None  # [B, T] float32, what the loss's step-wide rule picked
+    token_weights: Array | None = None  # [B, T] float32, weight of the target in a supervised loss
+    entropy_coef: Array | None = None  # [B, T] float32, this step's coefficient of an adaptive entropy bonus
 
 
 @jax.tree_util.register_dataclass

@@ -40,9 +40,9 @@ class Source:
     def params(self, config: LlamaConfig, mesh: Mesh) -> dict:
         """The weights in ``config.param_dtype``, each straight on its devices."""
         if self.kind == "hf":
+
             def place(path, leaf):
-                # Each device reads its own shard from the file; the host never holds the whole parameter.
-                return jax.make_array_from_callback(leaf.shape, leaf_sharding(path, leaf.shape, mesh), leaf.read)
+                return leaf.place(leaf_sharding(path, leaf.shape, mesh))
 
             return hf.load(str(self.path), config.param_dtype, config.compute_dtype, placement=place)[0]
         checkpoint.verify(self.path)

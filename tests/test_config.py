@@ -49,6 +49,13 @@ def test_numbers_without_a_dot_are_floats():
     assert config.loss.options == {"gamma": 0.01}
 
 
+def test_a_word_for_a_text_key_stays_as_typed():
+    words = ["run.name=1", "data.system_prompt=Reply: {x", "data.eval_source=null", 'data.template="a: b"']
+    config = cfg.build(MINIMAL, words)
+    assert (config.run.name, config.data.system_prompt, config.data.eval_source) == ("1", "Reply: {x", None)
+    assert config.data.template == "a: b"
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

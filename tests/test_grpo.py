@@ -19,9 +19,10 @@ from jaxreason import checkpoint, cli, losses, model
 from jaxreason import config as cfg
 from jaxreason.data.prompts import Prompt
 from jaxreason.rollout import Completion
-from jaxreason.sharding import make_mesh
+from jaxreason.sharding import make_mesh, replicated
 from jaxreason.train import rollouts
 from jaxreason.train import state as states
+from jaxreason.train.frozen import Frozen
 from jaxreason.train.optimizer import make
 from jaxreason.train.step import make_gradient, make_score
 
@@ -131,7 +132,7 @@ def sequence(prompt: int, answer: int, group: int, advantage: float = 0.0, rewar
 def test_batch_by_hand():
     """Lengths 5, 3 and 4 (a prompt of n and an answer of m take n + m - 1 positions) in rows of 8."""
     sequences = [sequence(3, 3, 0, 0.5), sequence(2, 2, 0, -0.5), sequence(2, 3, 1, 2.0, truncated=True)]
-    batch = rollouts.make_batch(sequences, 8, 3, 1, pad_id=9, mask_truncated=True)
+    batch = rollouts.make_batch(sequences, rollouts.Layout(8, 3, 1, 9), mask_truncated=True)
     assert batch.tokens.tolist() == [[0, 1, 2, 100, 101, 0, 1, 100], [0, 1, 100, 101, 9, 9, 9, 9], [9] * 8]
     assert batch.targets.tolist()[0] == [1, 2, 100, 101, 102, 1, 100, 101]
     assert batch.loss_mask.tolist() == [[0, 0, 1, 1, 1, 0, 1, 1], [0] * 8, [0] * 8]
@@ -149,7 +150,7 @@ def test_packed_rows_fill_the_first_microbatches():
 def test_no_reward_is_no_zero():
     found = rollouts.metrics_of([sequence(1, 1, 0, reward=r) for r in (1.0, 0.0, math.nan)], ())
     assert found["reward"] == 0.5 and found["no_reward_fraction"] == pytest.approx(1 / 3)
-    batch = rollouts.make_batch([sequence(2, 2, 0, reward=math.nan)], 8, 1, 1, 0, False)
+    batch = rollouts.make_batch([sequence(2, 2, 0, reward=math.nan)], rollouts.Layout(8, 1, 1, 0), False)
     assert batch.loss_mask.sum() == 0
 
 
@@ -161,7 +162,7 @@ def test_microbatches_skipped_and_run_give_one_gradient_and_score():
     loss = losses.get("grpo", kl_coef=0.0)
     found = []
     for rows, length, count in ((16, 16, 1), (16, 16, 4), (16, 32, 16)):
-        batch = jax.tree.map(jnp.asarray, rollouts.make_batch(sequences, length, rows, count, 0, False))
+        batch = jax.tree.map(jnp.asarray, rollouts.make_batch(sequences, rollouts.Layout(length, rows, count, 0), False))
         value, metrics, grads, _ = jax.jit(make_gradient(config, loss, count, 0.7))(params, batch)
         stats = jax.jit(make_score(config, count, 0.7))(params, batch)
         logp = np.asarray(stats.logp)[np.asarray(batch.loss_mask) > 0]
@@ -177,9 +178,45 @@ def test_one_update_is_reinforce():
     config = model.LlamaConfig(128, 32, 48, 1, 2, 1, 16, init_std=0.2)
     params = model.init(config, jax.random.key(0))
     sequences = [sequence(3, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i)) for i in range(8)]
-    batch = jax.tree.map(jnp.asarray, rollouts.make_batch(sequences, 32, 8, 1, 0, False))
+    batch = jax.tree.map(jnp.asarray, rollouts.make_batch(sequences, rollouts.Layout(32, 8, 1, 0), False))
     grads = [
         jax.jit(make_gradient(config, losses.get(name, reduce="token-mean"), 1))(params, batch)[2]
         for name in ("grpo", "reinforce")
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), *grads)
+
+
+def test_corrections_a_teacher_and_an_adaptive_bonus_in_one_run(straight, tmp_path):
+    """The second layer doubles the sequences; a teacher that is the starting policy adds next to nothing at first."""
+    words = grpo_words(
+        tmp_path, f"model.weights={straight}", "model.preset=null", "model.overrides={}", "correction.samples=2",
+        "correction.train=all", f"teacher.weights={straight}", "entropy.target=100", "entropy.coef=0.01", "train.steps=2",
+        "train.save_every=1", "kl.coef=0.1", "loss.name=rloo", "eval.problems=4", "eval.max_completion_tokens=8",
+        "model.compute_dtype=float32", "kl.offload=true",
+    )  # fmt: skip
+    assert cli.train(["--config", "grpo", *words]) == 0
+    first, one, two = metrics_of(tmp_path / "grpo")
+    assert {"eval_accuracy_t1", "eval_accuracy_t2"} <= first.keys() and first["step"] == 0
+    assert one["accuracy_t1"] == 0.0 and one["uncorrected"] == 0.0 and one["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert one["entropy_coef"] == 0.01 and two["entropy_coef"] == pytest.approx(0.01 + 0.005)
+    samples = [json.loads(line) for line in (tmp_path / "grpo" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * (16 + 32)
+    layer = [s for s in samples if s["step"] == 1 and s["group"] >= 4]
+    assert sorted({s["group"] for s in layer}) == list(range(4, 20)) and len(layer) == 32
+
+
+def test_an_offloaded_model_lives_on_the_host_and_is_lent_to_the_devices():
+    mesh = make_mesh(cfg.Mesh())
+    weights = jax.device_put(np.arange(16.0), replicated(mesh))
+    frozen = Frozen(None, {"w": weights}, offload=True)
+    assert frozen._params["w"].sharding.memory_kind == "pinned_host"
+    lent = frozen.params()["w"]
+    assert lent.sharding == weights.sharding
+    np.testing.assert_array_equal(lent, weights)
+    assert Frozen(None, {"w": weights}, offload=False).params()["w"] is weights
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(straight, tmp_path, capsys):
+    words = grpo_words(tmp_path, f"teacher.weights={straight}", "model.overrides={vocab_size: 400}")
+    assert cli.train(["--config", "grpo", *words]) == 2
+    assert "teacher.weights" in capsys.readouterr().err

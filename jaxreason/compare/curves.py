@@ -29,7 +29,7 @@ _MAIN = {
 }
 
 # What is the same for every loss by construction, or of no meaning over steps.
-_DULL = {"step", "learning_rate", "problems", "eval_problems", "eval_tokens", "eval_unreadable_gold", "no_reward_fraction"}
+_DULL = {"step", "learning_rate", "problems", "eval_problems", "eval_tokens", "eval_ungraded", "no_reward_fraction"}
 _POINTS = 240  # of a line: more cannot be seen and make the file large
 
 

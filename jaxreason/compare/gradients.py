@@ -25,9 +25,10 @@ from jaxreason.model import unstack
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rollout import Engine, Sampling
 from jaxreason.sharding import check_batch, make_mesh, replicated
-from jaxreason.train import grpo, rollouts
+from jaxreason.train import advantages, minibatch, rollouts
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
+from jaxreason.train.collect import Collector
 from jaxreason.train.run import console
 from jaxreason.train.setup import Setup, open_model
 from jaxreason.train.step import make_gradient, make_score, make_train_step
@@ -59,20 +60,22 @@ def measure(planned: Sequence[Planned], found: Sequence[losses.Loss]) -> dict:
         state = states.adopt(setup.source.params(model, mesh), model, optimizer, mesh)
     else:
         state = states.create(model, optimizer, mesh, seed)
-    sequences = _roll_out(config, setup, found[0], state.params, mesh)
+    sequences = _roll_out(config, setup, state.params, mesh)
     rows = config.rollout.prompts_per_step * group
-    micro = config.train.microbatch_size or min(rows, 32)
+    micro = config.train.microbatch_size or minibatch.default_microbatch(rows, mesh)
     check_batch(rows, micro, mesh)
     count, temperature = rows // micro, config.rollout.temperature
     longest = max(len(s.prompt.ids) for s in sequences) + config.rollout.max_completion_tokens
-    row_length = -(-longest // 64) * 64
+    layout = rollouts.Layout(rollouts.row_length(longest), rows, count, setup.tokenizer.pad_id)
     score = jax.jit(make_score(model, count, temperature))
 
     # Packing follows lengths alone, so every loss's batch holds the same tokens at the same places.
+    if any(item.config.kl.coef for item in firsts):
+        sequences = minibatch.attach(sequences, "ref_logp", score, state.params, layout, mesh, 1)
     batches = [
-        grpo.make_inputs(
-            item.config, loss, with_advantages(sequences, group, item.config, loss), score, state.params,
-            state.params if item.config.kl.coef else None, mesh, row_length, rows, count, setup, 1,
+        minibatch.make_inputs(
+            item.config, loss, with_advantages(sequences, group, item.config, loss), score, state.params, mesh, layout, 1,
+            None,
         )
         for item, loss in zip(firsts, found)
     ]  # fmt: skip
@@ -105,7 +108,7 @@ def measure(planned: Sequence[Planned], found: Sequence[losses.Loss]) -> dict:
     }  # fmt: skip
 
 
-def _roll_out(config: cfg.GrpoConfig, setup: Setup, loss: losses.Loss, params: dict, mesh) -> list[rollouts.Sequence]:
+def _roll_out(config: cfg.GrpoConfig, setup: Setup, params: dict, mesh) -> list[rollouts.Sequence]:
     """The first step's graded completions, as training would draw them."""
     chat = chats.resolve(setup.tokenizer, config.data.template, config.data.system_prompt)
     prompts = load_prompts(
@@ -118,23 +121,17 @@ def _roll_out(config: cfg.GrpoConfig, setup: Setup, loss: losses.Loss, params: d
     engine = Engine(setup.config, setup.tokenizer.stop_ids, sampling, slots=config.rollout.slots)
     weights = jax.jit(lambda p: unstack(p, setup.config), out_shardings=replicated(mesh))(params)
     graders = [(rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions]
-    estimator = grpo.find_estimator(config, loss)
     with RewardPool(graders, config.reward.workers, config.reward.timeout_s, config.reward.on_error) as pool:
-        sequences, *_ = grpo.collect(config, engine, weights, prompts, setup, pool, estimator, 1, 0, 0)
-    return sequences
+        rollout = Collector(config, engine, prompts, setup.tokenizer, chat, pool)(weights, 1, 0, 0)
+    return [s for group in rollout.groups for s in group]
 
 
 def with_advantages(
     sequences: Sequence[rollouts.Sequence], group: int, config: cfg.GrpoConfig, loss: losses.Loss
 ) -> list[rollouts.Sequence]:
     """The same completions with the advantages that belong to ``loss``; each ``group`` in a row shares a prompt."""
-    shape = (len(sequences) // group, group)
-    totals_P_G = np.array([s.reward for s in sequences]).reshape(shape)
-    lengths_P_G = np.array([len(s.completion.tokens) for s in sequences]).reshape(shape)
-    names = list(sequences[0].rewards)
-    rewards_F_P_G = np.array([[s.rewards[name] for s in sequences] for name in names]).reshape(len(names), *shape)
-    advantages = grpo.find_estimator(config, loss)(rewards_F_P_G, totals_P_G, lengths_P_G).ravel()
-    return [dataclasses.replace(s, advantage=float(a)) for s, a in zip(sequences, advantages)]
+    groups = [list(sequences[i : i + group]) for i in range(0, len(sequences), group)]
+    return [s for found in advantages.estimator(config, loss)(groups) for s in found]
 
 
 def cosines(gradients: Sequence[Sequence[np.ndarray]]) -> list[list[float | None]]:

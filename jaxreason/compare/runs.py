@@ -15,7 +15,8 @@ from jaxreason import losses
 from jaxreason.errors import UserError
 from jaxreason.train import grpo, sft
 from jaxreason.train.run import RunDir, console
-from jaxreason.train.step import STATS
+
+_ALGORITHMS = {"grpo": grpo, "sft": sft}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,22 +82,9 @@ def check(planned: Sequence[Planned]) -> list[losses.Loss]:
     found = {}
     for item in planned:
         if item.loss not in found:
-            found[item.loss] = find_loss(item.config)
+            found[item.loss] = _ALGORITHMS[item.config.algorithm].find_loss(item.config)
         RunDir(item.config).resumable()
     return list(found.values())
-
-
-def find_loss(config: cfg.RunConfig) -> losses.Loss:
-    """The config's loss, checked. Raises UserError."""
-    if config.algorithm == "grpo":
-        loss = grpo.find_loss(config)
-        grpo.find_estimator(config, loss)
-        return loss
-    loss = losses.get(config.loss.name, kind="sft", **config.loss.options)
-    losses.check(loss)
-    if missing := set(loss.needs) - set(STATS):
-        raise UserError(f"loss {config.loss.name} needs {', '.join(sorted(missing))}, which SFT does not provide")
-    return loss
 
 
 def train_all(planned: Sequence[Planned]) -> list[str] | None:
@@ -107,7 +95,7 @@ def train_all(planned: Sequence[Planned]) -> list[str] | None:
     for a reason that the next one has too, and that is raised.
     """
     failures, spent = [], []
-    train = {"grpo": grpo.train, "sft": sft.train}[planned[0].config.algorithm]
+    train = _ALGORITHMS[planned[0].config.algorithm].train
     open_runs = sum(RunDir(item.config).summary() is None for item in planned)
     for number, item in enumerate(planned, 1):
         fresh = RunDir(item.config).summary() is None

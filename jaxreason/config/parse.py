@@ -48,7 +48,7 @@ def build(values: dict, overrides: typing.Sequence[str] = (), where: str = "conf
         if not equals or not key:
             raise UserError(f"{word!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
         words[key] = word
-        _assign(values, key, _read_yaml(text, word), word)
+        _assign(values, key, _word_value(ALGORITHMS.get(values.get("algorithm")), key, text, word), word)
     algorithm = values.get("algorithm")
     if algorithm not in ALGORITHMS:
         raise UserError(f"{where}: algorithm is {algorithm!r}; it is one of {', '.join(ALGORITHMS)}")
@@ -66,7 +66,7 @@ def parse_words(section: type[Section], words: typing.Sequence[str]) -> Section:
         key, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"{word!r} is not of the form key=value, e.g. temperature=0.6")
-        _assign(values, key, _read_yaml(text, word), word)
+        _assign(values, key, _word_value(section, key, text, word), word)
     try:
         return section.model_validate(_numbers(values, section, ""))
     except pydantic.ValidationError as error:
@@ -103,6 +103,22 @@ def _read_yaml(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     return value
+
+
+def _word_value(section: type[BaseModel] | None, key: str, text: str, word: str) -> Any:
+    """The value of a ``key=value`` word: YAML, but what goes to a text stays as typed (``run.name=1``, ``a: b``)."""
+    annotation: Any = section
+    for part in key.split("."):
+        section = _section(annotation) if annotation is not None else None
+        fields = {field.alias or name: field for name, field in section.model_fields.items()} if section else {}
+        annotation = fields[part].annotation if part in fields else None
+    if annotation is str or typing.get_args(annotation) == (str, types.NoneType):
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.safe_load(text)
+            if isinstance(value, str) or (value is None and annotation is not str):
+                return value
+        return text
+    return _read_yaml(text, word)
 
 
 def _copy(values: Any) -> Any:

@@ -23,6 +23,8 @@ class Run(Section):
     """Where runs are written."""
     seed: NonNegative = 0
     """Seeds weights, data order and sampling."""
+    deterministic: bool = False
+    """The same bits from the same inputs on the same GPUs, at some cost in speed; a CPU always gives them."""
 
 
 class Model(Section):
@@ -40,8 +42,9 @@ class Model(Section):
     """Matrix products; norms, softmax, logits and losses are float32 always."""
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
     """Attention backend; auto: cudnn on a Hopper GPU in bfloat16, else blockwise."""
-    remat: Literal["none", "full", "attention", "matmuls"] = "none"
-    """What the backward pass may reuse: everything, nothing, the attention outputs, or also the matmul outputs."""
+    remat: Literal["none", "full", "attention", "matmuls"] = "matmuls"
+    """What the backward pass may reuse: everything, nothing, the attention outputs, or also the matmul outputs.
+    ``matmuls`` computes no product twice and is the fastest on a CPU, which writes fewer residuals."""
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -54,7 +57,7 @@ class Model(Section):
 
 class Problems(Section):
     source: str
-    """``embedded:NAME``, a .jsonl/.json/.parquet file, a directory of them, or a hub id."""
+    """``embedded:NAME``, ``reasoning-gym:NAME``, a .jsonl/.json/.parquet file, a directory of them, or a hub id."""
     split: str = "train"
     """Split of a hub data set; files have none."""
     row_schema: str = Field("auto", alias="schema")
@@ -65,10 +68,12 @@ class Problems(Section):
     """Chat template: a Jinja file, the name of a shipped one, or null for the tokenizer's own."""
     max_rows: Positive | None = None
     """Use only the first rows of the source."""
+    keep_columns: list[str] = []
+    """Columns of a row that your reward function reads as ``sample.row[name]``."""
     eval_source: str | None = None
     """Held-out rows from another source."""
     eval_split: str | None = None
-    """Split of ``eval_source``; null: ``eval`` of an embedded task, else ``split``."""
+    """Split of ``eval_source``; null: ``eval`` of a task that a program writes, else ``split``."""
 
 
 class Data(Problems):
@@ -84,6 +89,10 @@ class Data(Problems):
     """A new order each epoch, from the seed; false: file order."""
     batch_size: Positive = 32
     """Sequences, or packed rows, in one optimizer step."""
+    think_weight: float = Field(1.0, ge=0)
+    """Weight of the targets up to ``</think>`` in the loss; the denominator stays the token count."""
+    answer_weight: float = Field(1.0, ge=0)
+    """Weight of the targets behind ``</think>``, or of all where an answer has no thought."""
     eval_rows: NonNegative = 0
     """Held-out examples for the loss: of ``eval_source``, or chosen from this source by seed; 0: none."""
     workers: NonNegative = 2
@@ -144,6 +153,8 @@ class Train(Section):
     """Older checkpoints are deleted."""
     eval_every: NonNegative = 0
     """Steps between evaluations; 0: only at the end."""
+    profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """Write a trace of XLA for these steps, [first, last], to RUN/profile; both are in it. Null: none."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the package tensorboardX)."""
     wandb: str | None = None
@@ -155,10 +166,29 @@ class Train(Section):
             raise ValueError("give exactly one of train.steps and train.epochs")
         return self
 
+    @model_validator(mode="after")
+    def _profile(self):
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"train.profile_steps {self.profile_steps}: write [first, last], e.g. [10, 13]")
+        return self
+
+
+class SftTrain(Train):
+    neftune_alpha: float | None = Field(None, gt=0)
+    """NEFTune (arXiv 2310.05914): uniform noise of alpha / sqrt(L D) on the embeddings in training, 5 in the paper."""
+
+
+class SftTeacher(Section):
+    weights: str | None = None
+    """What the losses forward_kl, reverse_kl and jsd distil: a model with the same tokenizer, Hugging Face directory, hub
+    id or run."""
+
 
 class Eval(Section):
     problems: NonNegative = 0
     """Held-out problems answered greedily and graded; 0: none."""
+    grader: str = "accuracy"
+    """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
     max_completion_tokens: Positive = 256
     slots: Positive = 64
     """Sequences decoded at once."""
@@ -203,10 +233,12 @@ class Decode(Section):
 class Task(Decode):
     """Words of evaluate.py."""
 
-    split: str = "test"
-    """Split of a hub data set."""
+    split: str | None = None
+    """Split of the task; null: ``eval`` of one that a program writes, ``test`` of a hub data set."""
     problems: Positive = 500
     """At most so many problems, the first ones."""
+    grader: str = "accuracy"
+    """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
 
 
 class GrpoData(Problems):
@@ -235,7 +267,7 @@ class Rollout(Section):
     """0: all."""
     min_p: Fraction = 0.0
     slots: Positive = 64
-    """Sequences decoded at once."""
+    """Sequences decoded at once, on all devices together; every device has as many, rounded up."""
     resample_rounds: NonNegative = 0
     """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step."""
 
@@ -265,8 +297,57 @@ class Advantage(Section):
 
 class Kl(Section):
     coef: float = Field(0.0, ge=0)
-    """Coefficient of the KL to the reference in the loss, by token; 0: no reference model is kept."""
-    estimator: Literal["k1", "k2", "k3", "k3+", "k3_unbiased"] = "k3"
+    """Coefficient of the KL to the reference, the starting weights; 0: no reference model is kept."""
+    placement: Literal["loss", "reward"] | None = None
+    """A term of the loss by token, or k1 taken off the reward; null: as the loss's paper has it (rloo and reinforce_pp
+    in the reward, the others in the loss)."""
+    estimator: Literal["k1", "k2", "k3", "k1+", "k3+", "k3_unbiased"] = "k3"
+    """Of the KL in the loss."""
+    offload: bool = False
+    """Keep the reference in host memory and copy it to the devices once a step, to score."""
+
+
+class Entropy(Section):
+    target: float | None = Field(None, gt=0)
+    """Nats a token: the bonus's coefficient rises below it and falls above it (Skywork-OR1, arXiv 2505.22312); null: the
+    coefficient is the loss's option ``entropy_coef``."""
+    coef: float = Field(0.0, ge=0)
+    """The adaptive coefficient's first value."""
+    delta: float = Field(0.005, gt=0)
+    """Its change a step."""
+
+
+class Teacher(Section):
+    weights: str | None = None
+    """On-policy distillation: a model with the same tokenizer, Hugging Face directory, hub id or run; null: none."""
+    coef: float = Field(1.0, gt=0)
+    """c of c·(log π_teacher − log π_policy), added to the advantage of every sampled token. With advantage.name=zero
+    and loss.name=importance_sampling the teacher alone teaches."""
+    offload: bool = False
+    """Keep the teacher in host memory and copy it to the devices once a step, to score."""
+
+
+class Correction(Section):
+    """MGRPO (arXiv 2506.04746): a second layer, in which the policy corrects its own first answers."""
+
+    samples: NonNegative = 0
+    """Corrections drawn of every completion (H); 0: no second layer."""
+    phrases: list[str] = Field(
+        [
+            "Where might I have gone wrong this time? Let me double-check carefully.",
+            "Wait, let me double-check that.",
+            "Wait a minute, let me make sure I didn't make a mistake.",
+            "Hmm, let me think if there's another way to approach this problem.",
+            "But wait, let me just make sure I didn't miss anything in the original problem.",
+        ],
+        min_length=1,
+    )
+    """What is said after the first answer; one is drawn for each."""
+    compare: Literal["completion", "prompt", "first"] = "completion"
+    """Whom a correction's advantage compares it with: the corrections of the same completion, all of the same prompt, or
+    the first answer itself (its reward less the first answer's)."""
+    train: Literal["verified", "all"] = "verified"
+    """Corrections that are trained: those that are right by the first reward function, or all."""
 
 
 class GrpoTrain(Train):
@@ -300,8 +381,9 @@ class SftConfig(Section):
     model: Model
     data: Data
     loss: SftLoss = SftLoss()
+    teacher: SftTeacher = SftTeacher()
     optimizer: Optimizer = Optimizer()
-    train: Train
+    train: SftTrain
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
 
@@ -316,6 +398,9 @@ class GrpoConfig(Section):
     advantage: Advantage = Advantage()
     loss: GrpoLoss = GrpoLoss()
     kl: Kl = Kl()
+    entropy: Entropy = Entropy()
+    teacher: Teacher = Teacher()
+    correction: Correction = Correction()
     optimizer: Optimizer = Optimizer()
     train: GrpoTrain
     eval: GrpoEval = GrpoEval()
@@ -331,6 +416,15 @@ class GrpoConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _correction(self):
+        if self.correction.samples == 1 and self.correction.compare == "completion":
+            raise ValueError(
+                "correction.samples=1 leaves a group of one, whose advantage is 0; use 2 or more, or another "
+                "correction.compare"
+            )
+        return self
+
 
 RunConfig = SftConfig | GrpoConfig
 ALGORITHMS: dict[str, type[Section]] = {"sft": SftConfig, "grpo": GrpoConfig}
@@ -339,11 +433,13 @@ ALGORITHMS: dict[str, type[Section]] = {"sft": SftConfig, "grpo": GrpoConfig}
 RESUMABLE = frozenset(
     {
         "run.dir",
+        "run.deterministic",
         "data.workers",
         "data.cache_dir",
         "reward.workers",
         "train.save_every",
         "train.keep_checkpoints",
+        "train.profile_steps",
         "train.tensorboard",
         "train.wandb",
         "mesh.data",

@@ -20,8 +20,10 @@ from jaxreason import config as cfg
 from jaxreason.checkpoint import steps as checkpoint_steps
 from jaxreason.checkpoint import write_json
 from jaxreason.errors import UserError
+from jaxreason.train import hosts
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+_FILES_APPEAR = 60.0  # seconds: NFS remembers that long that there was no such file
 _HEARTBEAT = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
 
@@ -55,17 +57,39 @@ class RunDir:
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def agree(self, resume: int | None, total: int) -> None:
+        """Raises UserError on all processes if they have not found the same: what to resume from, and where to end."""
+        if not hosts.alike(np.array([resume or 0, total])):
+            raise UserError(
+                f"the processes differ: this one finds checkpoint {resume or 'none'} and {total} steps to do; all of them "
+                f"need the same data, and the same {self.path} on storage that they share"
+            )
+
     def start(self, step: int) -> None:
-        """Creates the folder, writes config.yaml, and drops metrics of steps that will be run again."""
-        if jax.process_index() > 0:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / "config.yaml.tmp"
-        temporary.write_text(cfg.dump(self._config))
-        os.replace(temporary, self.path / "config.yaml")
-        (self.path / "summary.json").unlink(missing_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _keep_lines(self.path / name, step)
+        """Creates the folder, writes config.yaml, and drops metrics of steps that will be run again.
+
+        Raises UserError on all processes if one does not see what process 0 writes: a checkpoint would be parts.
+        """
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.path / "config.yaml.tmp"
+            temporary.write_text(cfg.dump(self._config))
+            os.replace(temporary, self.path / "config.yaml")
+            (self.path / "summary.json").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _keep_lines(self.path / name, step)
+        hosts.largest(0)  # process 0 has written
+        if not hosts.alike(np.array([self._sees_config()])):
+            raise UserError(f"{self.path}: not all processes see what process 0 writes; set run.dir to storage that they share")
+
+    def _sees_config(self) -> bool:
+        """Whether config.yaml is here; a network file system may show it to other hosts a while later."""
+        until = time.monotonic() + _FILES_APPEAR
+        while not (self.path / "config.yaml").is_file():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        return True
 
     def finish(self, summary: dict) -> None:
         if jax.process_index() == 0:
@@ -157,11 +181,22 @@ def _short(value: float) -> str:
 
 
 class Interrupt:
-    """Turns SIGTERM and the first Ctrl-C into a request to save and stop after the current step."""
+    """Turns SIGTERM and the first Ctrl-C into a request to save and stop after the current step.
+
+    Of several processes one alone may be told (a spot host that goes away), and all must stop after the same step, since
+    the checkpoint is collective. They exchange one number a step, where the step's metrics have just brought them
+    together: 5 ms over gloo on two busy cores. jax's own protocol (``multihost_utils.reached_preemption_sync_point``) costs
+    nothing, but its C++ handler of SIGTERM and this one exclude each other, it knows no Ctrl-C, and it swallows a SIGTERM
+    that comes before there is anything to save; so ``jaxreason.distributed`` switches it off.
+    """
 
     def __init__(self):
         self.requested = False
         self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def agreed(self) -> bool:
+        """Whether any process was asked, so that all of them stop after the same step; one number a step is exchanged."""
+        return hosts.largest(int(self.requested)) > 0
 
     def _ask(self, number, frame):
         if self.requested and number == signal.SIGINT:
@@ -188,8 +223,6 @@ def check_finite(step: int, metrics: dict, params: Any) -> None:
 
 def show_table(title: str, rows: list[tuple[str, Any]]) -> None:
     """A two-column table on the terminal."""
-    if jax.process_index() > 0:
-        return
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows:
         table.add_row(name, str(value))

@@ -10,6 +10,7 @@ from jaxreason import config as cfg
 from jaxreason.data.chat import Chat
 from jaxreason.data.pipeline import eval_split
 from jaxreason.data.prompts import Prompts, load_prompts
+from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, preset
@@ -49,11 +50,11 @@ def open_model(model: cfg.Model) -> Setup:
 
 
 def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompts | None:
-    """Problems for evaluation: of ``data.eval_source``, or the embedded task's own held-out ones."""
+    """Problems for evaluation: of ``data.eval_source``, or the task's own held-out ones where a program writes it."""
     if not config.eval.problems:
         return None
     source = config.data.eval_source or config.data.source
-    if not source.startswith("embedded:") and config.data.eval_source is None:
+    if not splits_itself(source) and config.data.eval_source is None:
         raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
     changes = {"source": source, "split": eval_split(config.data), "max_rows": config.eval.problems}
     return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=chat)
@@ -63,3 +64,17 @@ def put(batch: Batch, mesh: Mesh) -> Batch:
     """This process's rows, placed as its part of the global batch."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def open_teacher(weights: str, setup: Setup) -> tuple[LlamaConfig, Source]:
+    """A teacher with the student's tokenizer, in the student's compute dtype; reads no weights. Raises UserError."""
+    source = locate(weights)
+    dtype = setup.config.compute_dtype
+    config = source.config(dtype, dtype).replace(attention=setup.config.attention)
+    if config.vocab_size != setup.config.vocab_size or load(source.tokenizer).hf.get_vocab() != setup.tokenizer.hf.get_vocab():
+        raise UserError(
+            f"teacher.weights {weights}: its vocabulary ({config.vocab_size} entries) is not the model's "
+            f"({setup.config.vocab_size}); log-probs of tokens compare only where both have the same tokenizer: choose "
+            "a teacher of the same family, or train on its text (SFT)"
+        )
+    return config, source

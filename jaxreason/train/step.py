@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from jaxreason.losses import Loss, PolicyInputs, SftInputs
+from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
+from jaxreason.losses.segments import sequences_of
+from jaxreason.losses.sft import neftune_noise
 from jaxreason.model import LlamaConfig, head_kernel, hidden
-from jaxreason.model.vocab import HeadStats, head_stats, token_loss
+from jaxreason.model.chunked import from_logits
+from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics
 
 
@@ -41,50 +44,127 @@ def _occupied(pieces: Batch) -> Array:
     return jnp.max(jnp.where(full, jnp.arange(full.shape[0]) + 1, 0))
 
 
-STATS = ("entropy", "logsumexp", "mean_logp")
+STATS = ("entropy", "logsumexp", "mean_logp")  # of the head's own pass
+OF_FROZEN = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss compares with a model that does not train
+_WHOLE_LOGITS = frozenset({*OF_FROZEN, "topk_entropy"})
+
+Frozen = tuple[LlamaConfig, dict]  # a model that does not train: its architecture and its parameters
 
 
 def batch_loss(
-    params: dict, config: LlamaConfig, loss: Loss, batch: Batch, totals: Totals, temperature: float = 1.0
+    params: dict,
+    config: LlamaConfig,
+    loss: Loss,
+    batch: Batch,
+    totals: Totals,
+    temperature: float = 1.0,
+    frozen: Frozen | None = None,
+    noise: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """This (micro)batch's part of the step's loss and of its metrics; parts add up to the whole."""
-    x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids)
+    """This (micro)batch's part of the step's loss and of its metrics; parts add up to the whole.
+
+    ``frozen``: the reference or teacher that a supervised loss compares with. ``noise`` [B, T, D] goes on the embeddings.
+    """
+    x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids, noise)
     head = head_kernel(params, config)
-    wanted = [name for name in STATS if name in loss.needs]
     ids = _sequence_ids(batch)
-    if loss.kind == "sft" and loss.tokenwise:
-
-        def piece(stats, aux, totals):
-            optional = {name: getattr(stats, name)[None] for name in wanted}
-            value, metrics = loss(SftInputs(stats.logp[None], aux["mask"][None], totals=totals, **optional))
-            return value, metrics
-
-        aux = {"mask": batch.loss_mask.reshape(-1)}
-        flat = x.reshape(-1, x.shape[-1])
-        return token_loss(flat, head, batch.targets.reshape(-1), aux, totals, piece, loss.needs)
-    stats = head_stats(x, head, batch.targets, temperature, needs=loss.needs)
-    optional = {name: getattr(stats, name) for name in wanted}
     if loss.kind == "sft":
-        return loss(SftInputs(stats.logp, batch.loss_mask, sequence_ids=ids, totals=totals, **optional))
+        return _supervised(x, head, loss, batch, ids, totals, frozen)
+    stats = head_stats(x, head, batch.targets, temperature, needs=loss.needs)
     # Without stored log-probs the policy that sampled is the one being updated, and the ratio is exactly 1.
     old = lax.stop_gradient(stats.logp) if batch.old_logp is None else batch.old_logp
     inputs = PolicyInputs(
         stats.logp, old, batch.advantages, batch.loss_mask, ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp,
         entropy=stats.entropy, sequence_ids=ids, group_ids=batch.group_ids, totals=totals,
-        group_tokens=batch.group_tokens, selected=batch.selected,
+        group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef,
     )  # fmt: skip
     return loss(inputs)
 
 
-def make_gradient(config: LlamaConfig, loss: Loss, count: int, temperature: float = 1.0) -> Callable:
-    """(params, batch) -> (value, metrics, gradient in float32), accumulated over ``count`` microbatches by a loop."""
+def _supervised(x: Array, head: Array, loss: Loss, batch: Batch, ids: Array, totals: Totals, frozen: Frozen | None):
+    """One of three ways through the head: what the loss needs decides, and the numbers are the same."""
+    wanted = [name for name in STATS if name in loss.needs]
+    weights = {} if batch.token_weights is None else {"token_weights": batch.token_weights}
+    if loss.needs & _WHOLE_LOGITS:
+        found = from_logits(_whole_logits(loss, wanted), batch.targets, ((x, head), *_frozen_head(frozen, batch)))
+        return loss(SftInputs(mask=batch.loss_mask, sequence_ids=ids, totals=totals, **found, **weights))
+    if not loss.tokenwise:
+        stats = head_stats(x, head, batch.targets, needs=loss.needs)
+        optional = {name: getattr(stats, name) for name in wanted} | weights
+        return loss(SftInputs(stats.logp, batch.loss_mask, sequence_ids=ids, totals=totals, **optional))
 
-    def gradient(params, batch):
+    def piece(stats, aux, totals):
+        optional = {name: getattr(stats, name) for name in wanted} | aux
+        return loss(SftInputs(logp=stats.logp[None], totals=totals, **{k: v[None] for k, v in optional.items()}))
+
+    aux = {name: value.reshape(-1) for name, value in {"mask": batch.loss_mask, **weights}.items()}
+    return token_loss(x.reshape(-1, x.shape[-1]), head, batch.targets.reshape(-1), aux, totals, piece, loss.needs)
+
+
+def _frozen_head(frozen: Frozen | None, batch: Batch) -> tuple:
+    if frozen is None:
+        return ()
+    config, params = frozen[0], lax.stop_gradient(frozen[1])
+    return ((hidden(params, config, batch.tokens, batch.positions, batch.segment_ids), head_kernel(params, config)),)
+
+
+def _whole_logits(loss: Loss, wanted: list[str]) -> Callable:
+    """What ``loss`` reads, from logits [n, V] of the model and, where there is one, of the frozen model."""
+
+    def found(targets: Array, logits: Array, other: Array | None = None) -> dict[str, Array]:
+        stats = dense_stats(logits, targets)
+        values = {name: getattr(stats, name) for name in ("logp", *wanted)}
+        if "topk_entropy" in loss.needs:
+            values["topk_entropy"] = lax.stop_gradient(distill.topk_entropy(logits))
+        if "ref_logp" in loss.needs:
+            values["ref_logp"] = dense_stats(other, targets).logp
+        if "ref_kl" in loss.needs:
+            values["ref_kl"] = distill.forward_kl(logits, other)
+        if "teacher_divergence" in loss.needs:
+            values["teacher_divergence"] = loss.divergence(logits, other)
+        return values
+
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """NEFTune's noise on the embeddings: a function of the seed, the step and the row, not of how rows are split."""
+
+    alpha: float
+    seed: int
+
+    def of(self, step: Array, batch: Batch, width: int) -> Array:
+        """[B, T, width] for the rows of a (micro)batch with the step's ``sequence_ids``."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        # A row's ids are row · T + segment with fewer than T segments.
+        rows = batch.sequence_ids[:, 0] // batch.tokens.shape[1]
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        return neftune_noise(keys, sequences_of(batch.segment_ids > 0, batch.segment_ids), width, self.alpha)
+
+
+def make_gradient(
+    config: LlamaConfig,
+    loss: Loss,
+    count: int,
+    temperature: float = 1.0,
+    frozen_config: LlamaConfig | None = None,
+    noise: Noise | None = None,
+) -> Callable:
+    """``(params, batch, frozen_params=None, step=0) -> (value, metrics, gradient in float32, totals)``.
+
+    Accumulated over ``count`` microbatches by a loop. ``frozen_config``: of the model whose parameters are passed;
+    ``step`` decides the noise.
+    """
+
+    def gradient(params, batch, frozen_params=None, step=0):
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
+        frozen = None if frozen_config is None else (frozen_config, frozen_params)
 
         def one(micro):
-            f = lambda p: batch_loss(p, config, loss, micro, totals, temperature)  # noqa: E731
+            added = None if noise is None else noise.of(step, micro, config.embed_dim)
+            f = lambda p: batch_loss(p, config, loss, micro, totals, temperature, frozen, added)  # noqa: E731
             (value, metrics), grads = jax.value_and_grad(f, has_aux=True)(params)
             return value, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
@@ -113,17 +193,19 @@ def make_train_step(
     schedule: Callable,
     count: int,
     temperature: float = 1.0,
+    frozen_config: LlamaConfig | None = None,
+    noise: Noise | None = None,
 ) -> Callable:
-    """``step(state, batch) -> (state, metrics)``; jit it with the state donated.
+    """``step(state, batch, frozen_params=None) -> (state, metrics)``; jit it with the state donated.
 
     Metrics: the loss's own, ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (trained), and
     ``leaf_norms``, the gradient norm of every parameter in the order of ``jax.tree.leaves``, by which a step that is
     not finite names what was not.
     """
-    gradient = make_gradient(config, loss, count, temperature)
+    gradient = make_gradient(config, loss, count, temperature, frozen_config, noise)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        value, metrics, grads, totals = gradient(state.params, batch)
+    def step(state: TrainState, batch: Batch, frozen_params: dict | None = None) -> tuple[TrainState, dict]:
+        value, metrics, grads, totals = gradient(state.params, batch, frozen_params, state.step)
         squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,28 @@
+"""Models that are only scored with: a reference or a teacher, on the devices or in host memory between scorings."""
+
+from collections.abc import Callable
+
+import jax
+
+_HOST = "pinned_host"
+
+
+class Frozen:
+    """A scoring function and its parameters.
+
+    Args:
+      score: jitted ``(params, batch) -> HeadStats``.
+      params: placed as they are used.
+      offload: keep them in pinned host memory and copy them to the devices whenever they are used.
+    """
+
+    def __init__(self, score: Callable, params: dict, offload: bool):
+        self.score, self._shardings = score, None
+        if offload:
+            self._shardings = jax.tree.map(lambda x: x.sharding, params)
+            params = jax.device_put(params, jax.tree.map(lambda s: s.with_memory_kind(_HOST), self._shardings))
+        self._params = params
+
+    def params(self) -> dict:
+        """The parameters on the devices; what was offloaded is a copy, to be let go after use."""
+        return self._params if self._shardings is None else jax.device_put(self._params, self._shardings)

@@ -1,0 +1,129 @@
+"""Advantages of rollouts: KL in the reward, a teacher's part by token, corrections, against numbers by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxreason import config as cfg
+from jaxreason import losses
+from jaxreason.data.prompts import Prompt
+from jaxreason.errors import UserError
+from jaxreason.rollout import Completion
+from jaxreason.train import advantages, correction, grpo
+from jaxreason.train.rollouts import Sequence
+
+
+def settings(**sections):
+    base = {
+        "algorithm": "grpo", "run": {"name": "x"}, "model": {"preset": "embedded-tiny"},
+        "data": {"source": "embedded:arithmetic"}, "train": {"steps": 1},
+    }  # fmt: skip
+    return cfg.build(base | sections)
+
+
+def sequence(reward, logp, ref=None, teacher=None, group=0, right=None):
+    logp = np.array(logp, np.float32)
+    completion = Completion(0, 0, np.arange(len(logp), dtype=np.int32), logp, logp, False, 0)
+    rewards = {"accuracy": reward if right is None else right}
+    arrays = [None if x is None else np.array(x, np.float32) for x in (ref, teacher)]
+    return Sequence(Prompt((1,), "", "", "", 0), completion, "", group, rewards, reward, 0.0, *arrays)
+
+
+def found(config, groups):
+    estimate = advantages.estimator(config, grpo.find_loss(config))
+    return [[s.advantage for s in group] for group in estimate(groups)]
+
+
+def test_rloo_takes_its_kl_off_the_reward():
+    """Rewards 1, 0, 1 and sequence KLs 0.5, 0.2, -0.1 at beta 0.5: totals 0.75, -0.1, 1.05; leave-one-out by hand."""
+    config = settings(loss={"name": "rloo"}, kl={"coef": 0.5})
+    group = [
+        sequence(1.0, [-1.0, -0.5], [-1.25, -0.75]),
+        sequence(0.0, [-1.0], [-1.2]),
+        sequence(1.0, [-1.0, -1.0], [-0.9, -1.0]),
+    ]
+    totals = [0.75, -0.1, 1.05]
+    expected = [totals[i] - (sum(totals) - totals[i]) / 2 for i in range(3)]
+    np.testing.assert_allclose(found(config, [group])[0], expected, atol=1e-6)
+    assert advantages.placement(config, losses.get("rloo")) == "reward"
+    assert grpo.find_loss(config).options["kl_coef"] == 0.0
+
+
+def test_kl_stays_in_the_loss_of_grpo_and_moves_on_request():
+    in_loss = settings(kl={"coef": 0.5})
+    assert grpo.find_loss(in_loss).options["kl_coef"] == 0.5
+    group = [sequence(1.0, [-1.0], [-3.0]), sequence(0.0, [-1.0], [-1.0])]
+    plain = found(settings(), [group])
+    assert found(in_loss, [group]) == plain
+    moved = found(settings(kl={"coef": 0.5, "placement": "reward"}, advantage={"name": "center"}), [group])
+    np.testing.assert_allclose(moved[0], [0.0, 0.0], atol=1e-6)  # totals 1 - 0.5 * 2 = 0 and 0
+
+
+def test_reinforce_pp_by_token():
+    """-beta k1 at every token, the reward at the last, summed from the right, whitened over all tokens."""
+    config = settings(loss={"name": "reinforce_pp"}, kl={"coef": 0.1})
+    group = [sequence(1.0, [-1.0, -2.0], [-1.5, -2.0]), sequence(0.0, [-1.0], [-0.5])]
+    to_go = np.array([1.0 - 0.1 * 0.5, 1.0, 0.0 + 0.1 * 0.5])
+    white = (to_go - to_go.mean()) / (to_go.std(ddof=1) + 1e-8)
+    rows = found(config, [group])[0]
+    np.testing.assert_allclose(rows[0], white[:2], rtol=1e-5)
+    np.testing.assert_allclose(rows[1], white[2:], rtol=1e-5)
+
+
+def test_gdpo_reads_each_reward_and_cannot_have_kl_in_them():
+    with pytest.raises(UserError, match="kl.placement=loss"):
+        found(settings(loss={"name": "gdpo"}, kl={"coef": 0.1, "placement": "reward"}), [])
+
+
+def test_a_teacher_adds_its_log_ratio_to_every_token():
+    config = settings(
+        advantage={"name": "zero"}, loss={"name": "importance_sampling"}, teacher={"weights": "t", "coef": 2.0}
+    )
+    rows = found(config, [[sequence(1.0, [-1.0, -2.0], teacher=[-0.5, -3.0]), sequence(0.0, [-1.0], teacher=[-1.0])]])[0]
+    np.testing.assert_allclose(rows[0], [1.0, -2.0])
+    np.testing.assert_allclose(rows[1], [0.0])
+
+
+def test_short_groups_count_only_what_they_have():
+    rows = found(settings(advantage={"name": "center"}), [[sequence(1.0, [-1]), sequence(0.0, [-1])], [sequence(1.0, [-1])], []])
+    assert rows == [[0.5, -0.5], [0.0], []]
+
+
+def test_a_missing_reward_has_no_advantage():
+    rows = found(settings(), [[sequence(1.0, [-1]), sequence(0.0, [-1]), sequence(math.nan, [-1])]])
+    assert rows[0][2] == 0.0 and rows[0][0] == pytest.approx(-rows[0][1]) and rows[0][0] > 0
+
+
+def test_corrections_are_compared_as_asked():
+    firsts = [[sequence(1.0, [-1]), sequence(0.0, [-1])]]
+    second = [[sequence(1.0, [-1]), sequence(0.0, [-1])], [sequence(1.0, [-1]), sequence(1.0, [-1])]]
+    flat = [s for g in [*firsts, *second] for s in g]
+    rows = {}
+    for compare in ("completion", "prompt", "first"):
+        config = settings(advantage={"name": "center"}, correction={"samples": 2, "compare": compare})
+        estimate = advantages.estimator(config, grpo.find_loss(config))
+        rows[compare] = [s.advantage for s in advantages.teach(flat, firsts, second, estimate, config)]
+    assert rows["completion"] == [0.5, -0.5, 0.5, -0.5, 0.0, 0.0]
+    assert rows["prompt"] == [0.5, -0.5, 0.25, -0.75, 0.25, 0.25]
+    assert rows["first"] == [0.5, -0.5, 0.0, -1.0, 1.0, 1.0]
+
+
+def test_the_measures_of_a_second_layer():
+    firsts = [sequence(1.0, [-1]), sequence(0.0, [-1])]
+    second = [[sequence(1.0, [-1]), sequence(0.0, [-1])], [sequence(1.0, [-1]), sequence(0.0, [-1])]]
+    assert correction.metrics(firsts, second) == {
+        "accuracy_t1": 0.5, "accuracy_t2": 0.5, "correction_gain": 0.0, "incorrect_to_correct": 0.25,
+        "correct_to_incorrect": 0.25,
+    }  # fmt: skip
+
+
+def test_the_adaptive_bonus_follows_the_entropy_and_survives_a_checkpoint():
+    bonus = grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3, "coef": 0.01}))
+    assert bonus.after(0.2) == {"entropy_coef": 0.01}  # below the target: up
+    assert bonus.now == pytest.approx(0.015) and bonus.after(0.4) == {"entropy_coef": pytest.approx(0.015)}
+    assert bonus.now == 0.0  # above it: off, and 0.01 is carried
+    again = grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3}))
+    again.restore(bonus.state())
+    assert again.after(0.1) == bonus.after(0.1) and again.now == bonus.now == pytest.approx(0.015)
+    assert grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default).now is None
