@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxreason.errors import UserError
 from jaxreason.model import cudnn
+from jaxreason.model.product import times_transposed
 from jaxreason.types import MAX_SEGMENTS
 
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp of it is 0 beside any real score
@@ -60,7 +61,7 @@ def cached_attention(q: Array, k: Array, v: Array, visible: Array, backend: str 
         return cudnn.cached(q, k, v, jnp.sum(visible[:, 0], axis=-1))
     kv_heads = k.shape[1]
     grouped = q.reshape(b, s, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
-    scores = jnp.einsum("bkqh,bkch->bkqc", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = times_transposed(grouped, k, jnp.float32) * h**-0.5
     scores = scores.reshape(b, kv_heads, n // kv_heads, s, -1)
     scores = jnp.where(visible[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv_heads, (n // kv_heads) * s, -1)
