@@ -12,7 +12,10 @@ from jaxreason import losses
 from jaxreason.losses.reduce import whole_step
 
 POISONS = (1e30, float("nan"))
-SIZE = 1 + len(POISONS) + twin.MASK.shape[0]
+ROWS = twin.MASK.shape[0]
+# Every set of rows that can be a microbatch, the single rows first.
+SUBSETS = sorted((np.array([k >> r & 1 for r in range(ROWS)]) for k in range(1, 2**ROWS)), key=np.sum)
+SIZE = 1 + len(POISONS) + len(SUBSETS)
 
 
 def make(kind: str, data: dict, mask=twin.MASK, ids=twin.IDS, groups=twin.GROUPS, keys=None):
@@ -65,13 +68,13 @@ def value_and_grad(loss, inputs):
 def check_rules(loss, inputs):
     """Poison and split invariance; returns value and gradient of the whole batch.
 
-    Evaluated together: the whole step, the step poisoned twice, and one microbatch a row (the others masked).
+    Evaluated together: the whole step, the step poisoned twice, and every set of rows as a microbatch (the others
+    masked). Where the result of each set is the sum of its rows' results, any split adds up to the whole.
     """
     inputs = whole_step(inputs)
     if loss.select is not None and inputs.selected is None:
         inputs = dataclasses.replace(inputs, selected=loss.select(inputs))
-    count = inputs.mask.shape[0]
-    parts = [dataclasses.replace(inputs, mask=inputs.mask * (jnp.arange(count) == r)[:, None]) for r in range(count)]
+    parts = [dataclasses.replace(inputs, mask=inputs.mask * rows[:, None]) for rows in SUBSETS]
     batches = [inputs] + [poisoned(inputs, poison) for poison in POISONS] + parts
     values, metrics, grads = evaluate(loss, batches)
 
@@ -80,13 +83,17 @@ def check_rules(loss, inputs):
     for k in range(1, first):
         assert values[k] == values[0]
         np.testing.assert_array_equal(grads[k], grads[0])
+        for key, x in metrics.items():
+            assert x[k] == x[0], key
     assert not np.any(grads[0][np.asarray(inputs.mask) == 0])
-    np.testing.assert_allclose(values[first:].sum(), values[0], atol=1e-6, rtol=1e-6)
-    np.testing.assert_allclose(grads[first:].sum(axis=0), grads[0], atol=1e-6, rtol=1e-6)
-    for key, x in metrics.items():
-        kind = key[-4:]
-        combined = x[first:].max() if kind == "_max" else x[first:].min() if kind == "_min" else x[first:].sum()
-        np.testing.assert_allclose(combined, x[0], atol=1e-6, rtol=1e-5, err_msg=key)
+    np.testing.assert_array_equal(values[-1], values[0])  # the last set is the whole
+    for k, rows in enumerate(SUBSETS):
+        singles = first + np.nonzero(rows)[0]  # the single rows come first, in their order
+        np.testing.assert_allclose(values[singles].sum(), values[first + k], atol=1e-6, rtol=1e-6)
+        np.testing.assert_allclose(grads[singles].sum(axis=0), grads[first + k], atol=1e-6, rtol=1e-6)
+        for key, x in metrics.items():
+            combine = {"_max": np.max, "_min": np.min}.get(key[-4:], np.sum)
+            np.testing.assert_allclose(combine(x[singles]), x[first + k], atol=1e-6, rtol=1e-5, err_msg=key)
     return values[0], grads[0]
 
 

@@ -56,6 +56,15 @@ def vespo(s, t):
     return -(big**k) * exp(lam * (1 - big)) * a * s.logp[t]
 
 
+def vespo_corrected(s, t):
+    """IcePop at (0.9, 1.1) within W: a token outside counts 1e-8, and e^lambda W^k e^-lambda W with W at its floor is 0."""
+    a = s.advantages[t]
+    weights = [r if 0.9 <= (r := rho(s, k)) <= 1.1 else 1e-8 for k in range(s.n)]
+    big = max(exp(s.n * s.mean_log_ratio(frozen=True)) * math.prod(weights), 1e-8)
+    k, lam = (2, 3) if a >= 0 else (3, 2)
+    return -(big**k) * exp(lam * (1 - big)) * a * s.logp[t]
+
+
 def dppo(s, t):
     a, moved = s.advantages[t], exp(s.logp0[t]) - exp(s.old_logp[t])
     dropped = (moved > 0.1 and a > 0) or (moved < -0.1 and a < 0)
@@ -147,6 +156,9 @@ CASES = [
      lambda s, t: rho_all(s) * (0.8 <= rho_all(s) <= 1.2) * GRPO(s, t), SEQ),
     ("grpo", {"correction": "geo_rs", "correction_min": 0.95, "correction_max": 1.05},
      lambda s, t: float(0.95 <= rho_mean(s) <= 1.05) * GRPO(s, t), SEQ),
+    ("gspo", {"kl_coef": 0.3, "kl_estimator": "k3_unbiased", "kl_ratio": "surrogate", "clip_low": 0.1, "clip_high": 0.1},
+     lambda s, t: sequence_ppo(0.1, 0.1)(s, t) + 0.3 * exp(s.mean_log_ratio()) * k3(s, t), SEQ),
+    ("vespo", {"correction": "icepop", "correction_min": 0.9, "correction_max": 1.1}, vespo_corrected, TOK),
     ("grpo", {"behaviour": "sampler"},
      lambda s, t: ppo(exp(s.logp[t] - s.sampler_logp[t]), s.advantages[t], 0.2, 0.2), SEQ),
 ]  # fmt: skip
@@ -158,7 +170,7 @@ CASES = [
 def test_twin(name, options, token_loss, reduce):
     loss = losses.get(name, **options)
     data = twin.arrays()
-    value, grad = cases.check_rules(loss, cases.make("policy", data, keys=loss.needs | {"ref_logp", "sampler_logp"}))
+    value, grad = cases.check_rules(loss, cases.make("policy", data, keys=set(data)))
 
     def slow(data, frozen):
         result = twin.aggregate(reduce, token_loss, data, frozen, constant=5)
@@ -200,9 +212,11 @@ def test_selected_tokens_twin():
         if picked is None:  # random: the right number, all supervised
             assert found.sum() == 4 and not np.any(found[~live])
         else:
-            np.testing.assert_array_equal(found, picked)
-        data["picked"] = found
-        inputs = cases.make("policy", data, keys=loss.needs)
+            np.testing.assert_array_equal(found > 0, picked > 0)
+        # Means over the picked tokens are sums over all of the step, where a bonus needs them.
+        np.testing.assert_allclose(found[live].mean(), 1.0 if name == "top_entropy" else 4 / 16, rtol=1e-6)
+        data["picked"] = (found > 0).astype(float)
+        inputs = cases.make("policy", data, keys=set(data))
         inputs = inputs.__class__(**vars(inputs) | {"selected": jnp.asarray(found, jnp.float32)})
         value, grad = cases.check_rules(loss, inputs)
 

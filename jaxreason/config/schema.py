@@ -301,8 +301,8 @@ class Kl(Section):
     placement: Literal["loss", "reward"] | None = None
     """A term of the loss by token, or k1 taken off the reward; null: as the loss's paper has it (rloo and reinforce_pp
     in the reward, the others in the loss)."""
-    estimator: Literal["k1", "k2", "k3", "k1+", "k3+", "k3_unbiased"] = "k3"
-    """Of the KL in the loss."""
+    estimator: Literal["k1", "k2", "k3", "k1+", "k3+", "k3_unbiased"] | None = None
+    """Of the KL in the loss; null: k3, or what ``loss.preset`` has."""
     offload: bool = False
     """Keep the reference in host memory and copy it to the devices once a step, to score."""
 
@@ -338,6 +338,8 @@ class Correction(Section):
             "Wait, let me double-check that.",
             "Wait a minute, let me make sure I didn't make a mistake.",
             "Hmm, let me think if there's another way to approach this problem.",
+            "Wait, maybe I can think about it like this:",
+            "Another thought: maybe I can",
             "But wait, let me just make sure I didn't miss anything in the original problem.",
         ],
         min_length=1,
@@ -346,8 +348,8 @@ class Correction(Section):
     compare: Literal["completion", "prompt", "first"] = "completion"
     """Whom a correction's advantage compares it with: the corrections of the same completion, all of the same prompt, or
     the first answer itself (its reward less the first answer's)."""
-    train: Literal["verified", "all"] = "verified"
-    """Corrections that are trained: those that are right by the first reward function, or all."""
+    train: Literal["verified", "all", "none"] = "verified"
+    """Corrections that are trained: those that are right by the first reward function, all, or none (measured only)."""
 
 
 class GrpoTrain(Train):

@@ -27,6 +27,7 @@ OPTIONS: dict[str, Any] = {
     "max_completion_tokens": None,
     "kl_coef": 0.0,
     "kl_estimator": "k3",
+    "kl_ratio": "token",
     "kl_log_ratio_clamp": 20.0,
     "kl_value_clamp": None,
     "behaviour": "old",
@@ -37,8 +38,11 @@ OPTIONS: dict[str, Any] = {
     "off_policy_behaviour": "old",
     "top_entropy": None,
     "entropy_coef": 0.0,
+    "entropy_over": "all",
 }
 BEHAVIOURS = ("old", "sampler")
+KL_RATIOS = ("token", "surrogate")
+ENTROPY_OVER = ("all", "top")
 
 
 def policy_loss(
@@ -52,6 +56,7 @@ def policy_loss(
     max_completion_tokens: int | None,
     kl_coef: float,
     kl_estimator: str,
+    kl_ratio: str,
     kl_log_ratio_clamp: float | None,
     kl_value_clamp: float | None,
     behaviour: str,
@@ -62,6 +67,7 @@ def policy_loss(
     off_policy_behaviour: str,
     top_entropy: float | None,
     entropy_coef: float,
+    entropy_over: str,
     **surrogate_options: Any,
 ) -> tuple[Array, Metrics]:
     """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t) - entropy_coef mean_t H_t.
@@ -74,14 +80,18 @@ def policy_loss(
       reduce, max_completion_tokens: see ``jaxreason.losses.reduce``.
       kl_coef, kl_estimator, kl_log_ratio_clamp, kl_value_clamp: KL in the loss, see ``jaxreason.losses.kl``. Neither
         the keep masks nor rho touch it.
+      kl_ratio: the ratio that ``k3_unbiased`` multiplies by: each token's own (``token``, DeepSeek-V3.2), or the one of
+        ``ratio`` (``surrogate``, TRL), which differs where that is of a whole sequence.
       behaviour: whose log-probs the ratio divides by: ``old`` (recomputed by the trainer) or ``sampler`` (as the
         sampler reported; verl's "bypass").
       correction, correction_min, correction_max: rho, see ``jaxreason.losses.correction``; bounds of None: its
-        defaults.
+        defaults. It multiplies the surrogate, except where the surrogate takes it into its own ratio (vespo).
       off_policy_threshold, off_policy_behaviour: drop sequences with A < 0 that drifted further than this from
         ``old`` or ``sampler``, nats per token (OPSM).
       top_entropy: keep the surrogate of only this fraction of the step's tokens, those of highest entropy (2506.01939).
       entropy_coef: coefficient of the entropy bonus; ``inputs.entropy_coef`` replaces it if given.
+      entropy_over: the tokens whose mean entropy that is: ``all``, or those that ``top_entropy`` keeps, where it is set
+        (``top``, TRL).
 
     Returns:
       The loss and metrics that add over microbatches (keys ending in _max: maximum; _min: minimum).
@@ -100,8 +110,16 @@ def policy_loss(
             )
         selected = select(inputs)
 
-    tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected)
-    loss, clipped_low, clipped_high = surrogate(tokens, **surrogate_options)
+    rho = None
+    if correction != "none":
+        low, high = DEFAULT_BOUNDS[correction]
+        low = low if correction_min is None else correction_min
+        high = high if correction_max is None else correction_max
+        sampler_logp = need(inputs, "sampler_logp", f"correction {correction}")
+        rho = sampler_weights(inputs.old_logp, sampler_logp, correction, low, high, sequences)
+
+    tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
+    loss, clipped_low, clipped_high, corrected = surrogate(tokens, **surrogate_options)
     metrics = _ratio_metrics(log_w, clipped_low, clipped_high, sequences.live, totals)
 
     if off_policy_threshold is not None:
@@ -112,13 +130,8 @@ def policy_loss(
     if top_entropy is not None:
         loss = jnp.where(selected > 0, loss, 0.0)
         metrics["selected_fraction"] = _mean(selected > 0, sequences.live, totals)
-    if correction != "none":
-        low, high = DEFAULT_BOUNDS[correction]
-        low = low if correction_min is None else correction_min
-        high = high if correction_max is None else correction_max
-        sampler_logp = need(inputs, "sampler_logp", f"correction {correction}")
-        rho = sampler_weights(inputs.old_logp, sampler_logp, correction, low, high, sequences)
-        loss = loss * rho
+    if rho is not None:
+        loss = loss if corrected else loss * rho
         metrics["correction_mean"] = _mean(rho, sequences.live, totals)
         metrics["correction_dropped"] = _mean(rho == 0, sequences.live, totals)
     metrics |= _sampler_metrics(inputs, sequences.live, totals)
@@ -128,7 +141,9 @@ def policy_loss(
             inputs.logp,
             need(inputs, "ref_logp", f"kl_coef {kl_coef}"),
             kl_estimator,
-            log_ratio=log_ratio(inputs.logp, behaviour_logp, "token", log_ratio_clamp, sequences),
+            log_ratio=log_ratio(
+                inputs.logp, behaviour_logp, "token" if kl_ratio == "token" else ratio, log_ratio_clamp, sequences
+            ),
             log_ratio_clamp=kl_log_ratio_clamp,
             value_clamp=kl_value_clamp,
         )
@@ -143,8 +158,10 @@ def policy_loss(
     if inputs.entropy is not None:
         metrics["entropy"] = _mean(inputs.entropy, sequences.live, totals)
     if inputs.entropy_coef is not None or entropy_coef != 0:
-        entropy = need(inputs, "entropy", "entropy_coef")
-        value = value - jnp.sum(jnp.where(sequences.live, coef * entropy, 0.0)) / jnp.maximum(totals.tokens, 1.0)
+        bonus = coef * need(inputs, "entropy", "entropy_coef")
+        if entropy_over == "top" and top_entropy is not None:
+            bonus = bonus * selected
+        value = value - jnp.sum(jnp.where(sequences.live, bonus, 0.0)) / jnp.maximum(totals.tokens, 1.0)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
 
 
@@ -162,11 +179,13 @@ def adapt_entropy_coef(coef: float, entropy: float, target: float, delta: float 
 
 
 def top_entropy_rule(fraction: float) -> Callable[..., Array]:
-    """The step-wide rule of ``top_entropy``."""
+    """The step-wide rule of ``top_entropy``: tokens of the step / tokens picked on those picked, so that a sum over all of
+    them divided by the step's tokens is a mean over the picked ones; 0 elsewhere."""
 
     def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
         del key
-        return top_entropy_tokens(need(inputs, "entropy", "top_entropy"), inputs.mask, fraction)
+        picked = top_entropy_tokens(need(inputs, "entropy", "top_entropy"), inputs.mask, fraction)
+        return picked * (jnp.sum(inputs.mask > 0, dtype=jnp.float32) / jnp.maximum(jnp.sum(picked), 1.0))
 
     return rule
 

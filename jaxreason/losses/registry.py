@@ -18,7 +18,7 @@ from jaxreason.errors import UserError
 from jaxreason.losses import correction, kl, ratio, reduce, sft, variants
 from jaxreason.losses.check import reads
 from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs
-from jaxreason.losses.policy import BEHAVIOURS, policy_loss
+from jaxreason.losses.policy import BEHAVIOURS, ENTROPY_OVER, KL_RATIOS, policy_loss
 from jaxreason.losses.reduce import whole_step
 from jaxreason.losses.suggest import nearest
 
@@ -28,6 +28,8 @@ _POLICY_CHOICES = {
     "ratio": ratio.RATIOS,
     "reduce": reduce.REDUCTIONS,
     "kl_estimator": kl.ESTIMATORS,
+    "kl_ratio": KL_RATIOS,
+    "entropy_over": ENTROPY_OVER,
     "correction": correction.CORRECTIONS,
     "behaviour": BEHAVIOURS,
     "off_policy_behaviour": BEHAVIOURS,
@@ -138,7 +140,7 @@ def _find(name: str, kind: Kind | None, preset: str | None, options: dict[str, A
         return _sft(name, known | options)
     if preset is not None and preset not in variants.PRESETS:
         raise UserError(f"loss.preset {preset!r} is unknown; it is one of {', '.join(variants.PRESETS)}")
-    conventions = {} if preset is None else variants.preset_options(preset, name, known)
+    conventions = {} if preset is None else variants.preset_options(preset, name, known | options)
     return _policy(name, known | conventions | options, preset)
 
 
@@ -173,6 +175,11 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         )
     if name == "vespo" and options["ratio"] != "token":
         raise UserError("loss vespo forms the sequence ratio itself; leave its option ratio at token")
+    if name == "vespo" and options["correction"] not in ("none", "tis", "icepop"):
+        raise UserError(
+            f"loss vespo takes the correction into its sequence ratio, token by token: correction is "
+            f"{options['correction']}; use tis or icepop"
+        )
     rule = variants.step_rule(variant, options)
     rule_keys = variants.keyword_defaults(variant.select) if variant.select else {}
     needs = {

@@ -4,6 +4,7 @@ Each takes ``Tokens`` and its own keyword options and returns the loss [B, T] to
 token was clipped from below or above) that become the clip fractions.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,12 +24,17 @@ class Tokens(NamedTuple):
     log_w: Array  # log ratio at the chosen level
     sequences: Sequences
     selected: Array | None  # > 0 where the step-wide rule picked the token
+    rho: Array | None = None  # weights that correct for the sampler, detached; None: no correction
 
 
 class Surrogate(NamedTuple):
     loss: Array  # [B, T]
     clipped_low: Array  # [B, T] bool
     clipped_high: Array  # [B, T] bool
+    corrected: bool = False  # rho is in it already
+
+
+_SMALLEST = 1e-8  # a ratio of whole sequences in vespo, and what a token adds to it at least
 
 
 def _unclipped(loss: Array) -> Surrogate:
@@ -115,15 +121,18 @@ def vespo(
 ) -> Surrogate:
     """-sg[W^k exp(lambda (1 - W))] A log pi with W the ratio of whole sequences. VESPO (2602.10693).
 
-    log W = clip(sum_t clip(l_t, +-20), log 1e-8, 20); k and lambda by the sign of A. ``ratio`` must be ``token``: W is
-    formed here.
+    log W = clip(sum_t (clip(l_t, +-20) + log rho_t), log 1e-8, 20) with log rho_t in [log 1e-8, 20]: a correction for the
+    sampler enters W instead of multiplying the loss. k and lambda by the sign of A. ``ratio`` must be ``token`` and
+    ``correction`` by token: W is formed here.
     """
-    total = sequence_sum(jnp.clip(x.log_w, -20.0, 20.0), x.sequences)
-    log_w = jnp.clip(total, jnp.log(1e-8), 20.0)
+    log_w = jnp.clip(x.log_w, -20.0, 20.0)
+    if x.rho is not None:
+        log_w = log_w + jnp.log(jnp.clip(x.rho, _SMALLEST, math.exp(20.0)))
+    log_w = jnp.clip(sequence_sum(log_w, x.sequences), math.log(_SMALLEST), 20.0)
     k = jnp.where(x.advantages >= 0, k_positive, k_negative)
     lam = jnp.where(x.advantages >= 0, lambda_positive, lambda_negative)
     gain = stop_gradient(jnp.exp(lam + k * log_w - lam * jnp.exp(log_w)))
-    return _unclipped(-gain * x.advantages * x.logp)
+    return _unclipped(-gain * x.advantages * x.logp)._replace(corrected=x.rho is not None)
 
 
 def dppo(x: Tokens, *, max_rise: float = 0.2, max_fall: float = 0.2, log_ratio_coef: float = 1e-3) -> Surrogate:

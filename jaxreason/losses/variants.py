@@ -122,7 +122,16 @@ VARIANTS: dict[str, Variant] = {
 }
 
 # Conventions of other frameworks (ALGORITHMS.md, 13): options set where a variant has them.
-_TRL = {"log_ratio_clamp": None, "kl_log_ratio_clamp": None, "off_policy_behaviour": "sampler"}
+_TRL = {
+    "log_ratio_clamp": None,
+    "kl_log_ratio_clamp": None,
+    "kl_estimator": "k3_unbiased",
+    "kl_ratio": "surrogate",
+    "entropy_over": "top",
+    "off_policy_behaviour": "sampler",
+}
+# TRL's one pair of bounds for every mode; 0 and not None, which would be the correction's own bound.
+_TRL_CORRECTION = {"correction_min": 0.0, "correction_max": 3.0}
 _VERL = {"log_ratio_clamp": 20.0, "kl_log_ratio_clamp": 20.0, "kl_value_clamp": 10.0}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "trl": {
@@ -142,9 +151,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def preset_options(preset: str, name: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``preset`` changes in the variant ``name`` that has the options ``known``."""
+    """What ``preset`` changes in the variant ``name`` whose options would be ``known`` without it."""
     table = PRESETS[preset]
     wanted = table["*"] | table.get(name, {})
+    if preset == "trl" and known["correction"] not in ("none", "geo_rs"):  # geo_rs is not TRL's
+        wanted = wanted | _TRL_CORRECTION
     return {key: value for key, value in wanted.items() if key in known}
 
 

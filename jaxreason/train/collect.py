@@ -99,7 +99,7 @@ class Collector:
         base = self.config.rollout.prompts_per_step + jax.process_index() * size
         for i, group in zip(fits, drawn):
             number = sources[i].group if settings.compare == "prompt" else i
-            kept = [settings.train == "all" or correction.is_right(s) for s in group]
+            kept = [correction.is_trained(s, settings.train) for s in group]
             found[i] = [dataclasses.replace(s, group=base + number, kept=k) for s, k in zip(group, kept)]
         return found
 

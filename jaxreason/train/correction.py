@@ -1,6 +1,7 @@
 """MGRPO's second layer (arXiv 2506.04746): the policy is shown its own answer and a doubt, and answers again."""
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -15,8 +16,11 @@ _SPARE = 32  # tokens by which a completion's text may grow when it is tokenized
 
 
 def again(prompt: Prompt, completion: str, phrase: str, chat: Chat, tokenizer: Tokenizer) -> Prompt:
-    """The second layer's prompt: the user's turn is ``{q}<think>{o}</think>{phrase}``; gold and columns stay."""
-    user = f"{prompt.user}\n<think>\n{completion}\n</think>\n{phrase}"
+    """The second layer's prompt: the user's turn is ``{q}<think>{o}</think>{phrase}``; gold and columns stay.
+
+    Control tokens that the policy wrote are left out of it: they would end the user's turn.
+    """
+    user = f"{prompt.user}\n<think>\n{_without_control(completion, tokenizer)}\n</think>\n{phrase}"
     text = chat.render_prompt(Example(user))
     return dataclasses.replace(prompt, ids=tuple(tokenizer.encode(text)), text=text)
 
@@ -35,17 +39,22 @@ def phrase_of(phrases: list[str], seed: int, step: int, index: int) -> str:
 
 def is_right(sequence: Sequence) -> bool:
     """Whether the first reward function gave 1 (or more)."""
-    return next(iter(sequence.rewards.values())) >= 1.0
+    return _graded(sequence) >= 1.0
+
+
+def is_trained(sequence: Sequence, train: str) -> bool:
+    """Whether a correction is trained under ``correction.train``; one that confirms a right answer is as right as any."""
+    return train == "all" or (train == "verified" and is_right(sequence))
 
 
 def metrics(firsts: list[Sequence], corrections: list[list[Sequence]]) -> dict[str, float]:
-    """The paper's measures: accuracy of both turns, its gain, and how many answers were mended and how many broken.
+    """The paper's Acc.t1, Acc.t2, their difference, and the shares of answers that were mended and that were broken.
 
-    ``corrections[i]`` are those of ``firsts[i]``; each is one trial.
+    ``corrections[i]`` are those of ``firsts[i]``; each is one trial, unless one of the two could not be graded.
     """
-    before = np.array([is_right(first) for first, group in zip(firsts, corrections) for _ in group])
-    after = np.array([is_right(s) for group in corrections for s in group])
-    return changes(before, after)
+    trials = [(_graded(first), _graded(s)) for first, group in zip(firsts, corrections) for s in group]
+    graded = np.array([pair for pair in trials if not np.isnan(pair).any()]).reshape(-1, 2)
+    return changes(graded[:, 0] >= 1.0, graded[:, 1] >= 1.0)
 
 
 def changes(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -59,3 +68,18 @@ def changes(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
         "incorrect_to_correct": float((~before & after).sum() / count),
         "correct_to_incorrect": float((before & ~after).sum() / count),
     }
+
+
+def _graded(sequence: Sequence) -> float:
+    """What the first reward function gave; NaN: it could not grade."""
+    return next(iter(sequence.rewards.values()))
+
+
+def _without_control(text: str, tokenizer: Tokenizer) -> str:
+    """Without special tokens; the tags of a thought and an answer are text, whatever the tokenizer takes them for."""
+    added = tokenizer.hf.added_tokens_decoder.values()
+    control = [t.content for t in added if t.special and t.content.strip("</>") not in ("think", "answer")]
+    pattern = re.compile("|".join(map(re.escape, control)) or "(?!)")
+    while (cut := pattern.sub("", text)) != text:  # taking one out may join the halves of another
+        text = cut
+    return text

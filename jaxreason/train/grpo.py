@@ -229,7 +229,9 @@ def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
             if name in options:
                 raise UserError(f"loss.options.{name}: set kl.{name.removeprefix('kl_')} instead")
         if config.kl.coef and placement == "loss":
-            options |= {"kl_coef": config.kl.coef, "kl_estimator": config.kl.estimator}
+            options["kl_coef"] = config.kl.coef
+            if config.kl.estimator:
+                options["kl_estimator"] = config.kl.estimator
         if config.entropy.target is not None:
             options["entropy_coef"] = config.entropy.delta  # not 0: the loss then reads the entropy; each step sets it
         if options.get("reduce", known["reduce"]) == "token-sum/const":
