@@ -21,6 +21,7 @@ from typing import Literal
 from jaxreason.errors import UserError
 
 MEMORY_FRACTION = "0.92"
+_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax refuses both at once; the second is old
 _OVERLAP = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_pipelined_all_gather=true",
@@ -38,6 +39,20 @@ def flags(platform: Literal["cpu", "gpu"], devices: int, deterministic: bool) ->
     if platform == "cpu":
         return ()
     return (*(_OVERLAP if devices > 1 else ()), *(_DETERMINISTIC if deterministic else ()))
+
+
+def compile_options(devices: int, deterministic: bool) -> dict[str, bool | int]:
+    """:func:`flags` of a GPU run for one compilation (``Lowered.compile``), without those that XLA_FLAGS names.
+
+    For a process whose own XLA has started already, and for another machine than this: jaxreason.plan.
+    """
+    given = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    pairs = [flag.split("=") for flag in flags("gpu", devices, deterministic)]
+    return {
+        name.removeprefix("--"): value == "true" if value in ("true", "false") else int(value)
+        for name, value in pairs
+        if name not in given
+    }
 
 
 def unknown(names: tuple[str, ...]) -> list[str]:
@@ -79,7 +94,9 @@ def configure(platform: Literal["cpu", "gpu"], devices: int = 1, deterministic: 
         raise UserError(f"the installed XLA does not know {', '.join(strange)}; {fix}")
     chosen = {}
     if platform == "gpu":
-        chosen["XLA_PYTHON_CLIENT_MEM_FRACTION"] = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
+        chosen |= {name: os.environ[name] for name in _FRACTION_NAMES if name in os.environ} or {
+            _FRACTION_NAMES[0]: MEMORY_FRACTION
+        }
         jax.config.update("jax_compiler_enable_remat_pass", False)
     if wanted or given:
         chosen["XLA_FLAGS"] = " ".join((*given, *wanted))

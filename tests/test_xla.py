@@ -18,7 +18,8 @@ def configured(platform: str, *arguments: str, **environment: str) -> dict:
         f"chosen = xla.configure({platform!r}, {', '.join(arguments)})\n"
         "print(json.dumps([chosen, jax.config.jax_compiler_enable_remat_pass, jax.config.jax_compilation_cache_dir]))"
     )
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    clean = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
         [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=False
     )
@@ -52,14 +53,28 @@ def test_configure_for_a_gpu_and_what_the_user_said_wins(tmp_path):
     found = configured("gpu", "8", XLA_FLAGS=given, JAXREASON_CACHE=str(tmp_path))
     names = [flag.partition("=")[0] for flag in found["XLA_FLAGS"].split()]
     assert given in found["XLA_FLAGS"] and len(names) == len(set(names)) > 5
-    assert found["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    assert found["XLA_CLIENT_MEM_FRACTION"] == "0.92" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in found
     assert found["remat_pass"] is False and found["cache"] == str(tmp_path / "xla")
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_memory_fraction_that_is_set_stays_the_only_one(name, tmp_path):
+    """jaxlib refuses to start a GPU where both names are set."""
+    found = configured("gpu", JAXREASON_CACHE=str(tmp_path), **{name: "0.5"})
+    assert {key: value for key, value in found.items() if "MEM_FRACTION" in key} == {name: "0.5"}
+
+
+def test_options_of_one_compilation_are_the_flags_that_the_user_did_not_set(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=3")
+    found = xla.compile_options(8, deterministic=True)
+    assert found["xla_gpu_enable_latency_hiding_scheduler"] is True and "xla_gpu_autotune_level" not in found
+    assert found["xla_gpu_reduce_scatter_combine_threshold_bytes"] == 2**27
+    assert len(found) == len(xla.flags("gpu", 8, True)) - 1
 
 
 def test_configure_for_a_cpu_sets_the_compilation_cache_alone(tmp_path):
     found = configured("cpu", JAXREASON_CACHE=str(tmp_path))
     assert found == {"remat_pass": True, "cache": str(tmp_path / "xla"), "jax_compilation_cache_dir": str(tmp_path / "xla")}
-
 
 
 def test_configure_names_a_flag_that_is_unknown(monkeypatch):

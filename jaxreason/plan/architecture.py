@@ -36,6 +36,11 @@ def resolve(model: cfg.Model) -> tuple[LlamaConfig, str]:
     return found.replace(**run_as), source
 
 
+def teacher(model: cfg.Model, weights: str) -> LlamaConfig:
+    """The architecture of a teacher, run as the model is. Raises UserError if it is unknown."""
+    return resolve(model.model_copy(update={"weights": weights, "preset": None, "overrides": {}}))[0]
+
+
 def _named_after(weights: str) -> str | None:
     """The preset that a run's or directory's name begins with, e.g. runs/llama3.2-3b-sft."""
     folder = Path(weights).name.lower()

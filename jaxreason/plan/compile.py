@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxreason import config as cfg
+from jaxreason import xla
 from jaxreason.errors import UserError
 from jaxreason.model import cudnn
 from jaxreason.plan import hlo
@@ -36,6 +37,12 @@ class Program:
     def total_bytes(self) -> int:
         """Most that the program needs at once, arguments included."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+    @property
+    def attention_calls(self) -> tuple[int, int]:
+        """Forward and backward calls of cuDNN's attention in one run of the program."""
+        found = hlo.custom_calls(self.text, self.loops)
+        return found.get("__cudnn$fmhaSoftmax", 0), found.get("__cudnn$fmhaSoftmaxBackward", 0)
 
     @property
     def collectives(self) -> list[hlo.Collective]:
@@ -67,20 +74,28 @@ def mesh_of(target: Target, hosts: int, devices: int, mesh: cfg.Mesh) -> Mesh:
 @contextlib.contextmanager
 def compiling_for(target: Target, mesh: Mesh) -> Iterator[None]:
     """Inside, functions are traced for ``mesh`` and choose what they would choose on ``target``."""
-    before = jax.config.jax_compiler_enable_remat_pass
-    jax.config.update("jax_compiler_enable_remat_pass", False)  # as jaxreason.xla sets it on a GPU
+    settings = {
+        "jax_compiler_enable_remat_pass": False,  # as jaxreason.xla sets it on a GPU
+        "jax_persistent_cache_min_compile_time_secs": 1e9,  # what is kept of these compilations cannot be read again
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
         with cudnn.assume_capability(target.capability), jax.set_mesh(mesh):
             yield
     finally:
-        jax.config.update("jax_compiler_enable_remat_pass", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
-def compile_program(name: str, jitted, *arguments, target: Target, mesh: Mesh, loops: int = 1) -> Program:
-    """Compiles ``jitted`` for shapes ``arguments``, each with a sharding on ``mesh``."""
+def compile_program(
+    name: str, jitted, *arguments, target: Target, mesh: Mesh, loops: int = 1, deterministic: bool = False
+) -> Program:
+    """Compiles ``jitted`` for shapes ``arguments``, each with a sharding on ``mesh``, with the XLA flags of such a run."""
     started = time.monotonic()
     with compiling_for(target, mesh):
-        compiled = jitted.lower(*arguments).compile()
+        compiled = jitted.lower(*arguments).compile(xla.compile_options(mesh.size, deterministic))
     memory = compiled.memory_analysis()
     return Program(
         name,

@@ -113,8 +113,10 @@ def collectives(text: str, loops: int = 1) -> list[Collective]:
     return sorted(made, key=lambda c: -c.total_bytes)
 
 
-def custom_calls(text: str) -> dict[str, int]:
-    """Custom-call target → number of places in the program that call it."""
-    calls = [one.rest for one in instructions(text) if one.kind == "custom-call"]
-    targets = [re.search(r'custom_call_target="([^"]+)"', call) for call in calls]
-    return dict(collections.Counter(found[1] for found in targets if found))
+def custom_calls(text: str, loops: int = 1) -> dict[str, int]:
+    """Custom-call target → how often one run of the program calls it."""
+    found: dict[str, int] = collections.Counter()
+    for one in instructions(text, loops):
+        if one.kind == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', one.rest)):
+            found[target[1]] += one.times
+    return dict(found)

@@ -16,29 +16,30 @@ from jaxreason.sharding import batch_sharding, replicated, shardings
 from jaxreason.targets import Target
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
-from jaxreason.train.step import make_score, make_train_step
-from jaxreason.types import Batch, TrainState
+from jaxreason.train.step import Noise, batch_loss, make_score, make_train_step
+from jaxreason.types import Batch, Totals, TrainState
 
 _SCHEDULE_STEPS = 1000  # any number: the schedule is a formula in the step
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where programs are compiled for."""
+    """Where programs are compiled for, and how."""
 
     target: Target
     mesh: Mesh
+    deterministic: bool = False
 
     def compile(self, name: str, jitted, *arguments, loops: int = 1) -> Program:
-        return compile_program(name, jitted, *arguments, target=self.target, mesh=self.mesh, loops=loops)
+        return compile_program(name, jitted, *arguments, loops=loops, **vars(self))
 
 
 def abstract_batch(rows: int, length: int, mesh: Mesh, floats: tuple[str, ...] = ()) -> Batch:
-    """A batch of shapes; ``floats`` names the float fields that GRPO's has beside SFT's."""
+    """A batch of shapes; ``floats`` names the float fields that it has beside the mask."""
     place = batch_sharding(mesh)
     ints = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
     real = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=place)
-    extra = {name: real for name in floats} | ({"group_ids": ints} if floats else {})
+    extra = {name: real for name in floats} | ({"group_ids": ints} if "advantages" in floats else {})
     return Batch(ints, ints, ints, ints, real, sequence_ids=ints, **extra)
 
 
@@ -54,19 +55,22 @@ def update(
     batch: Batch,
     microbatches: int,
     temperature: float = 1.0,
-    name: str = "update",
+    frozen: LlamaConfig | None = None,
+    noise: Noise | None = None,
 ) -> Program:
-    """One optimizer step, state donated."""
+    """One optimizer step, state donated. ``frozen``: the model that a supervised loss compares with."""
     transformation = opt.make(optimizer, _SCHEDULE_STEPS)
     schedule = opt.schedule(optimizer, _SCHEDULE_STEPS)
-    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature)
+    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, frozen, noise)
     state = states.abstract(config, transformation, place.mesh)
-    out = (jax.tree.map(lambda s: s.sharding, state), None)
-    return place.compile(name, jax.jit(step, donate_argnums=0, out_shardings=out), state, batch, loops=microbatches)
+    out = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+    other = frozen and abstract_params(frozen, place.mesh, frozen.compute_dtype)
+    return place.compile("update", jitted, state, batch, other, loops=microbatches)
 
 
 def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
-    """Sharded parameters in ``dtype``: the reference model."""
+    """Sharded parameters in ``dtype``."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     stored = jnp.dtype(dtype)
     return jax.tree.map(
@@ -75,12 +79,25 @@ def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
 
 
 def score(
-    place: Place, name: str, config: LlamaConfig, batch: Batch, microbatches: int, temperature: float
+    place: Place, name: str, config: LlamaConfig, dtype: str, batch: Batch, microbatches: int, temperature: float
 ) -> Program:
-    """Log-probs of a frozen model: the reference, or a teacher."""
-    function = make_score(config, microbatches, temperature)
-    arguments = abstract_params(config, place.mesh, config.compute_dtype), batch
-    return place.compile(name, jax.jit(function), *arguments, loops=microbatches)
+    """Log-probs under parameters in ``dtype``: the policy's own before an update, a reference's, or a teacher's."""
+    function = jax.jit(make_score(config, microbatches, temperature), out_shardings=batch_sharding(place.mesh))
+    arguments = abstract_params(config, place.mesh, dtype), batch
+    return place.compile(name, function, *arguments, loops=microbatches)
+
+
+def held_out_loss(place: Place, name: str, config: LlamaConfig, batch: Batch) -> Program:
+    """The nll of held-out rows, all of a batch at once."""
+    nll, one = losses.get("nll"), Totals(*(jnp.ones(()),) * 3)
+    function = jax.jit(lambda params, batch: batch_loss(params, config, nll, batch, one)[0])
+    return place.compile(name, function, abstract_params(config, place.mesh, config.param_dtype), batch)
+
+
+def weights(place: Place, name: str, config: LlamaConfig) -> Program:
+    """The copy of the parameters that decoding reads, whole on every device."""
+    function = jax.jit(lambda params: unstack(params, config), out_shardings=replicated(place.mesh))
+    return place.compile(name, function, abstract_params(config, place.mesh, config.param_dtype))
 
 
 def rollout_params(config: LlamaConfig, mesh: Mesh):
@@ -88,20 +105,20 @@ def rollout_params(config: LlamaConfig, mesh: Mesh):
     return _whole(jax.eval_shape(lambda: unstack(init(config, jax.random.key(0)), config)), mesh)
 
 
-def prefill(place: Place, engine: Engine, prompts: int, length: int) -> Program:
+def prefill(place: Place, engine: Engine, prompts: int, length: int, name: str = "prefill") -> Program:
     """Keys and values of ``prompts`` prompts of ``length`` tokens."""
     tokens = _whole(jax.ShapeDtypeStruct((prompts, length), jnp.int32), place.mesh)
-    return place.compile("prefill", engine.programs().prefill, rollout_params(engine.config, place.mesh), tokens, tokens)
+    return place.compile(name, engine.programs().prefill, rollout_params(engine.config, place.mesh), tokens, tokens)
 
 
-def decode(place: Place, engine: Engine, length: int) -> Program:
+def decode(place: Place, engine: Engine, length: int, name: str = "decode") -> Program:
     """A chunk of decoding steps over ``engine.slots`` sequences with buffers of ``length`` positions."""
     slots = jax.eval_shape(lambda: empty_slots(engine.slots, engine.pad_id))
     caches = jax.eval_shape(lambda: cache.allocate(engine.config, engine.slots, length))
     idle = jax.ShapeDtypeStruct((), jnp.int32)
     state = (_whole(tree, place.mesh) for tree in (slots, caches, idle))
     params = rollout_params(engine.config, place.mesh)
-    return place.compile("decode", engine.programs().decode, params, *state, loops=engine.chunk)
+    return place.compile(name, engine.programs().decode, params, *state, loops=engine.chunk)
 
 
 def _whole(tree, mesh: Mesh):

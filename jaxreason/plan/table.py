@@ -40,7 +40,9 @@ def _memory(report: dict, console: Console) -> None:
     table = Table(title="memory of one device", title_justify="left", show_header=False)
     labels = {
         "parameters": "parameters", "optimizer": "optimizer state", "gradients": "gradients (float32)",
-        "activations": "activations and everything else of the step", "kv_cache": "decoding caches",
+        "activations": "activations and everything else of the step", "reference_model": "reference model",
+        "teacher_model": "teacher model", "decoding_weights": "weights for decoding, while it lasts",
+        "kv_cache": "caches for decoding, while it lasts",
     }  # fmt: skip
     for key, label in labels.items():
         if key in memory:
@@ -54,18 +56,18 @@ def _memory(report: dict, console: Console) -> None:
 
 
 def _programs(report: dict, console: Console) -> None:
-    table = Table("program", "arguments", "temporary", "beside it", "total", "cuDNN attention", "compiled in",
-                  title="programs, compiled", title_justify="left")  # fmt: skip
+    table = Table("program", "arguments", "temporary", "beside it", "total", "compiled",
+                  title="programs, each compiled; GiB of one device", title_justify="left")  # fmt: skip
     for p in report["programs"]:
-        forward, backward = (p["custom_calls"].get(f"__cudnn$fmhaSoftmax{kind}", 0) for kind in ("", "Backward"))
-        table.add_row(
-            p["name"], _gib(p["argument_bytes"]), _gib(p["temp_bytes"]), _gib(sum(p["resident_bytes"].values())),
-            _gib(p["total_bytes"]), f"{forward} forward, {backward} backward", f"{p['compile_seconds']:.0f} s",
-        )  # fmt: skip
+        sizes = (p["argument_bytes"], p["temp_bytes"], sum(p["resident_bytes"].values()), p["total_bytes"])
+        table.add_row(p["name"], *(f"{size / GIB:.1f}" for size in sizes), f"{p['compile_seconds']:.0f} s")
     console.print(table)
+    forward, backward = report["attention_per_layer"]
+    calls = f"cuDNN's attention runs {forward:.2f} times forward and {backward:.2f} backward in a layer of a microbatch"
+    head = f" (of them {report['recompute_head']:.2f}: the head makes its logits again)" if report["recompute_head"] else ""
     console.print(
-        f"the update's matrix products are {report['recompute']:.2f} x those of a step without recomputation; attention "
-        "runs as often as its calls above say, in every layer"
+        f"remat {report['model']['remat']}: the update's matrix products are {report['recompute']:.2f} x those of a step "
+        f"without recomputation{head}" + (f"; {calls}" if backward else "")
     )
     beside = {name: size for p in report["programs"] for name, size in p["resident_bytes"].items()}
     if beside:
@@ -95,7 +97,7 @@ def _speed(report: dict, console: Console, devices: int) -> None:
         whole = recipe.get(row["mfu"])
         table.add_row(
             f"{row['mfu']:.0%}", f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second'] / devices:,.0f}", f"{whole['hours']:.1f}" if whole else "?",
+            f"{row['tokens_per_second'] / devices:,.0f}", f"{whole['hours']:.3g}" if whole else "?",
             f"{whole['usd']:.0f}" if whole else "?",
         )  # fmt: skip
     console.print(table)
@@ -103,12 +105,17 @@ def _speed(report: dict, console: Console, devices: int) -> None:
     console.print(
         f"{speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal "
         f"attention within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not "
-        f"counted. {steps}; {speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price)."
+        f"counted. {steps}; {speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price). The hours are of training"
+        + (" and rollouts" if speed["rollouts"] else "") + "; start, evaluation, grading and checkpoints come on top."
     )
     if decode := speed.get("decode"):
         console.print(
-            f"decoding reads at most {decode['tokens_per_second_per_device']:,.0f} tokens/s a GPU out of memory "
+            f"decoding: memory bandwidth allows {decode['tokens_per_second_per_device']:,.0f} tokens/s a GPU "
             f"({decode['slots_per_device']} slots, mean context {decode['mean_context']:.0f}, "
-            f"{decode['kv_bytes_per_token']:,} bytes of cache a token): {decode['rollout_seconds']:.1f} s a "
-            "rollout if every completion is as long as allowed. The hours count 71 % of this rate."
+            f"{decode['kv_bytes_per_token']:,} bytes of cache a token)"
+            + (
+                f": {decode['rollout_seconds']:.1f} s a rollout if every completion is as long as allowed and no group is "
+                "drawn again. The hours count 71 % of this rate."
+                if speed["rollouts"] else "."
+            )
         )

@@ -1,0 +1,64 @@
+"""What would fit: the nearest changes to a config that does not, each compiled."""
+
+import dataclasses
+
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+from jaxreason.plan import programs
+from jaxreason.plan.options import Options, fit_batch, microbatch, shape_of, ways
+from jaxreason.targets import load
+
+
+def changes(name: str, words: list[str], options: Options, worst: str, wanted: int = 3, tries: int = 8) -> list[dict]:
+    """The nearest changes that fit: the first ``wanted`` of at most ``tries``.
+
+    ``worst``: the program that needs most as things are. It is compiled first, and no other if it still does not fit.
+    """
+    config = cfg.load(name, words)
+    found = []
+    for extra, devices in candidates(config, options)[:tries]:
+        changed = dataclasses.replace(options, devices=devices)
+        try:
+            there, fitted = fit_batch(name, [*words, *extra], changed)
+            total, fits = _largest(there, changed, worst)
+        except UserError:
+            continue
+        found.append({"words": [*extra, *fitted], "devices": devices, "total": total, "fits": fits})
+        if sum(one["fits"] for one in found) == wanted:
+            break
+    return found
+
+
+def _largest(config: cfg.RunConfig, options: Options, worst: str) -> tuple[int, bool]:
+    """Bytes of the largest program, and whether all fit; of those compiled until one does not."""
+    limit, total = load(options.target).limit_bytes, 0
+    planned = programs.of(shape_of(config, options)).planned
+    for name in sorted(planned, key=lambda name: name != worst):
+        total = max(total, planned[name].compile().total_bytes + sum(planned[name].beside.values()))
+        if total > limit:
+            return total, False
+    return total, True
+
+
+def candidates(config: cfg.RunConfig, options: Options) -> list[tuple[list[str], int]]:
+    """(words, devices), from what costs nothing to what costs most."""
+    least = ways(config.mesh, options.hosts * options.devices)
+    single = []
+    if config.optimizer.moment_dtype == "float32":
+        single.append(["optimizer.moment_dtype=bfloat16"])
+    if microbatch(config, least) > least:
+        single.append([f"train.microbatch_size={least}"])
+    order = ["none", "matmuls", "attention", "full"]
+    remat = [[f"model.remat={policy}"] for policy in order[order.index(config.model.remat) + 1 :]]
+    combined = [[word for change in single for word in change]] if len(single) > 1 else []
+    with_remat = [[*(word for change in single for word in change), *change] for change in remat] if single else []
+    rollout = []
+    if config.algorithm == "grpo" and config.rollout.slots > 1:
+        rollout = [[f"rollout.slots={config.rollout.slots // 2}"]]
+        if config.kl.coef > 0:
+            rollout += [["kl.coef=0"]] if config.kl.offload else [["kl.offload=true"], ["kl.coef=0"]]
+        if config.teacher.weights and not config.teacher.offload:
+            rollout.append(["teacher.offload=true"])
+    here = [(change, options.devices) for change in [*single, *rollout, *remat, *combined, *with_remat]]
+    more = [([], options.devices * factor) for factor in (2, 4, 8) if options.devices * factor <= 8]
+    return [*here[:5], *more[:1], *here[5:], *more[1:]]

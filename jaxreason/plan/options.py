@@ -1,0 +1,91 @@
+"""What is planned for, and the shapes that a config has there."""
+
+import dataclasses
+import math
+
+import jax
+
+from jaxreason import config as cfg
+from jaxreason import targets
+from jaxreason.errors import UserError
+from jaxreason.plan import architecture, compile, programs
+from jaxreason.plan.phases import Place
+from jaxreason.plan.programs import Shape
+from jaxreason.sharding import BATCH_AXES
+from jaxreason.train.minibatch import default_microbatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is planned for, beside the config."""
+
+    target: str = "h100"
+    hosts: int = 1  # each of them one process
+    devices: int = 1  # of one host
+    price: float | None = None  # USD for a GPU hour; None: the target's assumption
+    document_tokens: int | None = None  # mean tokens of an example; None: the longest allowed
+    examples: int | None = None  # of one epoch; None: data.max_rows
+
+
+def shape_of(config: cfg.RunConfig, options: Options) -> Shape:
+    """Where and in what sizes the config runs. Raises UserError."""
+    target = targets.load(options.target)
+    model, _ = architecture.resolve(config.model)
+    mesh = compile.mesh_of(target, options.hosts, options.devices, config.mesh)
+    rows, least = rows_of(config), ways(config.mesh, options.hosts * options.devices)
+    length = config.data.max_length if config.algorithm == "sft" else programs.grpo_row(config)
+    place = Place(target, mesh, config.run.deterministic)
+    return Shape(config, model, place, options.hosts, rows, length, rows // microbatch(config, least))
+
+
+def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunConfig, list[str]]:
+    """The config, and the words that a mesh of this many devices forces on it: whole rows for every device."""
+    config = cfg.load(name, words)
+    least = ways(config.mesh, options.hosts * options.devices)
+    found = []
+    if config.algorithm == "grpo" and config.rollout.prompts_per_step % options.hosts:
+        prompts = math.ceil(config.rollout.prompts_per_step / options.hosts) * options.hosts
+        found.append(f"rollout.prompts_per_step={prompts}")
+        config = cfg.load(name, [*words, *found])
+    rows, micro = rows_of(config), microbatch(config, least)
+    if rows % micro == 0 and micro % least == 0:
+        return config, found
+    wanted = math.ceil(micro / least) * least
+    found.insert(0, f"train.microbatch_size={wanted}")
+    if rows % wanted:
+        rows = math.ceil(rows / wanted) * wanted
+        if config.algorithm == "grpo":
+            group = config.rollout.group_size * (1 + config.correction.samples)
+            prompts = rows * config.train.minibatches / group
+            if prompts != int(prompts) or int(prompts) % options.hosts:
+                raise UserError(
+                    f"{least} devices need a multiple of {wanted} sequences in an update, and {options.hosts} hosts one of "
+                    f"{options.hosts} prompts: change rollout.prompts_per_step or rollout.group_size"
+                )
+            found[1:] = [f"rollout.prompts_per_step={int(prompts)}"]
+        else:
+            found.append(f"data.batch_size={rows}")
+    return cfg.load(name, [*words, *found]), found
+
+
+def ways(mesh: cfg.Mesh, devices: int) -> int:
+    """Devices that share a batch's rows."""
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    return math.prod(devices // fixed if sizes[axis] == -1 else sizes[axis] for axis in BATCH_AXES)
+
+
+def rows_of(config: cfg.RunConfig) -> int:
+    """Rows of one optimizer step."""
+    if config.algorithm == "sft":
+        return config.data.batch_size
+    layers = 1 + config.correction.samples
+    return config.rollout.prompts_per_step * config.rollout.group_size * layers // config.train.minibatches
+
+
+def microbatch(config: cfg.RunConfig, least: int) -> int:
+    """Rows of a microbatch; ``least``: devices that share them."""
+    rows = rows_of(config)
+    if config.train.microbatch_size or config.algorithm == "sft":
+        return config.train.microbatch_size or rows
+    return default_microbatch(rows, jax.sharding.AbstractMesh((least, 1), BATCH_AXES))

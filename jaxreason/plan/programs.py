@@ -1,0 +1,189 @@
+"""Which programs a config's run consists of, and what else lies on a device while each of them runs."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jaxreason import config as cfg
+from jaxreason.model import LlamaConfig
+from jaxreason.plan import architecture, phases
+from jaxreason.plan.compile import Program, device_bytes
+from jaxreason.plan.phases import Place
+from jaxreason.rollout import Engine, Sampling, cache
+from jaxreason.rollout.run import prefill_rows
+from jaxreason.rollout.spread import devices_for
+from jaxreason.train import grpo, sft
+from jaxreason.train.rollouts import row_length
+from jaxreason.train.step import OF_FROZEN, Noise
+
+_PHRASE_TOKENS = 64  # of a correction's guiding phrase and template
+_PROBLEM_TOKENS = 512  # of a held-out problem's prompt in SFT, which has no limit of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What all programs need to know of a config."""
+
+    config: cfg.RunConfig
+    model: LlamaConfig
+    place: Place
+    hosts: int  # each runs one process
+    rows: int  # of one optimizer step
+    length: int  # of a row
+    microbatches: int
+
+    @property
+    def devices(self) -> int:
+        return self.place.mesh.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A program that is yet to be compiled."""
+
+    compile: Callable[[], Program]
+    beside: dict[str, int]  # what else a device holds meanwhile, in bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a device decodes."""
+
+    slots: int
+    length: int  # positions of a buffer
+    context: float  # mean positions that a step reads, if every sequence becomes as long as it may
+    cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    planned: dict[str, Planned]  # the update first
+    frozen: dict[str, int]  # models that stay on the devices all the time, in bytes of one device
+    decoding: Decoding | None  # of the rollout, or of the evaluation where there is no rollout
+    head_again: bool  # whether the head's backward pass makes the logits again, chunk by chunk
+
+
+def of(s: Shape) -> Run:
+    """Every program that takes memory worth counting, in the order of a step."""
+    return _sft(s) if s.config.algorithm == "sft" else _grpo(s)
+
+
+def longest_sequence(config: cfg.GrpoConfig) -> int:
+    """Tokens of a prompt and its completion; with a second layer, of the longer of the two."""
+    return longest_prompt(config) + config.rollout.max_completion_tokens
+
+
+def longest_prompt(config: cfg.GrpoConfig) -> int:
+    first = config.data.max_prompt_tokens
+    # The second layer's prompt holds the first, its completion and a phrase.
+    return first + config.rollout.max_completion_tokens + _PHRASE_TOKENS if config.correction.samples else first
+
+
+def grpo_row(config: cfg.GrpoConfig) -> int:
+    """Tokens of a row of a GRPO update."""
+    return row_length(longest_sequence(config))
+
+
+def _state(s: Shape) -> tuple[dict[str, int], dict[str, int]]:
+    """The train state, and what of it is beside a program that is given the parameters."""
+    state = phases.abstract_state(s.model, s.config.optimizer, s.place.mesh)
+    return {"train state": device_bytes(state)}, {"optimizer state": device_bytes(state.opt_state)}
+
+
+def _bytes_of(s: Shape, model: LlamaConfig) -> int:
+    return device_bytes(phases.abstract_params(model, s.place.mesh, model.compute_dtype))
+
+
+def _sft(s: Shape) -> Run:
+    c = s.config
+    loss = sft.find_loss(c)
+    weighted = (c.data.think_weight, c.data.answer_weight) != (1.0, 1.0)
+    batch = phases.abstract_batch(s.rows, s.length, s.place.mesh, ("token_weights",) if weighted else ())
+    other = name = None
+    if "teacher_divergence" in loss.needs:
+        other, name = architecture.teacher(c.model, c.teacher.weights), "teacher model"
+    elif not loss.needs.isdisjoint(OF_FROZEN):
+        other, name = s.model, "reference model"
+    frozen = {name: _bytes_of(s, other)} if other else {}
+    noise = None if c.train.neftune_alpha is None else Noise(c.train.neftune_alpha, c.run.seed)
+
+    def update() -> Program:
+        return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, frozen=other, noise=noise)
+
+    planned, decoding = {"update": Planned(update, {})}, None  # the frozen model is among the update's arguments
+    state, moments = _state(s)
+    if c.data.eval_rows or c.data.eval_source:
+        whole = phases.abstract_batch(s.rows, s.length, s.place.mesh)
+        held_out = Planned(lambda: phases.held_out_loss(s.place, "held-out loss", s.model, whole), moments | frozen)
+        planned["held-out loss"] = held_out
+    if c.eval.problems:
+        # Every process decodes all problems, with its own devices.
+        prompt, limit = min(_PROBLEM_TOKENS, c.data.max_length), c.eval.max_completion_tokens
+        sampling = Sampling(temperature=0.0, max_completion_tokens=limit)
+        found, decoding = _decoding(s, "", c.eval.slots, prompt, sampling, state | frozen)
+        planned |= {"decoding weights": _weights(s, moments | frozen)} | found
+    return Run(planned, frozen, decoding, head_again=not loss.tokenwise)
+
+
+def _grpo(s: Shape) -> Run:
+    c = s.config
+    loss, reference = grpo.find_loss(c), c.kl.coef > 0
+    old = c.train.updates_per_rollout > 1 or loss.select is not None
+    present = {
+        "advantages": True, "sampler_logp": True, "group_tokens": True, "ref_logp": reference, "old_logp": old,
+        "selected": loss.select is not None, "entropy_coef": c.entropy.target is not None,
+    }  # fmt: skip
+    floats = tuple(name for name, there in present.items() if there)
+    batch = phases.abstract_batch(s.rows, s.length, s.place.mesh, floats)
+    temperature = c.rollout.temperature
+    models = {"reference": s.model} if reference else {}
+    if c.teacher.weights:
+        models["teacher"] = architecture.teacher(c.model, c.teacher.weights)
+    offloaded = {"reference": c.kl.offload, "teacher": c.teacher.offload}
+    sizes = {f"{name} model": _bytes_of(s, model) for name, model in models.items()}
+    frozen = {f"{name} model": sizes[f"{name} model"] for name in models if not offloaded[name]}
+    state, moments = _state(s)
+
+    def update() -> Program:
+        return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature)
+
+    def scored(name: str, model: LlamaConfig, dtype: str) -> Callable[[], Program]:
+        return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
+
+    planned = {"update": Planned(update, frozen), "decoding weights": _weights(s, moments | frozen)}
+    sampling = Sampling(
+        temperature=temperature, top_p=c.rollout.top_p, top_k=c.rollout.top_k, min_p=c.rollout.min_p,
+        max_completion_tokens=c.rollout.max_completion_tokens,
+    )  # fmt: skip
+    slots = math.ceil(c.rollout.slots / s.hosts)
+    found, decoding = _decoding(s, "", slots, longest_prompt(c), sampling, state | frozen)
+    planned |= found
+    for name, model in models.items():
+        beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
+        planned[name] = Planned(scored(name, model, model.compute_dtype), state | beside)
+    if old:
+        planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.param_dtype), moments | frozen)
+    if c.eval.problems:
+        greedy = Sampling(temperature=0.0, max_completion_tokens=c.eval.max_completion_tokens)
+        found, graded = _decoding(s, "evaluation: ", c.eval.slots, longest_prompt(c), greedy, state | frozen)
+        planned |= found if graded.cache_bytes > decoding.cache_bytes else {}
+    return Run(planned, frozen, decoding, head_again=True)
+
+
+def _weights(s: Shape, beside: dict[str, int]) -> Planned:
+    return Planned(lambda: phases.weights(s.place, "decoding weights", s.model), beside)
+
+
+def _decoding(s: Shape, prefix: str, slots: int, prompt: int, sampling: Sampling, beside: dict[str, int]):
+    """Prefill and decoding of ``slots`` sequences over one process's devices, each with whole weights; and a Decoding."""
+    share = math.ceil(slots / devices_for(slots, s.devices // s.hosts))
+    length = cache.longest(prompt + sampling.max_completion_tokens)
+    rows, padded = prefill_rows(prompt, share, devices=1), cache.prompt_bucket(max(prompt - 1, 1), length)
+    buffers, prompts = cache.num_bytes(s.model, share, length), cache.num_bytes(s.model, rows, padded)
+    engine = Engine(s.model, s.model.stop_ids or (0,), sampling, share)
+    first, second = f"{prefix}prefill", f"{prefix}decode"
+    planned = {
+        first: Planned(lambda: phases.prefill(s.place, engine, rows, padded, first), beside | {"decoding caches": buffers}),
+        second: Planned(lambda: phases.decode(s.place, engine, length, second), beside | {"prompts' caches": prompts}),
+    }
+    return planned, Decoding(share, length, prompt / 2 + sampling.max_completion_tokens / 2, buffers)
