@@ -24,6 +24,12 @@ def row_axes(rows: int) -> tuple[str, ...] | None:
     return ROW_AXES if ways > 1 and rows % ways == 0 else None
 
 
+def row_ways(rows: int) -> int:
+    """Devices that :func:`row_axes` splits ``rows`` rows over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in row_axes(rows) or ())
+
+
 def head_axis(heads: int) -> str | None:
     """The mesh axis that ``heads`` heads are split over."""
     mesh = jax.sharding.get_abstract_mesh()

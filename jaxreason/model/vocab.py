@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jaxreason.model.placement import SHARD_AXIS, row_axes
+from jaxreason.model.placement import SHARD_AXIS, row_axes, row_ways
 from jaxreason.types import combine_metrics, empty_metrics
 
 
@@ -193,7 +193,7 @@ def head_stats(
       hidden: [B, T, D] compute dtype.  head: [V, D] master dtype.  targets: [B, T] int32.
       temperature: the one that the tokens were sampled with, so that log-probs speak of the same distribution.
       needs: stats whose gradient is wanted beside ``logp``'s; the values are exact in any case.
-      budget: elements of the largest logits tile, B·T·chunk.
+      budget: elements of the largest logits tile of one device, B·T·chunk.
 
     Returns: HeadStats of [B, T] float32.
     """
@@ -208,7 +208,8 @@ def _head_stats(hidden, head, targets, temperature, needs, budget):
 
 
 def _vocab_pieces(head: Array, rows: int, dtype, budget: int) -> tuple[Array, int]:
-    chunk, pad = chunk_of(head.shape[0], rows, budget)
+    """The table in chunks. The budget is of one device, which holds its share of the rows: fewer and larger gathers."""
+    chunk, pad = chunk_of(head.shape[0], rows // row_ways(rows), budget)
     return jnp.pad(head.astype(dtype), ((0, pad), (0, 0))).reshape(-1, chunk, head.shape[1]), chunk
 
 
