@@ -35,9 +35,13 @@ measure numerics 5 $probe numerics --length 2048
 # Is it as planned? Memory to the byte against the plan, speed against its MFU table.
 measure plan 3 env JAX_PLATFORMS=cpu $python scripts/plan.py --config "$preset/sft" --json
 measure train 8 $probe train --preset "$preset" --length "$length"
-measure train_graphs_off 8 env XLA_FLAGS=--xla_gpu_enable_command_buffer= $probe train --preset "$preset" --length "$length"
+measure train_graphs_off 7 env XLA_FLAGS=--xla_gpu_enable_command_buffer= $probe train --preset "$preset" --length "$length"
 # Do two rows at once pay? They fit at half the length only.
-measure train_two_rows 7 $probe train --preset "$preset" --length $((length / 2)) --rows 2
+measure train_two_rows 6 $probe train --preset "$preset" --length $((length / 2)) --rows 2
+# The update of llama3.2-3b/grpo: a quarter of a row's length and two rows, all of a policy loss's inputs.
+measure train_grpo 5 $probe train --loss grpo --preset "$preset" --length $((length / 4 + length / 16)) --rows 2
+# The same bits twice? cuDNN's backward pass adds atomically unless it is told not to.
+measure repeat 5 $probe repeat --preset "$preset" --length $((length / 4))
 # How far is decoding from the bandwidth limit, and does one graph for the whole loop help?
 measure decode_64 6 $probe decode --preset "$preset" --length "$completion" --slots 64
 measure decode_128 6 $probe decode --preset "$preset" --length "$completion" --slots 128

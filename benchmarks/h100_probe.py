@@ -1,12 +1,13 @@
 """One measurement on a real GPU, as one JSON object on the last line of standard output.
 
-    python benchmarks/h100_probe.py numerics|train|decode [--preset NAME] [--length N] [--steps N] [--slots N] [key=value ...]
+    python benchmarks/h100_probe.py numerics|train|repeat|decode [--preset NAME] [--length N] [--loss NAME] [key=value ...]
 
 benchmarks/h100_first_hour.sh runs all of them, each in a process of its own and under a time limit.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import time
 
@@ -21,7 +22,7 @@ from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.flops import train_flops_per_token
 from jaxreason.plan import roofline
 from jaxreason.rollout import Engine, Sampling
-from jaxreason.sharding import batch_sharding, make_mesh
+from jaxreason.sharding import batch_sharding, make_mesh, replicated
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.step import make_train_step
@@ -97,43 +98,75 @@ def model_of(args):
     return preset(args.preset).replace(param_dtype="float32", compute_dtype="bfloat16", remat="matmuls")
 
 
-def train(args) -> dict:
-    """Optimizer steps on random tokens: seconds, tokens/s, MFU, and the allocator's peak beside the compiler's sum."""
-    overrides = cfg.parse_words(cfg.Optimizer, args.words) if args.words else cfg.Optimizer(moment_dtype="bfloat16")
-    config, mesh = model_of(args), make_mesh(cfg.Mesh())
-    rows = args.rows * jax.device_count()
-    optimizer, schedule = opt.make(overrides, 1000), opt.schedule(overrides, 1000)
-    step = make_train_step(config, losses.get("nll"), optimizer, schedule, args.microbatches)
-    ids = packed_ids(rows * args.microbatches, args.length, args.length // 2)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, ids.shape, np.int32)
+def batch_of(args, vocab: int) -> Batch:
+    """Random tokens in packed rows; for a policy loss also what a rollout would have left."""
+    random, ids = np.random.default_rng(0), packed_ids(args.rows * jax.device_count() * args.microbatches, args.length,
+                                                       args.length // 2)  # fmt: skip
+    tokens = random.integers(0, vocab, ids.shape, np.int32)
     positions = np.arange(args.length) - np.maximum.accumulate(
         np.where(np.diff(ids, axis=1, prepend=-1) != 0, np.arange(args.length), 0), axis=1
     )
-    batch = Batch(tokens, np.roll(tokens, -1, 1), positions.astype(np.int32), ids, (ids > 0).astype(np.float32))
+    more = {}
+    if losses.get(args.loss).kind == "policy":
+        near = (np.log(1 / vocab) + random.normal(0, 0.1, (3, *ids.shape))).astype(np.float32)
+        more = {name: value for name, value in zip(("old_logp", "ref_logp", "sampler_logp"), near)}
+        more |= {"advantages": random.normal(0, 1, ids.shape).astype(np.float32), "group_ids": np.zeros_like(ids),
+                 "group_tokens": np.full(ids.shape, ids.size, np.float32)}  # fmt: skip
+    mask = (ids > 0).astype(np.float32)
+    return Batch(tokens, np.roll(tokens, -1, 1), positions.astype(np.int32), ids, mask, **more)
+
+
+def stepper(args, words: list[str]):
+    """(the compiled step, how to make a fresh state, the batch on the devices, seconds of compiling, the architecture)."""
+    overrides = cfg.parse_words(cfg.Optimizer, words) if words else cfg.Optimizer(moment_dtype="bfloat16")
+    config, mesh = model_of(args), make_mesh(cfg.Mesh())
+    optimizer, schedule = opt.make(overrides, 1000), opt.schedule(overrides, 1000)
+    step = make_train_step(config, losses.get(args.loss), optimizer, schedule, args.microbatches)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, batch_sharding(mesh))
-        state = states.create(config, optimizer, mesh, 0)
-        out = (jax.tree.map(lambda x: x.sharding, state), None)
+        batch = jax.device_put(batch_of(args, config.vocab_size), batch_sharding(mesh))
+        state = states.abstract(config, optimizer, mesh)
+        out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
         began = time.monotonic()
         compiled = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
-        compiling, times, value = time.monotonic() - began, [], 0.0
-        for _ in range(args.steps + 2):
-            began = time.monotonic()
-            state, metrics = compiled(state, batch)
-            value = float(jax.block_until_ready(metrics["loss"]))
-            times.append(time.monotonic() - began)
-    seconds = float(np.median(times[2:]))
-    lengths = np.concatenate([np.bincount(row)[np.bincount(row) > 0] for row in ids])
-    flops = train_flops_per_token(config, lengths) * ids.size / seconds
+    return compiled, lambda: states.create(config, optimizer, mesh, 0), batch, time.monotonic() - began, config
+
+
+def train(args) -> dict:
+    """Optimizer steps on random tokens: seconds, tokens/s, MFU, and the allocator's peak beside the compiler's sum."""
+    compiled, fresh, batch, compiling, config = stepper(args, args.words)
+    state, times, value = fresh(), [], 0.0
+    for _ in range(args.steps + 2):
+        began = time.monotonic()
+        state, metrics = compiled(state, batch)
+        value = float(jax.block_until_ready(metrics["loss"]))
+        times.append(time.monotonic() - began)
+    seconds, ids = float(np.median(times[2:])), np.asarray(batch.segment_ids)
+    counts = [np.bincount(row) for row in ids]
+    flops = train_flops_per_token(config, np.concatenate([row[row > 0] for row in counts])) * ids.size / seconds
     memory = compiled.memory_analysis()
     planned = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     statistics = jax.local_devices()[0].memory_stats() or {}
     return {
-        "compile_seconds": compiling, "step_seconds": seconds, "tokens_per_second": ids.size / seconds,
+        "loss_name": args.loss, "compile_seconds": compiling, "step_seconds": seconds, "tokens_per_second": ids.size / seconds,
         "mfu": flops / (jax.device_count() * targets.load(args.target).bf16_flops_per_s), "loss": value,
         "planned_bytes": planned + memory.temp_size_in_bytes, "peak_bytes": statistics.get("peak_bytes_in_use"),
         "ok": bool(np.isfinite(value)),
     }  # fmt: skip
+
+
+def repeat(args) -> dict:
+    """Three steps twice from one start under run.deterministic: the same bits, or in how many parameters not."""
+    compiled, fresh, batch, _, _ = stepper(args, args.words)
+
+    def digests() -> list[str]:
+        state = fresh()
+        for _ in range(3):
+            state, _ = compiled(state, batch)
+        return [hashlib.sha256(np.asarray(leaf)).hexdigest() for leaf in jax.tree.leaves(state.params)]
+
+    first, second = digests(), digests()
+    differing = sum(a != b for a, b in zip(first, second))
+    return {"parameters": len(first), "parameters_that_differ": differing, "ok": differing == 0}
 
 
 def decode(args) -> dict:
@@ -154,18 +187,21 @@ def decode(args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["numerics", "train", "decode"])
+    parser.add_argument("what", choices=["numerics", "train", "repeat", "decode"])
     parser.add_argument("--preset", default="llama3.2-3b")
     parser.add_argument("--target", default="h100")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a row, or of a completion")
+    parser.add_argument("--loss", default="nll", help="of train and repeat; grpo: a policy's update")
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch on one device")
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys of the section optimizer")
     args = parser.parse_intermixed_args()
-    settings = xla.configure(xla.detect())
-    found = {"train": train, "decode": decode, "numerics": numerics}[args.what](args)
+    settings = xla.configure(xla.detect(), deterministic=args.what == "repeat")
+    found = {"train": train, "repeat": repeat, "decode": decode, "numerics": numerics}[args.what](args)
+    if jax.devices()[0].platform != "gpu":
+        found |= {"ok": False, "reason": f"no GPU: this ran on {jax.devices()[0].platform}"}
     print(json.dumps({"what": args.what, **facts(), **found, "settings": settings}))
 
 
