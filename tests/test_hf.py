@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
@@ -83,6 +82,8 @@ def test_round_trip_is_bitwise(tmp_path, dtype, biases, tie):
 
 def test_transformers_opens_the_export_and_its_save_loads_back(tmp_path):
     """jaxreason -> transformers -> jaxreason, bitwise, in bfloat16, with every stop id."""
+    import torch
+
     config = tiny(tie_embeddings=False, attention_bias=True, mlp_bias=True, param_dtype="bfloat16")
     params = random_params(config)
     hf.save(params, config, tmp_path / "ours")
@@ -98,6 +99,8 @@ def test_transformers_opens_the_export_and_its_save_loads_back(tmp_path):
 
 
 def test_logits_survive_the_export(tmp_path):
+    import torch
+
     config = tiny(rope_scaling=None, rope_theta=1e4)
     params = random_params(config)
     hf.save(params, config, tmp_path / "out", dtype="float32")

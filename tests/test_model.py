@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from jaxreason import hf, model
@@ -29,6 +28,8 @@ V, T = 96, 4096
 
 def torch_llama(**changes) -> transformers.LlamaForCausalLM:
     """A random model whose weights are wide enough that attention picks tokens instead of averaging them."""
+    import torch
+
     values = dict(
         vocab_size=V, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192, rope_theta=5e5, tie_word_embeddings=False,
@@ -56,6 +57,8 @@ logits = jax.jit(model.logits, static_argnums=1)
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_equal_transformers_at_every_position(name, tmp_path):
+    import torch
+
     theirs = torch_llama(**ARCHITECTURES[name])
     params, config = convert(theirs, tmp_path)
     tokens = random_tokens(T)
@@ -72,6 +75,8 @@ def test_logits_equal_transformers_at_every_position(name, tmp_path):
 
 
 def test_gradients_equal_torch_autograd(tmp_path):
+    import torch
+
     theirs = torch_llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
     params, config = convert(theirs, tmp_path / "in")
     tokens = random_tokens(520, rows=2)

@@ -3,9 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from jax.sharding import NamedSharding, PartitionSpec
-from transformers import AutoModelForCausalLM
 
 from jaxreason import config as cfg
 from jaxreason import hf, model
@@ -199,6 +197,9 @@ def test_log_probabilities_equal_the_full_forward(params, reference):
 
 def test_greedy_equals_transformers_generate(tmp_path):
     """Ragged prompts in one batch, more of them than slots, across the growth of the buffers from 64 to 128."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config, prompts = CONFIG.replace(tie_embeddings=False), [*PROMPTS, *ragged([70], seed=6)]
     params = model.init(config, jax.random.key(3))
     hf.save(params, config, tmp_path / "hf", dtype="float32")
