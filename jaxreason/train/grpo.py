@@ -79,7 +79,8 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     optimizer = opt.make(config.optimizer, total * updates)
     abstract = states.abstract(model, optimizer, mesh)
     temperature = config.rollout.temperature
-    engine = Engine(model, setup.tokenizer.stop_ids, _sampling(config.rollout), slots=config.rollout.slots)
+    slots = -(-config.rollout.slots // jax.process_count())  # an engine's are those of its process
+    engine = Engine(model, setup.tokenizer.stop_ids, _sampling(config.rollout), slots=slots)
     step_fn = make_train_step(model, loss, optimizer, schedule, count, temperature)
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
     train_step = within(mesh, jax.jit(step_fn, donate_argnums=0, out_shardings=out))
