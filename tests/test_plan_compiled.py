@@ -72,6 +72,8 @@ def test_the_3b_sft_recipe_fits_with_room_and_computes_nothing_twice(capsys):
     assert abs(report["recompute"] - 1) < 1e-3 and report["recompute_head"] == 0
     assert report["model"]["attention"] == "cudnn" and report["attention_per_layer"] == [1, 1]
     assert list(compiled) == ["update", "held-out loss"] and compiled["held-out loss"].attention_calls == (28, 0)
+    # 131,072 tokens x 23.50 GFLOP / 989.4 TFLOP/s; 24 GiB read and written at 3.35 TB/s
+    assert report["speed"]["roofline_seconds"] == pytest.approx({"compute": 3.1136, "memory": 0.01534, "links": 0}, rel=1e-3)
     # what spans the vocabulary is the table (and its gradient and moments), not the logits of a row
     spans = [math.prod(dims) for _, dims in made(compiled["update"]) if 128_256 in dims]
     assert max(spans) == 128_256 * 3072 < 8192 * 128_256

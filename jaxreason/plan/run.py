@@ -59,7 +59,7 @@ def report_of(s: Shape, run: Run, made: dict[str, compile.Program], options: Opt
         "attention_per_layer": [n / (s.model.num_layers * s.microbatches) for n in made["update"].attention_calls],
         "programs": [_program(p, run.planned[p.name].beside, s, options) for p in made.values()],
         "memory": _memory(made, run, s),
-        "speed": _speed(s, run, options, price),
+        "speed": _speed(s, run, options, price) | {"roofline_seconds": _roofline(s, made["update"], options)},
     }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _memory(made: dict[str, compile.Program], run: Run, s: Shape) -> dict:
 
 def _speed(s: Shape, run: Run, options: Options, price: float) -> dict:
     target, c = s.place.target, s.config
-    document = min(options.document_tokens or s.length, s.length)
+    document = _document(s, options)
     flops = train_flops_per_token(s.model, [document])
     trained = roofline.train_speed(flops, s.rows * s.length, target, s.devices)
     updates, rollouts = _steps(s, options, document)
@@ -135,6 +135,24 @@ def _speed(s: Shape, run: Run, options: Options, price: float) -> dict:
             hours = (speed.step_seconds * (updates + rollouts * forwards) + rollouts * rollout / DECODE_FRACTION) / 3600
             record["recipe"].append({"mfu": speed.mfu, "hours": hours, "usd": hours * s.devices * price})
     return record
+
+
+def _document(s: Shape, options: Options) -> int:
+    """Mean tokens of a document: as given, or all of a row."""
+    return min(options.document_tokens or s.length, s.length)
+
+
+def _roofline(s: Shape, update: compile.Program, options: Options) -> dict[str, float]:
+    """Least seconds of an optimizer step by what bounds it: FLOPs at peak, the state read and written once, the links.
+
+    FLOPs are those that the compiled step does, recomputed ones included; attention's by the convention.
+    """
+    target = s.place.target
+    attention = train_flops_per_token(s.model, [_document(s, options)]) - 6 * matmul_weights(s.model)
+    flops = compile.hlo.matmul_flops(update.text, s.microbatches) + attention * s.rows * s.length / s.devices
+    moved = update.argument_bytes + update.output_bytes
+    links = roofline.collective_seconds(update.collectives, target, options.hosts, options.devices) if s.devices > 1 else 0.0
+    return {"compute": flops / target.bf16_flops_per_s, "memory": moved / target.memory_bytes_per_s, "links": links}
 
 
 def _steps(s: Shape, options: Options, document: int) -> tuple[int | None, int]:

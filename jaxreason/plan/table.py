@@ -101,6 +101,10 @@ def _speed(report: dict, console: Console, devices: int) -> None:
             f"{whole['usd']:.0f}" if whole else "?",
         )  # fmt: skip
     console.print(table)
+    bounds = {"compute": "compute at peak, what is computed again included", "memory": "reading and writing the state once",
+              "links": "collectives alone"}  # fmt: skip
+    least = ", ".join(f"{speed['roofline_seconds'][name]:.2f} s of {what}" for name, what in bounds.items())
+    console.print(f"at least a step takes {least}")
     steps = f"{speed['updates']} updates" if speed["updates"] else "updates unknown: give --examples or train.steps"
     console.print(
         f"{speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal "
