@@ -4,12 +4,13 @@
 #   bash benchmarks/h100_first_hour.sh [OUT.json]
 #
 # Every measurement has a process and a time limit of its own, a failed one is written down as failed, and all limits
-# together are below 60 minutes. PRESET, LENGTH, COMPLETION and PYTHON may be set; nothing is downloaded.
+# together are below 60 minutes. PRESET, TARGET (the card), LENGTH, COMPLETION and PYTHON may be set; nothing is downloaded.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-h100_first_hour.json}
 python=${PYTHON:-python}
 preset=${PRESET:-llama3.2-3b}
+target=${TARGET:-h100}
 length=${LENGTH:-8192}
 completion=${COMPLETION:-1024}
 parts=$(mktemp -d)
@@ -26,14 +27,14 @@ measure() {
   printf '%s' "$code" >"$parts/$name.code"
 }
 
-probe="$python benchmarks/h100_probe.py"
+probe="$python benchmarks/h100_probe.py --target $target"
 nvidia-smi --query-gpu=name,memory.total,clocks.max.sm,power.limit,driver_version --format=csv,noheader \
   >"$parts/gpu.txt" 2>/dev/null || echo "nvidia-smi not found" >"$parts/gpu.txt"
 
 # Is it right? Packed cuDNN attention has never run: this decides whether anything below means something.
 measure numerics 5 $probe numerics --length 2048
 # Is it as planned? Memory to the byte against the plan, speed against its MFU table.
-measure plan 3 env JAX_PLATFORMS=cpu $python scripts/plan.py --config "$preset/sft" --json
+measure plan 3 env JAX_PLATFORMS=cpu $python scripts/plan.py --config "$preset/sft" --target "$target" --json
 measure train 8 $probe train --preset "$preset" --length "$length"
 measure train_graphs_off 7 env XLA_FLAGS=--xla_gpu_enable_command_buffer= $probe train --preset "$preset" --length "$length"
 # Do two rows at once pay? They fit at half the length only.
