@@ -133,11 +133,21 @@ def test_devices_that_need_more_rows_say_which_words(hosts, devices, words):
 def test_candidates_go_from_free_to_expensive():
     words = ["optimizer.moment_dtype=float32", "train.microbatch_size=2", "model.remat=none"]
     config = cfg.load("llama3.2-3b/sft", words)
-    candidates = changes.candidates(config, Options())
-    assert candidates[0] == (["optimizer.moment_dtype=bfloat16"], 1)
-    assert candidates[1] == (["train.microbatch_size=1"], 1)
-    assert (["model.remat=matmuls"], 1) in candidates and ([], 2) in candidates
-    assert all(devices <= 8 for _, devices in candidates)
+    found = changes.candidates(config, Options(), "update")
+    assert found[0] == (["optimizer.moment_dtype=bfloat16"], 1)
+    assert found[1] == (["train.microbatch_size=1"], 1)
+    assert (["model.remat=matmuls"], 1) in found and ([], 2) in found
+    assert all(devices <= 8 for _, devices in found)
+
+
+def test_candidates_are_those_that_the_largest_program_has_need_of():
+    config = cfg.load("llama3.2-3b/grpo", ["rollout.slots=160"])
+    found = [words for words, devices in changes.candidates(config, Options(), "prefill") if devices == 1]
+    assert found == [["rollout.slots=80"], ["rollout.slots=40"], ["kl.offload=true"], ["kl.coef=0"]]
+    found = [words for words, _ in changes.candidates(config, Options(), "evaluation: decode")]
+    assert found[0] == ["eval.slots=48"]
+    found = [words for words, _ in changes.candidates(config, Options(), "update")]
+    assert ["train.microbatch_size=1"] in found and ["kl.offload=true"] in found and ["rollout.slots=80"] not in found
 
 
 def test_without_the_compiler_the_message_says_what_to_install(monkeypatch, capsys):

@@ -16,7 +16,7 @@ def changes(name: str, words: list[str], options: Options, worst: str, wanted: i
     """
     config = cfg.load(name, words)
     found = []
-    for extra, devices in candidates(config, options)[:tries]:
+    for extra, devices in candidates(config, options, worst)[:tries]:
         changed = dataclasses.replace(options, devices=devices)
         try:
             there, fitted = fit_batch(name, [*words, *extra], changed)
@@ -40,25 +40,40 @@ def _largest(config: cfg.RunConfig, options: Options, worst: str) -> tuple[int, 
     return total, True
 
 
-def candidates(config: cfg.RunConfig, options: Options) -> list[tuple[list[str], int]]:
-    """(words, devices), from what costs nothing to what costs most."""
+def candidates(config: cfg.RunConfig, options: Options, worst: str) -> list[tuple[list[str], int]]:
+    """(words, devices), from what costs nothing to what costs most; only what ``worst`` has any need of."""
     least = ways(config.mesh, options.hosts * options.devices)
+    decoding = worst.rpartition(" ")[2] in ("prefill", "decode", "weights")
     single = []
     if config.optimizer.moment_dtype == "float32":
         single.append(["optimizer.moment_dtype=bfloat16"])
-    if microbatch(config, least) > least:
+    if not decoding and microbatch(config, least) > least:
         single.append([f"train.microbatch_size={least}"])
     order = ["none", "matmuls", "attention", "full"]
-    remat = [[f"model.remat={policy}"] for policy in order[order.index(config.model.remat) + 1 :]]
+    lighter = [] if decoding else order[order.index(config.model.remat) + 1 :]
+    remat = [[f"model.remat={policy}"] for policy in lighter]
+    fewer = [*_slots(config, worst), *_frozen(config)] if decoding else _frozen(config)
     combined = [[word for change in single for word in change]] if len(single) > 1 else []
-    with_remat = [[*(word for change in single for word in change), *change] for change in remat] if single else []
-    rollout = []
-    if config.algorithm == "grpo" and config.rollout.slots > 1:
-        rollout = [[f"rollout.slots={config.rollout.slots // 2}"]]
-        if config.kl.coef > 0:
-            rollout += [["kl.coef=0"]] if config.kl.offload else [["kl.offload=true"], ["kl.coef=0"]]
-        if config.teacher.weights and not config.teacher.offload:
-            rollout.append(["teacher.offload=true"])
-    here = [(change, options.devices) for change in [*single, *rollout, *remat, *combined, *with_remat]]
+    together = [[*(word for change in single for word in change), *change] for change in [*remat, *fewer]] if single else []
+    here = [(change, options.devices) for change in [*single, *fewer, *remat, *combined, *together]]
     more = [([], options.devices * factor) for factor in (2, 4, 8) if options.devices * factor <= 8]
     return [*here[:5], *more[:1], *here[5:], *more[1:]]
+
+
+def _slots(config: cfg.RunConfig, worst: str) -> list[list[str]]:
+    """Half and a quarter of the slots that decode: of the evaluation where that is what needs most."""
+    graded = config.algorithm == "sft" or worst.startswith("evaluation")
+    name, slots = ("eval.slots", config.eval.slots) if graded else ("rollout.slots", config.rollout.slots)
+    return [[f"{name}={slots // part}"] for part in (2, 4) if slots >= part]
+
+
+def _frozen(config: cfg.RunConfig) -> list[list[str]]:
+    """A reference or teacher in host memory, or no reference."""
+    if config.algorithm == "sft":
+        return []
+    found = []
+    if config.kl.coef > 0:
+        found += [["kl.coef=0"]] if config.kl.offload else [["kl.offload=true"], ["kl.coef=0"]]
+    if config.teacher.weights and not config.teacher.offload:
+        found.append(["teacher.offload=true"])
+    return found

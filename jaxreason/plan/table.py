@@ -24,9 +24,9 @@ def show(report: dict, console: Console) -> None:
     _collectives(report, console, devices)
     _speed(report, console, devices)
     for change in report.get("changes", ()):
-        where = f" --devices {change['devices']}" if change["devices"] != report["devices_per_host"] else ""
+        where = [f"--devices {change['devices']}"] if change["devices"] != report["devices_per_host"] else []
         verdict = "[green]fits[/]" if change["fits"] else "[red]does not fit[/]"
-        console.print(f"{verdict} with {' '.join(change['words'])}{where}: {_gib(change['total'])}")
+        console.print(f"{verdict} with {' '.join([*change['words'], *where])}: {_gib(change['total'])}")
     if "changes" in report and not any(change["fits"] for change in report["changes"]):
         console.print("none of these changes fits; use more devices or a shorter data.max_length")
 
