@@ -59,12 +59,15 @@ def report_of(s: Shape, run: Run, made: dict[str, compile.Program], options: Opt
         "attention_per_layer": [n / (s.model.num_layers * s.microbatches) for n in made["update"].attention_calls],
         "programs": [_program(p, run.planned[p.name].beside, s, options) for p in made.values()],
         "memory": _memory(made, run, s),
-        "speed": _speed(s, run, options, price) | {"roofline_seconds": _roofline(s, made["update"], options)},
+        "speed": _speed(s, run, options, price) | {"roofline_seconds": _roofline(s, made["update"], options, backend)},
     }  # fmt: skip
 
 
 def _recompute(update: compile.Program, s: Shape) -> float:
-    """FLOPs of the step's matrix products over those of the convention: 1 where nothing is computed twice."""
+    """FLOPs of the step's matrix products over those of the convention: 1 where nothing is computed twice.
+
+    Attention's own are not among either, unless it is blockwise, whose products the compiled program shows.
+    """
     done = compile.hlo.matmul_flops(update.text, s.microbatches)
     return done / (6 * matmul_weights(s.model) * s.rows * s.length / s.devices)
 
@@ -142,14 +145,16 @@ def _document(s: Shape, options: Options) -> int:
     return min(options.document_tokens or s.length, s.length)
 
 
-def _roofline(s: Shape, update: compile.Program, options: Options) -> dict[str, float]:
+def _roofline(s: Shape, update: compile.Program, options: Options, backend: str) -> dict[str, float]:
     """Least seconds of an optimizer step by what bounds it: FLOPs at peak, the state read and written once, the links.
 
-    FLOPs are those that the compiled step does, recomputed ones included; attention's by the convention.
+    FLOPs are those that the compiled step does, recomputed ones included; of cudnn's attention, which the compiler does
+    not see into, those of the convention.
     """
     target = s.place.target
     attention = train_flops_per_token(s.model, [_document(s, options)]) - 6 * matmul_weights(s.model)
-    flops = compile.hlo.matmul_flops(update.text, s.microbatches) + attention * s.rows * s.length / s.devices
+    unseen = attention * s.rows * s.length / s.devices if backend == "cudnn" else 0
+    flops = compile.hlo.matmul_flops(update.text, s.microbatches) + unseen
     moved = update.argument_bytes + update.output_bytes
     links = roofline.collective_seconds(update.collectives, target, options.hosts, options.devices) if s.devices > 1 else 0.0
     return {"compute": flops / target.bf16_flops_per_s, "memory": moved / target.memory_bytes_per_s, "links": links}

@@ -67,7 +67,7 @@ def _programs(report: dict, console: Console) -> None:
     head = f" (of them {report['recompute_head']:.2f}: the head makes its logits again)" if report["recompute_head"] else ""
     console.print(
         f"remat {report['model']['remat']}: the update's matrix products are {report['recompute']:.2f} x those of a step "
-        f"without recomputation{head}" + (f"; {calls}" if backward else "")
+        f"without recomputation{head}; " + (calls if backward else "they include attention's own, which is no kernel here")
     )
     beside = {name: size for p in report["programs"] for name, size in p["resident_bytes"].items()}
     if beside:
@@ -84,7 +84,8 @@ def _collectives(report: dict, console: Console, devices: int) -> None:
             if one["total_bytes"] >= 2**20:
                 size = f"{one['bytes'] / 2**20:.1f} MiB"
                 table.add_row(p["name"], one["kind"], str(one["times"]), size, _gib(one["total_bytes"]))
-        table.add_row(p["name"], "all, on the links alone", "", "", f"{p['collective_seconds']:.2f} s")
+        if p["collectives"]:
+            table.add_row(p["name"], "all, on the links alone", "", "", f"{p['collective_seconds']:.2f} s")
     console.print(table)
 
 
