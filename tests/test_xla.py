@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jaxreason import xla
 from jaxreason.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def configured(platform: str, *arguments: str, **environment: str) -> dict:
@@ -81,6 +84,17 @@ def test_configure_names_a_flag_that_is_unknown(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_no_such_thing=1")
     with pytest.raises(UserError, match="does not know --xla_gpu_no_such_thing=1; remove it from XLA_FLAGS"):
         xla.configure("cpu")
+
+
+def test_a_run_checks_the_flags_before_xla_starts(tmp_path):
+    """XLA itself would abort the process with a C++ stack trace."""
+    words = ["--config", "sft", f"run.dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *words], capture_output=True, text=True, check=False,
+        env={**os.environ, "XLA_FLAGS": "--xla_gpu_no_such_thing=1"}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: the installed XLA does not know --xla_gpu_no_such_thing=1")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_detect_follows_what_was_asked(monkeypatch):
