@@ -16,6 +16,10 @@ from jaxreason.errors import UserError
 def command(function: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
     @functools.wraps(function)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        # A script's own folder is on the path, the one it is run from is not: package.module:function of a loss or a
+        # reward is looked for there last.
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
         try:
             function(argv)
         except UserError as error:

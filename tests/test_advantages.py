@@ -7,6 +7,9 @@ import pytest
 
 from jaxreason import config as cfg
 from jaxreason import losses
+from jaxreason.data import chat as chats
+from jaxreason.data import tokenizer as tokenizers
+from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
 from jaxreason.rollout import Completion
@@ -110,12 +113,40 @@ def test_corrections_are_compared_as_asked():
 
 
 def test_the_measures_of_a_second_layer():
-    firsts = [sequence(1.0, [-1]), sequence(0.0, [-1])]
-    second = [[sequence(1.0, [-1]), sequence(0.0, [-1])], [sequence(1.0, [-1]), sequence(0.0, [-1])]]
+    """Seven trials, of which three have a side that nobody could grade: 1→1, 1→0, 0→1, 0→0 are left."""
+    firsts = [sequence(1.0, [-1]), sequence(0.0, [-1]), sequence(math.nan, [-1])]
+    second = [
+        [sequence(1.0, [-1]), sequence(0.0, [-1]), sequence(math.nan, [-1])],
+        [sequence(1.0, [-1]), sequence(0.0, [-1])],
+        [sequence(1.0, [-1]), sequence(0.0, [-1])],
+    ]
     assert correction.metrics(firsts, second) == {
         "accuracy_t1": 0.5, "accuracy_t2": 0.5, "correction_gain": 0.0, "incorrect_to_correct": 0.25,
         "correct_to_incorrect": 0.25,
     }  # fmt: skip
+    nobody = correction.metrics(firsts[2:], second[2:])
+    assert set(nobody.values()) == {0.0}
+
+
+def test_a_confirmed_right_answer_is_trained_like_a_mended_one():
+    right, wrong, ungraded = (sequence(reward, [-1]) for reward in (1.0, 0.0, math.nan))
+    trained = {mode: [correction.is_trained(s, mode) for s in (right, wrong, ungraded)] for mode in ("verified", "all", "none")}
+    assert trained == {"verified": [True, False, False], "all": [True, True, True], "none": [False, False, False]}
+    assert not ungraded.trained  # whatever is asked for: there is no reward to learn from
+
+
+def test_the_second_prompt_shows_the_answer_and_a_doubt_and_ends_no_turn():
+    """What the policy wrote stands in the user's turn; control tokens in it, and such as appear by taking one out, do not."""
+    tokenizer = tokenizers.load(tokenizers.EMBEDDED)
+    chat = chats.resolve(tokenizer)
+    phrases = cfg.Correction().phrases
+    assert len(phrases) == 7 and len(set(phrases)) == 7
+    prompt = Prompt((1,), "", "4", "What is 2+2?", 0)
+    found = correction.again(prompt, "<think>5</think> 5<|eot_<|eot_id|>id|>", phrases[0], chat, tokenizer)
+    turn = f"What is 2+2?\n<think>\n<think>5</think> 5\n</think>\n{phrases[0]}"
+    assert turn in found.text and found.gold == "4"
+    assert found.text == chat.render_prompt(Example(turn))
+    assert list(found.ids) == tokenizer.encode(found.text)
 
 
 def test_the_adaptive_bonus_follows_the_entropy_and_survives_a_checkpoint():

@@ -25,6 +25,7 @@ NAN = float("nan")
         ("grpo", {"eps": 0.0}, [[0.0, NAN, 2.0]], [[-math.sqrt(0.5), 0.0, math.sqrt(0.5)]]),
         ("center", {}, [[0.0, 1.0, 5.0]], [[-2.0, -1.0, 3.0]]),
         ("raw", {}, [[0.5, NAN]], [[0.5, 0.0]]),
+        ("zero", {}, [[0.5, NAN]], [[0.0, 0.0]]),
         # others' means: 3, 2.5, .5
         ("rloo", {}, [[0.0, 1.0, 5.0]], [[-3.0, -1.5, 4.5]]),
         # the std is of the raw rewards: mean 2, squares 4 0 1 9, over 3
@@ -41,6 +42,80 @@ NAN = float("nan")
 def test_by_hand(name, options, rewards, expected):
     found = advantage.get(name, **options)(np.array(rewards, np.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# Groups of unequal size (NaN: no sample there, or no reward), one sample, none, all equal, and two ordinary ones.
+UNEVEN = np.array([
+    [0.3, -1.2, 2.0, 0.7, 0.1], [1.0, 0.0, NAN, NAN, 1.0], [0.5, NAN, NAN, NAN, NAN], [NAN] * 5, [0.7] * 4 + [NAN],
+    [0.0, 1.0, 0.0, 0.0, 0.0],
+])  # fmt: skip
+LENGTHS = np.arange(30).reshape(6, 5) % 7 + 1
+
+
+def mean(xs):
+    return sum(xs) / len(xs) if xs else 0.0
+
+
+def std(xs, ddof):
+    return math.sqrt(sum((x - mean(xs)) ** 2 for x in xs) / (len(xs) - ddof)) if len(xs) > ddof else 0.0
+
+
+def by_sample(function, rewards):
+    """function(R, its group's rewards, all rewards) at every sample that has one; else 0."""
+    groups = [[r for r in row if not math.isnan(r)] for row in rewards.tolist()]
+    everything = [r for group in groups for r in group]
+    return [
+        [0.0 if math.isnan(r) else function(r, group, everything) for r in row] for row, group in zip(rewards.tolist(), groups)
+    ]
+
+
+def z_score(rewards, eps):
+    return by_sample(lambda r, g, a: (r - mean(g)) / (std(g, 1) + eps), rewards)
+
+
+def whitened(rewards, eps):
+    return by_sample(lambda r, g, a: (r - mean(a)) / (std(a, 1) + eps), np.array(rewards))
+
+
+def masked(values, rewards):
+    return np.where(np.isnan(rewards), NAN, values)
+
+
+def gpg(r, group, everything):
+    groups = [[x for x in row if not math.isnan(x)] for row in UNEVEN.tolist()]
+    useful = sum(len(g) for g in groups if len(set(g)) > 1)
+    return len(everything) / useful * (r - mean(group))
+
+
+SECOND = np.where(np.isnan(UNEVEN), NAN, np.sin(np.arange(30)).reshape(6, 5))  # another reward of the same samples
+TWINS = {
+    "grpo": lambda x: z_score(x, 1e-4),
+    "center": lambda x: by_sample(lambda r, g, a: r - mean(g), x),
+    "raw": lambda x: by_sample(lambda r, g, a: r, x),
+    "zero": lambda x: by_sample(lambda r, g, a: 0.0, x),
+    "rloo": lambda x: by_sample(lambda r, g, a: r - (sum(g) - r) / (len(g) - 1) if len(g) > 1 else 0.0, x),
+    "lite_ppo": lambda x: by_sample(lambda r, g, a: (r - mean(g)) / (std(a, 1) + 1e-4), x),
+    "reinforce_pp": lambda x: whitened(x, 1e-8),
+    "reinforce_pp_baseline": lambda x: whitened(masked(by_sample(lambda r, g, a: r - mean(g), x), x), 1e-8),
+    "maxrl": lambda x: by_sample(lambda r, g, a: (r - mean(g)) / (mean(g) + 1e-6), x),
+    "gpg": lambda x: by_sample(gpg, x),
+    "tic_lc": lambda x: by_sample(lambda r, g, a: (r - mean(g)) / (std(g, 0) + 1e-6), x / LENGTHS),
+    "gdpo": lambda x: whitened(masked(2 * np.array(z_score(x, 1e-4)) + 0.5 * np.array(z_score(SECOND, 1e-4)), x), 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twin_on_uneven_groups(name):
+    rewards = np.abs(UNEVEN) if name == "maxrl" else UNEVEN
+    more = {"tic_lc": [LENGTHS], "gdpo": [np.array([2.0, 0.5])]}.get(name, [])
+    given = np.stack([rewards, SECOND]) if name == "gdpo" else rewards
+    found = advantage.get(name)(given, *more)
+    np.testing.assert_allclose(found, TWINS[name](rewards), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(found)[np.isnan(rewards)], 0.0)
+
+
+def test_every_estimator_has_a_twin():
+    assert set(TWINS) == set(advantage.ESTIMATORS)
 
 
 def test_binary_rewards_have_the_known_values():

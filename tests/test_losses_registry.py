@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
-from jaxreason import losses
+from jaxreason import cli, losses
 from jaxreason.errors import UserError
+from jaxreason.losses import advantage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,9 +64,12 @@ def test_documented_example_passes_the_check():
 
 
 def test_docs_name_every_loss_and_option():
+    """A row of a table for every loss and estimator, and every option somewhere."""
     text = (ROOT / "docs" / "losses.md").read_text()
+    assert "Since when:" in text
+    for name in [*losses.names(), *advantage.ESTIMATORS]:
+        assert f"\n| `{name}` |" in text, name
     for name in losses.names():
-        assert f"`{name}`" in text, name
         for option in losses.defaults(name):
             assert f"`{option}`" in text, f"{name}: {option}"
 
@@ -119,6 +123,34 @@ BUGS = {
         "    return -jnp.sum(r) / inputs.totals.tokens, {}\n",
         "at masked positions changes the gradient",
     ),
+    "padded width": (
+        "def f(inputs):\n    x, _ = losses.clean(inputs)\n"
+        "    return -jnp.sum(jnp.mean(x.logp, axis=1)) / inputs.totals.sequences, {}\n",
+        "the padding of its rows",
+    ),
+    "poisoned metric": (
+        f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n, {{'m': jnp.sum(inputs.logp * inputs.mask) / n}}\n",
+        "changes metric 'm'",
+    ),
+    "metric of text": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n, {{'m': 'x'}}\n", "metric 'm' is a str"),
+    "metric without name": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n, {{3: n}}\n", "is called 3"),
+    "metric of the step": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n, {{'loss': n}}\n", "is called 'loss'"),
+    "metrics in a list": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n, [n]\n", r"returned \(array, list\)"),
+    "half precision": (
+        f"def f(inputs):\n{CLEAN}    return (-jnp.sum(x.logp) / n).astype(jnp.float16), {{}}\n", "float32 is expected"
+    ),
+    "an integer": (f"def f(inputs):\n{CLEAN}    return jnp.sum(x.mask > 0), {{}}\n", "dtype int32"),
+    "a number of python": ("def f(inputs):\n    return 1.5, {}\n", "no gradient"),
+    "nothing": ("def f(inputs):\n    pass\n", "returned NoneType"),
+    "no value": ("def f(inputs):\n    return None, {}\n", "its value is a NoneType"),
+    "numpy": ("import numpy\ndef f(inputs):\n    return numpy.exp(inputs.logp).sum(), {}\n", r"line 5.*jax\.numpy"),
+    "a branch": (
+        f"def f(inputs):\n{CLEAN}    return (jnp.sum(x.logp) if x.logp[0, 0] > 0 else n), {{}}\n", "`if` on values"
+    ),
+    "unknown field": ("def f(inputs):\n    return inputs.logprobs, {}\n", "PolicyInputs.*did you mean logp"),
+    "exits": ("def f(inputs):\n    raise SystemExit(0)\n", "SystemExit"),
+    "missing option": ("def f(inputs, scale):\n    return scale, {}\n", "needs loss.options.scale"),
+    "no inputs": ("def f():\n    return 0.0, {}\n", "takes no arguments"),
     "not a scalar": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp, axis=1) / n, {{}}\n", r"shape \(5,\)"),
     "no metrics": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n\n", "must return"),
     "wrong broadcast": (
@@ -159,6 +191,27 @@ def test_a_buggy_loss_is_refused(bug, tmp_path):
 @pytest.mark.parametrize("name", ["gspo", "nll"])
 def test_built_in_losses_pass_the_check(name):
     losses.check(losses.get(name))
+
+
+def test_a_buggy_loss_ends_the_command_with_a_message(tmp_path, capsys):
+    """Exit status 2 and one line, before anything is made."""
+    (tmp_path / "bad.py").write_text(HEAD + BUGS["mean over the batch"][0])
+    words = ["model.preset=embedded-tiny", "model.weights=null", f"run.dir={tmp_path}", f"loss.name={tmp_path}/bad.py:f"]
+    assert cli.train(["--config", "grpo", "--dry-run", *words]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: loss ") and "how the batch is split" in message and len(message.splitlines()) == 1
+
+
+def test_an_import_path_is_found_from_where_the_command_is_run(tmp_path, monkeypatch):
+    """``package.module:function`` beside the working directory, which is on no path when a script is run."""
+    (tmp_path / "found_here").mkdir()
+    (tmp_path / "found_here" / "own.py").write_text((ROOT / "examples" / "my_loss.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    with pytest.raises(UserError, match="ModuleNotFoundError"):
+        losses.get("found_here.own:soft_clip")
+    assert cli.train(["--config", "grpo", "loss.name=found_here.own:soft_clip", "--print-config"]) == 0
+    assert losses.get("found_here.own:soft_clip").advantage == "center"
 
 
 DEVICES = """

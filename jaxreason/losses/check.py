@@ -13,9 +13,15 @@ from jax import Array
 from jaxreason.errors import UserError
 from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs
 from jaxreason.losses.reduce import whole_step
+from jaxreason.losses.suggest import nearest
 
+_PADDING = 3  # columns that a row may have more
+_ROWS = "microbatches of one row"
+_PADDED_ROWS = f"microbatches of one row with {_PADDING} more columns of padding"
+_OF_TRACING = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 _DIFFERENTIABLE = ("logp", "entropy", "logsumexp", "mean_logp", "ref_kl", "teacher_divergence")
 _POISONS = (1e30, -1e30, float("nan"))
+_RESERVED = {"step", "loss", "grad_norm", "leaf_norms", "learning_rate", "tokens", "reward", "seconds"}  # a step's own
 _TOLERANCE = 1e-5  # float32 sums of a few dozen terms in another order; a real dependence is of order 1
 
 
@@ -24,7 +30,7 @@ def check(loss: Any) -> None:
 
     Held: a scalar float loss and scalar metrics; finite value and gradient, and some gradient; masked positions inert
     (filled with 1e30, -1e30, NaN); the same value, metrics and gradient when the rows come in microbatches with the
-    step's totals; for ``tokenwise`` losses also in any chunks of tokens.
+    step's totals and in rows with more padding; for ``tokenwise`` losses also in any chunks of tokens.
 
     Raises:
       UserError: which rule the loss breaks, with the numbers and the usual fix.
@@ -38,9 +44,15 @@ def check(loss: Any) -> None:
     evaluate = _evaluator(loss)
     value, metrics, grads = evaluate(inputs)
     _check_finite(loss.name, value, metrics, grads)
-    _check_poison(loss.name, evaluate, inputs, value, grads)
+    _check_poison(loss.name, evaluate, inputs, value, metrics, grads)
     rows = [_slice(inputs, np.s_[r : r + 1]) for r in range(inputs.mask.shape[0])]
-    _check_parts(loss.name, evaluate, rows, value, metrics, grads, "microbatches of one row", axis=0)
+    # Both at once, which is one program less to compile; what a loss breaks is told apart when it breaks one.
+    padded_grads = {key: jnp.pad(grad, ((0, 0), (0, _PADDING))) for key, grad in grads.items()}
+    try:
+        _check_parts(loss.name, evaluate, [_padded(x) for x in rows], value, metrics, padded_grads, _PADDED_ROWS, axis=0)
+    except UserError:
+        _check_parts(loss.name, evaluate, rows, value, metrics, grads, _ROWS, axis=0)
+        raise
     if loss.tokenwise:
         flat = jax.tree.map(lambda x: x.reshape(1, -1) if jnp.ndim(x) else x, inputs)
         size = flat.mask.shape[1] // 4
@@ -97,17 +109,19 @@ def reads(name: str, function: Callable, options: Mapping[str, Any], kind: str) 
     inputs = whole_step(tiny_inputs(kind))
     seen: set[str] = set()
 
-    class Recorder(type(inputs)):
+    class Recorder(type(inputs)):  # what an error in the function calls its argument
         def __getattribute__(self, key: str) -> Any:
             seen.add(key)
             return super().__getattribute__(key)
 
-    def run(arrays: dict[str, Any]) -> Any:
-        return function(Recorder(**arrays), **options)
+    Recorder.__name__ = type(inputs).__name__
+
+    def run(arrays: dict[str, Any]) -> None:
+        function(Recorder(**arrays), **options)  # what it returns is looked at later
 
     try:
         jax.eval_shape(run, dict(vars(inputs)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(name, error) from error
     return frozenset(seen & set(OPTIONAL_INPUTS[kind]))
 
@@ -128,34 +142,49 @@ def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Array, dict, dict]]:
             (value, metrics), grads = differentiate(parts, inputs)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _failed(loss.name, error) from error
         return value, metrics, grads
 
     return evaluate
 
 
-def _failed(name: str, error: Exception) -> UserError:
+def _failed(name: str, error: BaseException) -> UserError:
     file = name.rpartition(":")[0].replace(".", "/").removesuffix("/py")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.removesuffix(".py").endswith(file)]
     place = f" at {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
     first_line = str(error).strip().partition("\n")[0]
-    hint = " (optional inputs outside its `needs` are None)" if "NoneType" in first_line else ""
+    hint = ""
+    if "NoneType" in first_line:
+        hint = " (optional inputs outside its `needs` are None)"
+    elif isinstance(error, AttributeError) and isinstance(error.obj, PolicyInputs | SftInputs):
+        fields = [f.name for f in dataclasses.fields(error.obj)]
+        hint = f"{nearest(error.name, fields)}; it has {', '.join(fields)}"
+    elif isinstance(error, _OF_TRACING):
+        hint = " (the function is compiled: write it in jax.numpy, without numpy, float() or `if` on values)"
     return UserError(f"loss {name} failed on a tiny batch{place}: {type(error).__name__}: {first_line}{hint}")
 
 
 def _check_result(name: str, result: Any) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        raise UserError(
-            f"loss {name} must return (value, metrics) with metrics a dict, but returned {type(result).__name__}"
-        )
+        found = type(result).__name__
+        if isinstance(result, tuple):
+            found = f"({', '.join('array' if isinstance(x, Array) else type(x).__name__ for x in result)})"
+        raise UserError(f"loss {name} must return (value, metrics) with metrics a dict, but returned {found}")
     value, metrics = result
+    for key in metrics:
+        if not isinstance(key, str):
+            raise UserError(f"loss {name}: a metric is called {key!r}; its name is a string")
+        if key in _RESERVED:
+            raise UserError(f"loss {name}: a metric is called {key!r}, as one of every step is; give it another name")
     for what, x in {"its value": value, **{f"metric {key!r}": x for key, x in metrics.items()}}.items():
+        if not isinstance(x, Array | np.ndarray | np.generic | int | float):
+            raise UserError(f"loss {name}: {what} is a {type(x).__name__}; a scalar array is expected")
         if jnp.shape(x) != ():
             raise UserError(
                 f"loss {name}: {what} has shape {jnp.shape(x)}; a scalar is expected: sum over tokens, then divide once"
             )
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    if jnp.result_type(value) != jnp.float32:
         raise UserError(f"loss {name}: its value has dtype {jnp.result_type(value)}; float32 is expected")
 
 
@@ -173,18 +202,21 @@ def _check_finite(name: str, value: Array, metrics: dict, grads: dict) -> None:
         raise UserError(f"loss {name} has no gradient: it reads none of {', '.join(grads)} outside stop_gradient")
 
 
-def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, grads: dict) -> None:
+def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, metrics: dict, grads: dict) -> None:
     dead = inputs.mask <= 0
     safe = {"mask", "sequence_ids", "group_ids", "totals", "entropy_coef"}
     fields = [f.name for f in dataclasses.fields(inputs) if f.name not in safe and getattr(inputs, f.name) is not None]
     fix = "; begin with `inputs, sequences = losses.clean(inputs)`, which puts 0 at masked positions before any exp"
     for poison in _POISONS:
         filled = {key: jnp.where(dead, poison, getattr(inputs, key)) for key in fields}
-        poisoned, _, poisoned_grads = evaluate(dataclasses.replace(inputs, **filled))
+        poisoned, poisoned_metrics, poisoned_grads = evaluate(dataclasses.replace(inputs, **filled))
         if not _close(value, poisoned):
             raise UserError(
                 f"loss {name}: {poison} at masked positions changes the value from {value} to {poisoned}{fix}"
             )
+        for key, metric in metrics.items():
+            if not _close(metric, poisoned_metrics[key]):
+                raise UserError(f"loss {name}: {poison} at masked positions changes metric {key!r}{fix}")
         for key, grad in grads.items():
             if not _close(grad, poisoned_grads[key]):
                 raise UserError(f"loss {name}: {poison} at masked positions changes the gradient by inputs.{key}{fix}")
@@ -197,12 +229,11 @@ def _check_parts(
     name: str, evaluate: Callable, parts: list[Inputs], value: Array, metrics: dict, grads: dict, what: str, axis: int
 ) -> None:
     results = [evaluate(part) for part in parts]
-    fix = "; sum over tokens and divide by inputs.totals (counts of the whole step), never by the batch's own size"
+    fix = "; sum over tokens and divide by inputs.totals (counts of the whole step), never by the batch's own size or width"
     total = sum(part[0] for part in results)
     if not _close(value, total):
-        raise UserError(
-            f"loss {name} depends on how the batch is split: {value} whole, {total} as the sum over {what}{fix}"
-        )
+        on = "the padding of its rows" if what == _PADDED_ROWS else "how the batch is split"
+        raise UserError(f"loss {name} depends on {on}: {value} whole, {total} as the sum over {what}{fix}")
     for key, whole in metrics.items():
         values = jnp.stack([part[1][key] for part in results])
         combined = values.max() if key.endswith("_max") else values.min() if key.endswith("_min") else values.sum()
@@ -211,6 +242,12 @@ def _check_parts(
     for key, grad in grads.items():
         if not _close(grad, jnp.concatenate([part[2][key] for part in results], axis=axis)):
             raise UserError(f"loss {name}: the gradient by inputs.{key} depends on the split, over {what}{fix}")
+
+
+def _padded(inputs: Inputs) -> Inputs:
+    """Rows with more masked positions at their end, which belong to the last sequence and hold what stands there."""
+    wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, _PADDING)), mode="edge") if jnp.ndim(x) else x, inputs)
+    return dataclasses.replace(wide, mask=jnp.pad(inputs.mask, ((0, 0), (0, _PADDING))))
 
 
 def _slice(inputs: Inputs, index: Any) -> Inputs:

@@ -250,7 +250,7 @@ def _load(name: str) -> Callable:
             module = importlib.import_module(place)
     except UserError:
         raise
-    except Exception as error:  # the file is the user's: whatever it raises is theirs to read
+    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is theirs to read
         raise UserError(f"loss.name {name}: importing {place} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
