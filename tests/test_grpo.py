@@ -94,7 +94,7 @@ def test_two_updates_clip_and_a_constant_reward_moves_nothing(tmp_path):
     config = cfg.load("grpo", still)
     start = states.create(
         model.preset(config.model.preset, config.model.overrides), make(config.optimizer, 2),
-        make_mesh(cfg.Mesh(), jax.devices()[:1]), 0,
+        make_mesh(config.mesh), 0,
     ).params  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "b" / "grpo"), start)
     assert metrics_of(tmp_path / "b" / "grpo")[0]["zero_std_fraction"] == 1.0

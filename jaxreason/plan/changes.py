@@ -10,13 +10,16 @@ from jaxreason.targets import load
 
 
 def changes(name: str, words: list[str], options: Options, worst: str, wanted: int = 3, tries: int = 8) -> list[dict]:
-    """The nearest changes that fit: the first ``wanted`` of at most ``tries``.
+    """The nearest changes that fit, of different kinds: the first ``wanted`` of at most ``tries``.
 
     ``worst``: the program that needs most as things are. It is compiled first, and no other if it still does not fit.
     """
     config = cfg.load(name, words)
-    found = []
+    found, enough = [], set()
     for extra, devices in candidates(config, options, worst)[:tries]:
+        keys = (devices > options.devices, *(word.partition("=")[0] for word in extra))
+        if keys in enough:  # a smaller step of the same kind fits
+            continue
         changed = dataclasses.replace(options, devices=devices)
         try:
             there, fitted = fit_batch(name, [*words, *extra], changed)
@@ -24,7 +27,9 @@ def changes(name: str, words: list[str], options: Options, worst: str, wanted: i
         except UserError:
             continue
         found.append({"words": [*extra, *fitted], "devices": devices, "total": total, "fits": fits})
-        if sum(one["fits"] for one in found) == wanted:
+        if fits:
+            enough.add(keys)
+        if len(enough) == wanted:
             break
     return found
 
