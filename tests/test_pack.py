@@ -104,7 +104,8 @@ def make_rows(lengths, starts, *, length, batch_size, packing=True, shuffle=Fals
     """Example i holds the tokens 10 (i + 1), 10 (i + 1) + 1, ..."""
     ids = [10 * (i + 1) + np.arange(n) for i, n in enumerate(lengths)]
     offsets = np.cumsum([0, *lengths])
-    store = Store(np.concatenate(ids).astype(np.uint16), offsets, np.array(starts), np.arange(len(lengths)), {})
+    tokens, answers = np.concatenate(ids).astype(np.uint16), np.array(starts)
+    store = Store(tokens, offsets, np.array(starts), answers, np.arange(len(lengths)), {})
     return Rows(
         store, np.arange(len(lengths)), np.array(lengths), length=length, batch_size=batch_size, packing=packing,
         shuffle=shuffle, seed=seed, pad_id=7, endless=endless,
