@@ -180,8 +180,7 @@ class SftTrain(Train):
 
 class SftTeacher(Section):
     weights: str | None = None
-    """What the losses forward_kl, reverse_kl and jsd distil: a model with the same tokenizer, Hugging Face directory, hub
-    id or run."""
+    """What forward_kl, reverse_kl and jsd distil: a model with the same tokenizer, Hugging Face directory, hub id or run."""
 
 
 class Eval(Section):
