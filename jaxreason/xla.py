@@ -24,13 +24,12 @@ MEMORY_FRACTION = "0.92"
 _FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax refuses both at once; the second is old
 _OVERLAP = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
-    "--xla_gpu_enable_pipelined_all_gather=true",
-    "--xla_gpu_enable_pipelined_all_reduce=true",
     "--xla_gpu_enable_while_loop_double_buffering=true",
     f"--xla_gpu_all_gather_combine_threshold_bytes={2**30}",
     f"--xla_gpu_all_reduce_combine_threshold_bytes={2**30}",
     f"--xla_gpu_reduce_scatter_combine_threshold_bytes={2**27}",
 )
+_PIPELINED = ("all_gather", "all_reduce", "reduce_scatter")  # a loop's collectives run beside the round before
 _DETERMINISTIC = ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 
@@ -38,21 +37,34 @@ def flags(platform: Literal["cpu", "gpu"], devices: int, deterministic: bool) ->
     """The XLA flags of a run on ``devices`` devices over all hosts."""
     if platform == "cpu":
         return ()
-    return (*(_OVERLAP if devices > 1 else ()), *(_DETERMINISTIC if deterministic else ()))
+    return (*((*_OVERLAP, *_pipelined()) if devices > 1 else ()), *(_DETERMINISTIC if deterministic else ()))
 
 
-def compile_options(devices: int, deterministic: bool) -> dict[str, bool | int]:
+def _pipelined() -> tuple[str, ...]:
+    """As the installed XLA calls it: jax 0.12 has three modes where 0.10 had a switch, whose name it only maps."""
+    modes = tuple(f"--xla_gpu_pipeline_{name}=on" for name in _PIPELINED)
+    return modes if _accepts(modes) else tuple(f"--xla_gpu_enable_pipelined_{name}=true" for name in _PIPELINED)
+
+
+def _names(given: str) -> set[str]:
+    """Names of the flags in an XLA_FLAGS; of a switch that became a mode, the mode's."""
+    return {_name(flag) for flag in given.split()}
+
+
+def _name(flag: str) -> str:
+    return flag.partition("=")[0].replace("_enable_pipelined_", "_pipeline_")
+
+
+def compile_options(devices: int, deterministic: bool) -> dict[str, bool | int | str]:
     """:func:`flags` of a GPU run for one compilation (``Lowered.compile``), without those that XLA_FLAGS names.
 
     For a process whose own XLA has started already, and for another machine than this: jaxreason.plan.
     """
-    given = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    pairs = [flag.split("=") for flag in flags("gpu", devices, deterministic)]
-    return {
-        name.removeprefix("--"): value == "true" if value in ("true", "false") else int(value)
-        for name, value in pairs
-        if name not in given
-    }
+    given = _names(os.environ.get("XLA_FLAGS", ""))
+    wanted = [flag for flag in flags("gpu", devices, deterministic) if _name(flag) not in given]
+    values = {"true": True, "false": False, "on": "COLLECTIVE_PIPELINING_MODE_ON"}
+    pairs = [flag.removeprefix("--").split("=") for flag in wanted]
+    return {name: values[value] if value in values else int(value) for name, value in pairs}
 
 
 def unknown(names: tuple[str, ...]) -> list[str]:
@@ -68,7 +80,9 @@ def _accepts(some: tuple[str, ...]) -> bool:
     code = "from jaxlib import xla_client; xla_client.make_cpu_client()"
     environment = {**os.environ, "XLA_FLAGS": " ".join(some), "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode and "Unknown flag" not in done.stderr:
+    if done.returncode and len(some) == 1 and "Flag parsing failed" in done.stderr:
+        raise UserError(f"XLA_FLAGS: the installed XLA knows {some[0].partition('=')[0]}, but not with this value: {some[0]}")
+    if done.returncode and not any(said in done.stderr for said in ("Unknown flag", "Flag parsing failed")):
         raise UserError(f"XLA does not start with the flags {' '.join(some)}: {done.stderr.strip()[-500:]}")
     return not done.returncode
 
@@ -86,8 +100,8 @@ def configure(platform: Literal["cpu", "gpu"], devices: int = 1, deterministic: 
     import jax
 
     given = os.environ.get("XLA_FLAGS", "").split()
-    named = {flag.partition("=")[0] for flag in given}
-    wanted = tuple(flag for flag in flags(platform, devices, deterministic) if flag.partition("=")[0] not in named)
+    named = _names(" ".join(given))
+    wanted = tuple(flag for flag in flags(platform, devices, deterministic) if _name(flag) not in named)
     if strange := unknown((*wanted, *given)):
         ours = [flag for flag in strange if flag in wanted]
         fix = f"this jaxlib is another than jaxreason was made for: {ours}" if ours else "remove it from XLA_FLAGS"

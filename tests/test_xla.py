@@ -73,6 +73,17 @@ def test_options_of_one_compilation_are_the_flags_that_the_user_did_not_set(monk
     assert found["xla_gpu_enable_latency_hiding_scheduler"] is True and "xla_gpu_autotune_level" not in found
     assert found["xla_gpu_reduce_scatter_combine_threshold_bytes"] == 2**27
     assert len(found) == len(xla.flags("gpu", 8, True)) - 1
+    # a switch in one version of XLA, a mode in the next: whichever the user names stands for both
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_pipelined_all_gather=false")
+    found = xla.compile_options(8, deterministic=False)
+    assert not [name for name in found if "pipeline" in name and "all_gather" in name]
+    assert len([name for name in found if "pipeline" in name]) == 2
+
+
+def test_a_value_that_a_flag_does_not_take_is_named(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=many")
+    with pytest.raises(UserError, match="knows --xla_gpu_autotune_level, but not with this value"):
+        xla.configure("cpu")
 
 
 def test_configure_for_a_cpu_sets_the_compilation_cache_alone(tmp_path):
