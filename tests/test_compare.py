@@ -16,7 +16,7 @@ from helpers import grpo_words
 
 from jaxreason import cli
 from jaxreason import config as cfg
-from jaxreason.compare import charts, curves, gradients, read, report, runs, stats, work
+from jaxreason.compare import charts, curves, gradients, read, report, runs, stats, tables, work
 from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
 from jaxreason.rollout import Completion
@@ -46,6 +46,17 @@ def test_differences_pair_the_seeds():
     found = stats.paired({0: 0.5, 1: 0.9, 7: 0.0}, {1: 0.8, 0: 0.4, 8: 1.0})
     assert found.mean == pytest.approx(0.1) and found.low == pytest.approx(0.1) and found.count == 2
     assert stats.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_no_interval_of_a_difference_leaves_what_accuracies_can_differ_by(tmp_path):
+    """Two seeds that gain 0.9 and 0.7: 0.8 ± 12.706 · 0.1, which t alone would let reach 207 points."""
+    gains = [(0, 0.0, 0.9), (1, 0.0, 0.7)]
+    paths = [
+        make_run(tmp_path, f"s{seed}", seed, [{"step": 0, "eval_accuracy": a}, {"step": 1, "eval_accuracy": b}])
+        for seed, a, b in gains
+    ]
+    (row,) = tables.accuracy_table(read.read_variants(paths)).rows
+    assert row[5] == "+80.0 (-47.1 to +100.0)"
 
 
 def test_trailing_mean_leaves_gaps_out():

@@ -109,10 +109,12 @@ def _interval(found: Estimate | None, clip: bool = False) -> str:
 
 
 def _difference(found: Estimate | None) -> str:
-    """``+3.1 (1.0 to 5.2) ▲``."""
+    """``+3.1 (+1.0 to +5.2) ▲``; no difference of two accuracies is beyond ±100."""
     if found is None:
         return "–"
-    around = "" if found.low is None else f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    around = ""
+    if found.low is not None:
+        around = f" ({100 * max(-1.0, found.low):+.1f} to {100 * min(1.0, found.high):+.1f})"
     mark = "" if not found.excludes_zero else " ▲" if found.mean > 0 else " ▼"
     return f"{100 * found.mean:+.1f}{around}{mark}"
 
