@@ -1,5 +1,6 @@
 """Supervised losses: hand numbers, double-loop twins with finite differences, poison, split, chunks of tokens."""
 
+import dataclasses
 import math
 
 import jax
@@ -65,6 +66,24 @@ def test_twin(name, options, token_loss, reduce):
 
     np.testing.assert_allclose(value, slow(data, data), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("asft", "ref_kl"), ("sft_kl", "ref_kl"), ("label_smoothing", "mean_logp"), ("z_loss", "logsumexp"),
+     ("forward_kl", "teacher_divergence"), ("reverse_kl", "teacher_divergence"), ("jsd", "teacher_divergence")],
+)  # fmt: skip
+def test_gradient_by_what_else_it_differentiates(name, field):
+    """The model's gradient also comes through these inputs: finite differences, with NaN at every masked position."""
+    _, options, token_loss, reduce = next(case for case in CASES if case[0] == name)
+    loss, data = losses.get(name, **options), twin.arrays()
+    inputs = cases.poisoned(losses.reduce.whole_step(cases.make("sft", data, keys=set(data))), float("nan"))
+    grad = jax.grad(lambda values: loss(dataclasses.replace(inputs, **{field: values}))[0])(getattr(inputs, field))
+
+    def slow(data, frozen):
+        return twin.aggregate(reduce, lambda s, t: s.token_weights[t] * token_loss(s, t), data, frozen)
+
+    np.testing.assert_allclose(grad, twin.finite_difference(slow, data, field), rtol=1e-4, atol=1e-6)
 
 
 # Three tokens with p = .5, .25, .25 in sequences of one and two.
