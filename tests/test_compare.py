@@ -201,8 +201,9 @@ def test_the_report_holds_the_numbers(two_losses):
     where, paths = two_losses
     path, _ = report.write_report(where, paths)
     rows = {tuple(row) for row in Page(path.read_text()).rows}
-    # Means 0.7 and 0.8; half-widths 12.706 · 0.1 leave [0, 1] on both sides. Every pair differs by exactly 0.1.
-    assert ("grpo", "2", "50.0", "70.0", "0.0 to 100.0", "+20.0 (-107.1 to +147.1)", "") in rows
+    # Means 0.7 and 0.8; half-widths 12.706 · 0.1 leave [0, 1] on both sides, and [-1, 1] for gains: such intervals end
+    # where accuracies do. Every pair differs by exactly 0.1.
+    assert ("grpo", "2", "50.0", "70.0", "0.0 to 100.0", "+20.0 (-100.0 to +100.0)", "") in rows
     (gspo,) = [row for row in rows if row[:4] == ("gspo", "2", "50.0", "80.0")]
     assert gspo[6] == "+10.0 (+10.0 to +10.0) ▲"
     assert ("grpo", "60.0 (50.0–70.0)", "80.0 (70.0–90.0)") in rows
