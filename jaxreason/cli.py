@@ -39,6 +39,7 @@ def _start(deterministic: bool = False, cluster: distributed.Cluster | None = No
     from jaxreason.train.run import console
 
     platform = xla.detect()
+    xla.leave_out_absent_gpu()
     chosen = xla.configure(platform, distributed.devices(cluster), deterministic)
     console.quiet = cluster is not None and cluster.process > 0  # one process speaks; errors come from every one
     distributed.start(cluster, timeout_s)
@@ -94,6 +95,8 @@ def convert(argv=None) -> None:
     back.add_argument("model", metavar="DIR|HUB_ID")
     back.add_argument("out", metavar="OUT")
     args = parser.parse_args(argv)
+    # Work for the host: a GPU may be busy training, and has less memory.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxreason import convert as work
 
     print(work.to_hf(args.model, args.out, args.dtype) if args.verb == "to-hf" else work.from_hf(args.model, args.out))

@@ -15,6 +15,8 @@ import functools
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -127,12 +129,34 @@ def cache_dir() -> Path:
     return Path(os.environ.get("JAXREASON_CACHE", "~/.cache/jaxreason")).expanduser() / "xla"
 
 
+_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+_DRIVER = ("/proc/driver/nvidia", "/dev/dxg")  # the second: Windows' subsystem for Linux
+
+
 def detect() -> Literal["cpu", "gpu"]:
     """What jax will use by default, without starting it: a GPU if its plugin and a driver are here."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     if asked:
         return "gpu" if asked.split(",")[0] in ("cuda", "gpu") else "cpu"
-    from importlib.util import find_spec
+    return "gpu" if _has_cuda_plugin() and _has_driver() else "cpu"
 
-    plugin = any(find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin"))
-    return "gpu" if plugin and Path("/proc/driver/nvidia").exists() else "cpu"
+
+def leave_out_absent_gpu() -> None:
+    """Keeps jax from looking for a GPU where CUDA's plugin is installed, as the extra ``plan`` does, and no driver is.
+
+    Its search would end in a stack trace. Where another accelerator's plugin is, or the user named platforms, nothing
+    is changed.
+    """
+    import jax
+
+    others = [plugin.name for plugin in entry_points(group="jax_plugins") if "cuda" not in plugin.name]
+    if _has_cuda_plugin() and not (_has_driver() or others or find_spec("libtpu") or os.environ.get("JAX_PLATFORMS")):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _has_cuda_plugin() -> bool:
+    return any(find_spec(name) for name in _CUDA_PLUGINS)
+
+
+def _has_driver() -> bool:
+    return any(Path(path).exists() for path in _DRIVER)

@@ -112,3 +112,12 @@ def test_detect_follows_what_was_asked(monkeypatch):
     for asked, found in (("cpu", "cpu"), ("cuda", "gpu"), ("gpu,cpu", "gpu"), ("cpu,cuda", "cpu")):
         monkeypatch.setenv("JAX_PLATFORMS", asked)
         assert xla.detect() == found
+
+
+def test_a_plugin_without_a_gpu_says_nothing():
+    """The extras plan and test install CUDA's plugin; without a driver its search for a GPU ends in a stack trace."""
+    code = "from jaxreason import xla; xla.leave_out_absent_gpu(); import jax; print(jax.default_backend())"
+    clean = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    assert xla.detect() == "gpu" or done.stdout.strip() == "cpu"
