@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import cli, losses
 from jaxreason.errors import UserError
 from jaxreason.losses import advantage
+from jaxreason.losses.check import tiny_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -244,3 +246,14 @@ def test_eight_devices_equal_one():
     env = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_loss_of_ones_own_is_watched_as_the_built_in_ones_are():
+    """soft_clip returns one metric; ratios, entropy and the sampler's gap are those that grpo reports."""
+    inputs = tiny_inputs("policy")
+    own = losses.get(f"{ROOT}/examples/my_loss.py:soft_clip")(inputs)[1]
+    grpo = losses.get("grpo", kl_coef=0.1)(inputs)[1]
+    shared = set(grpo) - {"clip_fraction", "clip_low_fraction", "clip_high_fraction"}
+    assert set(own) == shared | {"saturated_fraction"}
+    for name in shared:
+        np.testing.assert_allclose(own[name], grpo[name], rtol=1e-6, err_msg=name)

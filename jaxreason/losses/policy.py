@@ -120,7 +120,8 @@ def policy_loss(
 
     tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
     loss, clipped_low, clipped_high, corrected = surrogate(tokens, **surrogate_options)
-    metrics = _ratio_metrics(log_w, clipped_low, clipped_high, sequences.live, totals)
+    metrics = _ratio_metrics(log_w, sequences.live, totals) | _other_metrics(inputs, sequences.live, totals)
+    metrics |= _clip_metrics(clipped_low, clipped_high, sequences.live, totals)
 
     if off_policy_threshold is not None:
         drifted_from = _logp_of(off_policy_behaviour, inputs)
@@ -134,7 +135,6 @@ def policy_loss(
         loss = loss if corrected else loss * rho
         metrics["correction_mean"] = _mean(rho, sequences.live, totals)
         metrics["correction_dropped"] = _mean(rho == 0, sequences.live, totals)
-    metrics |= _sampler_metrics(inputs, sequences.live, totals)
 
     if kl_coef != 0 or inputs.ref_logp is not None:
         estimate = kl(
@@ -155,8 +155,6 @@ def policy_loss(
     value = jnp.sum(weights * loss)
 
     coef = entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
-    if inputs.entropy is not None:
-        metrics["entropy"] = _mean(inputs.entropy, sequences.live, totals)
     if inputs.entropy_coef is not None or entropy_coef != 0:
         bonus = coef * need(inputs, "entropy", "entropy_coef")
         if entropy_over == "top" and top_entropy is not None:
@@ -200,7 +198,21 @@ def _mean(values: Array, live: Array, totals: Totals) -> Array:
     return total / jnp.maximum(totals.tokens, 1.0)
 
 
-def _ratio_metrics(log_w: Array, low: Array, high: Array, live: Array, totals: Totals) -> Metrics:
+def shared_metrics(inputs: PolicyInputs) -> Metrics:
+    """What a policy is watched by whatever its loss: ``ratio_*`` and ``policy_kl`` of the token ratio, ``entropy``,
+    ``sampler_gap``, ``sampler_gap_max`` and ``kl`` (k3), each where its inputs are there."""
+    inputs, sequences = clean(inputs)
+    totals = totals_of(inputs, sequences)
+    log_w = log_ratio(inputs.logp, inputs.old_logp, "token", OPTIONS["log_ratio_clamp"], sequences)
+    metrics = _ratio_metrics(log_w, sequences.live, totals) | _other_metrics(inputs, sequences.live, totals)
+    if inputs.ref_logp is not None:
+        clamp = OPTIONS["kl_log_ratio_clamp"]
+        estimate = kl(inputs.logp, inputs.ref_logp, "k3", log_ratio=log_w, log_ratio_clamp=clamp)
+        metrics["kl"] = _mean(estimate, sequences.live, totals)
+    return {key: stop_gradient(metric) for key, metric in metrics.items()}
+
+
+def _ratio_metrics(log_w: Array, live: Array, totals: Totals) -> Metrics:
     w = jnp.exp(log_w)
     return {
         "ratio_mean": _mean(w, live, totals),
@@ -209,14 +221,20 @@ def _ratio_metrics(log_w: Array, low: Array, high: Array, live: Array, totals: T
         "ratio_max": jnp.max(jnp.where(live, w, 0.0)),
         "ratio_min": jnp.min(jnp.where(live, w, jnp.inf)),
         "policy_kl": _mean(jnp.expm1(log_w) - log_w, live, totals),
+    }
+
+
+def _clip_metrics(low: Array, high: Array, live: Array, totals: Totals) -> Metrics:
+    return {
         "clip_fraction": _mean(low | high, live, totals),
         "clip_low_fraction": _mean(low, live, totals),
         "clip_high_fraction": _mean(high, live, totals),
     }
 
 
-def _sampler_metrics(inputs: PolicyInputs, live: Array, totals: Totals) -> Metrics:
-    if inputs.sampler_logp is None:
-        return {}
-    gap = jnp.abs(inputs.old_logp - inputs.sampler_logp)
-    return {"sampler_gap": _mean(gap, live, totals), "sampler_gap_max": jnp.max(jnp.where(live, gap, 0.0))}
+def _other_metrics(inputs: PolicyInputs, live: Array, totals: Totals) -> Metrics:
+    found = {} if inputs.entropy is None else {"entropy": _mean(inputs.entropy, live, totals)}
+    if inputs.sampler_logp is not None:
+        gap = jnp.abs(inputs.old_logp - inputs.sampler_logp)
+        found |= {"sampler_gap": _mean(gap, live, totals), "sampler_gap_max": jnp.max(jnp.where(live, gap, 0.0))}
+    return found

@@ -18,7 +18,7 @@ from jaxreason.errors import UserError
 from jaxreason.losses import correction, kl, ratio, reduce, sft, variants
 from jaxreason.losses.check import reads
 from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs
-from jaxreason.losses.policy import BEHAVIOURS, ENTROPY_OVER, KL_RATIOS, policy_loss
+from jaxreason.losses.policy import BEHAVIOURS, ENTROPY_OVER, KL_RATIOS, policy_loss, shared_metrics
 from jaxreason.losses.reduce import whole_step
 from jaxreason.losses.suggest import nearest
 
@@ -225,15 +225,27 @@ def _custom(name: str, wanted: Kind | None, options: dict[str, Any]) -> Loss:
         raise UserError(
             f"loss {name} needs {sorted(unknown)}; a {kind} loss can need {', '.join(OPTIONAL_INPUTS[kind])}"
         )
+
+    def whole(inputs: Inputs, **given: Any) -> tuple[Array, dict[str, Array]]:
+        inputs = whole_step(inputs)
+        found = function(inputs, **given)
+        # Beside a policy loss's own metrics stand those of every policy, so that losses compare; its own names win.
+        return (found[0], shared_metrics(inputs) | found[1]) if kind == "policy" and _is_pair(found) else found
+
     return Loss(
         name=name,
         options=bound,
         kind=kind,
         tokenwise=bool(getattr(function, "tokenwise", False)),
         needs=needs,
-        function=lambda inputs, **given: function(whole_step(inputs), **given),
+        function=whole,
         advantage=getattr(function, "advantage", None) or ("grpo" if kind == "policy" else None),
     )
+
+
+def _is_pair(found: Any) -> bool:
+    """Whether a loss returned (value, metrics); ``check`` says what is wrong with anything else."""
+    return isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)
 
 
 def _load(name: str) -> Callable:
