@@ -124,7 +124,9 @@ def test_the_3b_fsdp_step_gathers_layers_and_never_the_whole():
     assert report["needed_words"] == ["train.microbatch_size=8"]
     assert report["xla_options"]["xla_gpu_enable_latency_hiding_scheduler"] is True
     # measured 25.2 GiB with the flags that train.py sets for several GPUs, 23.3 without
-    assert report["memory"]["total"] <= 25.7 * GIB
+    assert 24.5 * GIB <= report["memory"]["total"] <= 25.7 * GIB
+    # they peel the loop over layers, so that a layer's gather runs beside the layer before: its body stands there more often
+    assert compiled["update"].text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') > 1
     assert report["recompute"] == pytest.approx(1, abs=1e-3) and report["attention_per_layer"] == [1, 1]
     # bytes in bfloat16 of a layer's kernels (embed 3072, mlp 8192, 24 and 8 heads of 128), and of the table
     layer, table = 2 * 3072 * (3 * 8192 + 2 * 3072 + 2 * 1024), 2 * 128_256 * 3072
@@ -154,8 +156,9 @@ def test_the_grpo_step_over_devices_gathers_the_table_in_few_chunks_and_reduces_
     program = phases.update(here, SMALL, OPTIMIZER, losses.get("grpo", kl_coef=0.01), batch, 1)
     table = SMALL.vocab_size * SMALL.embed_dim * 2
     gathered = [c for c in program.collectives if c.kind == "all-gather"]
-    # 2^26 logits of the device's own 4096 tokens are 16,384 entries: eight chunks forward, eight backward, one look-up
-    assert sum(c.times for c in gathered if c.bytes >= table // 8) <= 8 + 8 + 3
+    # 2^26 logits of the device's own 4096 tokens are 16,384 entries: eight chunks forward, eight backward, one look-up; and
+    # each layer forward and backward. Chunks for all devices' tokens would be 63 and 63.
+    assert sum(c.times for c in gathered if c.bytes >= 2**20) <= 8 + 8 + 1 + 2 * SMALL.num_layers
     layer = SMALL.embed_dim * (3 * SMALL.mlp_dim + (2 * SMALL.num_heads + 2 * SMALL.num_kv_heads) * SMALL.head_dim)
     assert sum(c.total_bytes for c in gathered) <= 1.05 * (3 * table + 2 * SMALL.num_layers * 2 * layer)
     assert sum(c.total_bytes for c in program.collectives if c.kind == "all-reduce") < 2**20

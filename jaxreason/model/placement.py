@@ -2,7 +2,9 @@
 
 Parameters are split on their embedding axis over ``fsdp``, and so is what is looked up in them. Left alone, the
 partitioner carries that split on into the residual stream: it then sums partial logits over devices instead of
-gathering the table once. So rows are pinned to devices where they enter, and leave, a layer. Without a mesh in context
+gathering the table once. So the head is walked by each device over its own rows (``vocab.py``), and rows are pinned to
+devices where they enter, and leave, a layer: jax 0.10.2 would put them there by itself on an fsdp mesh (compiled both
+ways), which the pin says instead of hoping for. Without a mesh in context
 (``jax.set_mesh``), or with one device, nothing here does anything.
 """
 
