@@ -59,6 +59,14 @@ def test_no_interval_of_a_difference_leaves_what_accuracies_can_differ_by(tmp_pa
     assert row[5] == "+80.0 (-47.1 to +100.0)"
 
 
+def test_one_update_a_rollout_is_pointed_out(tmp_path):
+    notes = []
+    for name, word in (("once", "train.updates_per_rollout=1"), ("twice", "train.updates_per_rollout=2")):
+        path = make_run(tmp_path, name, 0, [{"step": 1, "reward": 0.5}], word)
+        notes.append(tables.end_table(read.read_variants([path])).notes)
+    assert tables.ONE_UPDATE in notes[0] and tables.ONE_UPDATE not in notes[1]
+
+
 def test_trailing_mean_leaves_gaps_out():
     assert stats.trailing_mean([1.0, 3.0, None, 5.0], 2) == [1.0, 2.0, None, 5.0]
     assert stats.trailing_mean([4.0, 2.0], 1) == [4.0, 2.0]

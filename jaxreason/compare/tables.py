@@ -14,6 +14,11 @@ from jaxreason.compare.curves import TITLES, main_metrics
 from jaxreason.compare.read import Run, Variant
 from jaxreason.compare.stats import Estimate, estimate, paired, t_factor
 
+ONE_UPDATE = (
+    "One update a rollout: every ratio is 1, nothing is clipped, and built-in losses differ in aggregation and advantage "
+    "alone. To compare what they make of the ratio: train.updates_per_rollout=2 train.minibatches=2."
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -133,6 +138,8 @@ def end_table(variants: Sequence[Variant]) -> Table:
         "Mean over the last tenth of the steps, then over seeds; in brackets the lowest and highest seed.",
         "Seconds a step: the median, without the first step, which compiles, and without evaluations.",
     ]
+    if {run.config["train"].get("updates_per_rollout") for v in variants for run in v.runs} == {1}:
+        notes.append(ONE_UPDATE)
     return Table("End of training", ["", *(v.label for v in variants)], rows, notes)
 
 

@@ -9,7 +9,7 @@ from jaxreason.compare.gradients import measure
 from jaxreason.compare.read import write_offline
 from jaxreason.compare.report import write_report
 from jaxreason.compare.runs import Planned, check, has_steps, plan, train_all
-from jaxreason.compare.tables import show
+from jaxreason.compare.tables import ONE_UPDATE, show
 from jaxreason.errors import UserError
 from jaxreason.train.run import console
 
@@ -19,6 +19,8 @@ __all__ = ["Planned", "finish", "offline", "plan", "train"]
 def train(planned: Sequence[Planned]) -> None:
     """Trains what is not trained yet, then reports. Raises UserError, after the report, if a run failed on its way."""
     check(planned)
+    if planned[0].config.algorithm == "grpo" and planned[0].config.train.updates_per_rollout == 1:
+        console.print(ONE_UPDATE)
     failures = train_all(planned)
     if failures is None:
         console.print("the comparison stopped; the same command goes on")
