@@ -3,37 +3,37 @@
 Nothing here touches a device or imports jax, so a wrong key is reported in a second.
 """
 
-from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, parse_words
-from jaxreason.config.schema import (
-    ALGORITHMS,
-    RESUMABLE,
+from jaxreason.config.grpo import (
     Advantage,
     Correction,
-    Data,
-    Decode,
     Entropy,
-    Eval,
     GrpoConfig,
     GrpoData,
     GrpoEval,
     GrpoLoss,
     GrpoTrain,
     Kl,
+    Reward,
+    RewardTerm,
+    Rollout,
+    Teacher,
+)
+from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, parse_words
+from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig
+from jaxreason.config.schema import (
+    Data,
+    Decode,
+    Eval,
     Loss,
     Mesh,
     Model,
     Optimizer,
     Problems,
-    Reward,
-    RewardTerm,
-    Rollout,
     Run,
-    RunConfig,
     Section,
     SftConfig,
     SftLoss,
     Task,
-    Teacher,
     Train,
 )
 

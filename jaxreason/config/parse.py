@@ -13,7 +13,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
-from jaxreason.config.schema import ALGORITHMS, RunConfig, Section
+from jaxreason.config.run import ALGORITHMS, RunConfig
+from jaxreason.config.schema import Section
 from jaxreason.errors import UserError
 
 

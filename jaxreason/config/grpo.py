@@ -1,0 +1,194 @@
+"""The sections of a GRPO config that it does not share with SFT. A key's docstring is its documentation everywhere."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from jaxreason.config.schema import (
+    Eval,
+    Fraction,
+    Loss,
+    Mesh,
+    Model,
+    NonNegative,
+    Optimizer,
+    Positive,
+    Problems,
+    Run,
+    Section,
+    Train,
+)
+
+
+class GrpoData(Problems):
+    max_prompt_tokens: Positive = 512
+    """Problems with a longer prompt are dropped and counted."""
+    shuffle: bool = True
+    """A new order each epoch, from the seed; false: source order."""
+
+
+class GrpoLoss(Loss):
+    name: str = "grpo"
+    """A named policy loss, or ``package.module:function``."""
+    preset: Literal["trl", "verl", "nemo"] | None = None
+    """Conventions of another framework where they differ; ``options`` win over it."""
+
+
+class Rollout(Section):
+    prompts_per_step: Positive = 16
+    group_size: Positive = 8
+    """Completions of each prompt (G)."""
+    max_completion_tokens: Positive = 1024
+    temperature: float = Field(1.0, gt=0)
+    """Log-probs are of the distribution at this temperature, in the sampler and in the learner."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: NonNegative = 0
+    """0: all."""
+    min_p: Fraction = 0.0
+    slots: Positive = 64
+    """Sequences decoded at once, on all devices together; every device has as many, rounded up."""
+    resample_rounds: NonNegative = 0
+    """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step."""
+
+
+class RewardTerm(Section):
+    name: str
+    """A named reward, or ``package.module:function``."""
+    weight: float = 1.0
+    options: dict[str, Any] = Field({})
+
+
+class Reward(Section):
+    functions: list[RewardTerm] = Field([RewardTerm(name="accuracy")])
+    """The reward is the weighted sum."""
+    workers: NonNegative = 2
+    """Grading processes; 0: in this one, without a time limit."""
+    timeout_s: float = Field(10.0, gt=0)
+    """A grader that takes longer is killed; its sample gets no reward and is counted."""
+    on_error: Literal["count", "stop"] = "count"
+
+
+class Advantage(Section):
+    name: str | None = None
+    """An estimator of ``jaxreason.losses.advantage``; null: the one that belongs to the loss."""
+    options: dict[str, Any] = Field({})
+
+
+class Kl(Section):
+    coef: float = Field(0.0, ge=0)
+    """Coefficient of the KL to the reference, the starting weights; 0: no reference model is kept."""
+    placement: Literal["loss", "reward"] | None = None
+    """A term of the loss by token, or k1 taken off the reward; null: as the loss's paper has it (rloo and reinforce_pp
+    in the reward, the others in the loss)."""
+    estimator: Literal["k1", "k2", "k3", "k1+", "k3+", "k3_unbiased"] | None = None
+    """Of the KL in the loss; null: k3, or what ``loss.preset`` has."""
+    offload: bool = False
+    """Keep the reference in host memory and copy it to the devices once a step, to score."""
+
+
+class Entropy(Section):
+    target: float | None = Field(None, gt=0)
+    """Nats a token: the bonus's coefficient rises below it and falls above it (Skywork-OR1, arXiv 2505.22312); null: the
+    coefficient is the loss's option ``entropy_coef``."""
+    coef: float = Field(0.0, ge=0)
+    """The adaptive coefficient's first value."""
+    delta: float = Field(0.005, gt=0)
+    """Its change a step."""
+
+
+class Teacher(Section):
+    weights: str | None = None
+    """On-policy distillation: a model with the same tokenizer, Hugging Face directory, hub id or run; null: none."""
+    coef: float = Field(1.0, gt=0)
+    """c of c·(log π_teacher − log π_policy), added to the advantage of every sampled token. With advantage.name=zero
+    and loss.name=importance_sampling the teacher alone teaches."""
+    offload: bool = False
+    """Keep the teacher in host memory and copy it to the devices once a step, to score."""
+
+
+class Correction(Section):
+    """MGRPO (arXiv 2506.04746): a second layer, in which the policy corrects its own first answers."""
+
+    samples: NonNegative = 0
+    """Corrections drawn of every completion (H); 0: no second layer."""
+    phrases: list[str] = Field(
+        [
+            "Where might I have gone wrong this time? Let me double-check carefully.",
+            "Wait, let me double-check that.",
+            "Wait a minute, let me make sure I didn't make a mistake.",
+            "Hmm, let me think if there's another way to approach this problem.",
+            "Wait, maybe I can think about it like this:",
+            "Another thought: maybe I can",
+            "But wait, let me just make sure I didn't miss anything in the original problem.",
+        ],
+        min_length=1,
+    )
+    """What is said after the first answer; one is drawn for each."""
+    compare: Literal["completion", "prompt", "first"] = "completion"
+    """Whom a correction's advantage compares it with: the corrections of the same completion, all of the same prompt, or
+    the first answer itself (its reward less the first answer's)."""
+    train: Literal["verified", "all", "none"] = "verified"
+    """Corrections that are trained: those that are right by the first reward function, all, or none (measured only)."""
+
+
+class GrpoTrain(Train):
+    updates_per_rollout: Positive = 1
+    """Optimizer updates made from one rollout."""
+    minibatches: Positive = 1
+    """Parts that a rollout is split into; update u trains part u mod minibatches."""
+    truncated: Literal["train", "mask"] = "train"
+    """What a completion that ran into max_completion_tokens teaches: its reward, or nothing."""
+
+    @model_validator(mode="after")
+    def _whole_passes(self):
+        if self.updates_per_rollout % self.minibatches:
+            raise ValueError(
+                f"train.updates_per_rollout {self.updates_per_rollout} is not a multiple of "
+                f"train.minibatches {self.minibatches}"
+            )
+        return self
+
+
+class GrpoEval(Eval):
+    samples: Positive = 1
+    """Completions a problem beside the greedy one, for avg@k; 1: greedy only."""
+    temperature: float = Field(0.6, gt=0)
+    """Of those samples."""
+
+
+class GrpoConfig(Section):
+    algorithm: Literal["grpo"]
+    run: Run
+    model: Model
+    data: GrpoData
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    advantage: Advantage = Advantage()
+    loss: GrpoLoss = GrpoLoss()
+    kl: Kl = Kl()
+    entropy: Entropy = Entropy()
+    teacher: Teacher = Teacher()
+    correction: Correction = Correction()
+    optimizer: Optimizer = Optimizer()
+    train: GrpoTrain
+    eval: GrpoEval = GrpoEval()
+    mesh: Mesh = Mesh()
+
+    @model_validator(mode="after")
+    def _splits(self):
+        sequences = self.rollout.prompts_per_step * self.rollout.group_size
+        if sequences % self.train.minibatches:
+            raise ValueError(
+                f"train.minibatches {self.train.minibatches} does not divide the {sequences} sequences of a rollout "
+                "(rollout.prompts_per_step x rollout.group_size)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _correction(self):
+        if self.correction.samples == 1 and self.correction.compare == "completion":
+            raise ValueError(
+                "correction.samples=1 leaves a group of one, whose advantage is 0; use 2 or more, or another "
+                "correction.compare"
+            )
+        return self
