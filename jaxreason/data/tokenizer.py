@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jaxreason.errors import UserError
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded_tokenizer"
 _STOPS = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>")
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>")
 
 
@@ -89,26 +91,35 @@ def load(name_or_dir: str | Path) -> Tokenizer:
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
     if path.exists() or name == "embedded" or not hub.ID.match(name):
         return _load_directory(path)
-    from transformers import AutoTokenizer
-
     offline = hub.offline()
     try:
-        hf = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        hf = _auto_tokenizer().from_pretrained(name, local_files_only=offline)
     except (OSError, ValueError, KeyError, ImportError) as error:
         state = "the hub cannot be reached and it is not in the local cache" if offline else hub.reason(error)
         raise UserError(f"tokenizer {name}: no such directory, and as a hub id: {state}; {hub.HELP}") from None
     return Tokenizer(hf, _hub_generation_config(name, offline))
 
 
-def _load_directory(path: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
+def _auto_tokenizer() -> type:
+    """transformers' AutoTokenizer, imported without the advice that torch is missing: nothing here needs it."""
+    before = os.environ.get(_NO_ADVICE)
+    os.environ[_NO_ADVICE] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        del os.environ[_NO_ADVICE]
+        if before is not None:
+            os.environ[_NO_ADVICE] = before
+    return AutoTokenizer
 
+
+def _load_directory(path: Path) -> Tokenizer:
     if not path.is_dir():
         raise UserError(f"tokenizer {path}: no such directory; give a directory with tokenizer.json or a hub id")
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {path}: the directory has no tokenizer.json; copy the tokenizer's files there")
     try:
-        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        hf = _auto_tokenizer().from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json
         raise UserError(f"tokenizer {path}: cannot be read: {hub.reason(error)}") from None
     return Tokenizer(hf, _read_json(path / "generation_config.json"))
