@@ -13,7 +13,7 @@ from jaxreason.data.prompts import load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.model import unstack
-from jaxreason.rollout import Engine, Sampling
+from jaxreason.rollout import Engine, sampling_of
 from jaxreason.sharding import make_mesh, replicated
 from jaxreason.train.evaluation import evaluate
 from jaxreason.weights import locate
@@ -32,10 +32,7 @@ def open_model(name: str, options: cfg.Decode, slots: int) -> Opened:
     tokenizer = load(source.tokenizer)
     config = source.config(options.compute_dtype, options.compute_dtype).replace(attention=options.attention)
     stops = tuple(sorted({*config.stop_ids, *tokenizer.stop_ids}))
-    sampling = Sampling(
-        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p,
-        max_completion_tokens=options.max_completion_tokens,
-    )  # fmt: skip
+    sampling = sampling_of(options)
     mesh = make_mesh(cfg.Mesh())
     params = source.params(config, mesh)
     params = jax.jit(lambda p: unstack(p, config), out_shardings=replicated(mesh))(params)

@@ -23,7 +23,7 @@ from jaxreason.data.prompts import load_prompts
 from jaxreason.errors import UserError
 from jaxreason.model import unstack
 from jaxreason.rewards.pool import RewardPool
-from jaxreason.rollout import Engine, Sampling
+from jaxreason.rollout import Engine, sampling_of
 from jaxreason.sharding import check_batch, make_mesh, replicated
 from jaxreason.train import advantages, minibatch, rollouts
 from jaxreason.train import optimizer as opt
@@ -114,10 +114,7 @@ def _roll_out(config: cfg.GrpoConfig, setup: Setup, params: dict, mesh) -> list[
     prompts = load_prompts(
         config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat
     )
-    sampling = Sampling(
-        temperature=config.rollout.temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k,
-        min_p=config.rollout.min_p, max_completion_tokens=config.rollout.max_completion_tokens,
-    )  # fmt: skip
+    sampling = sampling_of(config.rollout)
     engine = Engine(setup.config, setup.tokenizer.stop_ids, sampling, slots=config.rollout.slots)
     weights = jax.jit(lambda p: unstack(p, setup.config), out_shardings=replicated(mesh))(params)
     graders = [(rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions]

@@ -23,6 +23,7 @@ from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig
 from jaxreason.config.schema import (
     Data,
     Decode,
+    Draw,
     Eval,
     Loss,
     Mesh,
@@ -44,6 +45,7 @@ __all__ = [
     "Correction",
     "Data",
     "Decode",
+    "Draw",
     "Entropy",
     "Eval",
     "GrpoConfig",

@@ -5,8 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from jaxreason.config.schema import (
+    Draw,
     Eval,
-    Fraction,
     Loss,
     Mesh,
     Model,
@@ -34,17 +34,12 @@ class GrpoLoss(Loss):
     """Conventions of another framework where they differ; ``options`` win over it."""
 
 
-class Rollout(Section):
+class Rollout(Draw):
     prompts_per_step: Positive = 16
     group_size: Positive = 8
     """Completions of each prompt (G)."""
-    max_completion_tokens: Positive = 1024
     temperature: float = Field(1.0, gt=0)
     """Log-probs are of the distribution at this temperature, in the sampler and in the learner."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: NonNegative = 0
-    """0: all."""
-    min_p: Fraction = 0.0
     slots: Positive = 64
     """Sequences decoded at once, on all devices together; every device has as many, rounded up."""
     resample_rounds: NonNegative = 0

@@ -209,9 +209,7 @@ class Mesh(Section):
         return self
 
 
-class Decode(Section):
-    """Words of generate.py and evaluate.py."""
-
+class Draw(Section):
     temperature: float = Field(0.0, ge=0)
     """0: greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -219,6 +217,11 @@ class Decode(Section):
     """0: all."""
     min_p: Fraction = 0.0
     max_completion_tokens: Positive = 1024
+
+
+class Decode(Draw):
+    """Words of generate.py and evaluate.py."""
+
     slots: Positive = 32
     """Sequences decoded at once."""
     seed: NonNegative = 0

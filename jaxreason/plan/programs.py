@@ -9,7 +9,7 @@ from jaxreason.model import LlamaConfig
 from jaxreason.plan import architecture, phases
 from jaxreason.plan.compile import Program, device_bytes
 from jaxreason.plan.phases import Place
-from jaxreason.rollout import Engine, Sampling, cache
+from jaxreason.rollout import Engine, Sampling, cache, sampling_of
 from jaxreason.rollout.run import prefill_rows
 from jaxreason.rollout.spread import devices_for
 from jaxreason.train import grpo, sft
@@ -151,10 +151,7 @@ def _grpo(s: Shape) -> Run:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
 
     planned = {"update": Planned(update, frozen), "decoding weights": _weights(s, moments | frozen)}
-    sampling = Sampling(
-        temperature=temperature, top_p=c.rollout.top_p, top_k=c.rollout.top_k, min_p=c.rollout.min_p,
-        max_completion_tokens=c.rollout.max_completion_tokens,
-    )  # fmt: skip
+    sampling = sampling_of(c.rollout)
     slots = math.ceil(c.rollout.slots / s.hosts)
     found, decoding = _decoding(s, "", slots, longest_prompt(c), sampling, state | frozen)
     planned |= found

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxreason import config as cfg
 from jaxreason.errors import UserError
 
 _BLOCK = 128  # vocabulary entries whose cumulative sum is formed only for the block that was drawn
@@ -44,6 +45,14 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; it is 0 (keeps every token) or more")
         if not 0.0 <= self.min_p <= 1.0:
             raise UserError(f"min_p is {self.min_p}; it is between 0 (keeps every token) and 1")
+
+
+def sampling_of(draw: cfg.Draw) -> Sampling:
+    """What a config's section says."""
+    return Sampling(
+        temperature=draw.temperature, top_p=draw.top_p, top_k=draw.top_k, min_p=draw.min_p,
+        max_completion_tokens=draw.max_completion_tokens,
+    )  # fmt: skip
 
 
 def sequence_key(seed: Array, step: Array, prompt: Array, sample: Array) -> Array:

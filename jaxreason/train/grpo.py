@@ -16,7 +16,7 @@ from jaxreason.errors import UserError
 from jaxreason.losses.policy import adapt_entropy_coef
 from jaxreason.model import param_count, unstack
 from jaxreason.rewards.pool import RewardPool
-from jaxreason.rollout import Engine, Sampling
+from jaxreason.rollout import Engine, sampling_of
 from jaxreason.sharding import batch_sharding, check_batch, make_mesh, replicated, within
 from jaxreason.train import advantages, correction, minibatch, rollouts
 from jaxreason.train import optimizer as opt
@@ -80,7 +80,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     abstract = states.abstract(model, optimizer, mesh)
     temperature = config.rollout.temperature
     slots = -(-config.rollout.slots // jax.process_count())  # an engine's are those of its process
-    engine = Engine(model, setup.tokenizer.stop_ids, _sampling(config.rollout), slots=slots)
+    engine = Engine(model, setup.tokenizer.stop_ids, sampling_of(config.rollout), slots=slots)
     step_fn = make_train_step(model, loss, optimizer, schedule, count, temperature)
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
     train_step = within(mesh, jax.jit(step_fn, donate_argnums=0, out_shardings=out))
@@ -247,13 +247,6 @@ def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
     losses.check(loss)
     advantages.estimator(config, loss)
     return loss
-
-
-def _sampling(rollout: cfg.Rollout) -> Sampling:
-    return Sampling(
-        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p,
-        max_completion_tokens=rollout.max_completion_tokens,
-    )  # fmt: skip
 
 
 class Bonus:
