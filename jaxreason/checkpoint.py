@@ -151,7 +151,7 @@ class Checkpoints:
         step = int(state.step)
         path = self.directory / f"{step:08d}"
         self.directory.mkdir(parents=True, exist_ok=True)
-        size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        size = sum(x.nbytes for x in jax.tree.leaves((state.model_params, state.opt_state)))
         free = shutil.disk_usage(self.directory).free
         if free < size * _MARGIN:
             raise UserError(
@@ -161,7 +161,7 @@ class Checkpoints:
         if jax.process_index() == 0 and path.exists():
             shutil.rmtree(path)
         try:
-            self._savers["params"].save(path / "params", state.params)
+            self._savers["params"].save(path / "params", state.model_params)
             self._savers["optimizer"].save(path / "optimizer", {"opt_state": state.opt_state})
         except OSError as error:
             raise _failed(step, error) from error
@@ -199,11 +199,17 @@ class Checkpoints:
         """The verified state of a step, on the shardings of ``abstract``, and the data iterator's state."""
         path = self.directory / f"{step:08d}"
         _verify_once(path)
-        params = restore_tree(path / "params", abstract.params)
+        params = restore_tree(path / "params", abstract.model_params)
         opt_state = restore_tree(path / "optimizer", {"opt_state": abstract.opt_state})["opt_state"]
         place = getattr(abstract.step, "sharding", None)
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), place)
-        return TrainState(count, params, opt_state), json.loads((path / "data.json").read_text())
+        trained, frozen = (_part(params, part) for part in (abstract.params, abstract.frozen))
+        return TrainState(count, trained, frozen, opt_state), json.loads((path / "data.json").read_text())
+
+
+def _part(params: dict, like: dict) -> dict:
+    """The leaves of ``params`` that ``like`` has too."""
+    return {key: _part(params[key], value) if isinstance(value, dict) else params[key] for key, value in like.items()}
 
 
 def _seal(step_dir: Path, model: LlamaConfig) -> None:

@@ -7,7 +7,6 @@ Decoding runs in jitted chunks; between chunks the host hands out finished seque
 several devices each decodes its share of the slots with its own copy of the weights.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -16,24 +15,12 @@ from jax.sharding import Mesh
 
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig
-from jaxreason.rollout import cache
-from jaxreason.rollout.run import Run, Running, prefill_rows
-from jaxreason.rollout.sampling import Sampling
-from jaxreason.rollout.spread import devices_for, padded, spread
-from jaxreason.rollout.steps import Programs, programs
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One sample of one prompt."""
-
-    prompt_index: int
-    sample_index: int
-    tokens: np.ndarray  # [n] int32; the stop token, if one was drawn, is the last
-    sampler_logp: np.ndarray  # [n] float32, under the distribution that was sampled (greedy: 0)
-    full_logp: np.ndarray  # [n] float32, under softmax(logits / temperature) without truncation (greedy: temperature 1)
-    truncated: bool  # ended by max_completion_tokens, not by a stop token
-    params_step: int | None  # optimizer step of the weights that drew it, as the caller said
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.generation import Generation, Running, prefill_rows
+from jaxreason.sampler.protocol import Completion
+from jaxreason.sampler.sampling import Sampling
+from jaxreason.sampler.engine.spread import devices_for, padded, spread
+from jaxreason.sampler.engine.steps import Programs, programs
 
 
 class Engine:
@@ -119,7 +106,7 @@ class Engine:
         self._check(prompts, group_size)
         params, mesh = spread(params, self.slots)
         slots = padded(self.slots, 1 if mesh is None else mesh.size)
-        run = Run(self, params, mesh, slots, prompts, group_size, seed, step, first_prompt)
+        run = Generation(self, params, mesh, slots, prompts, group_size, seed, step, first_prompt)
         finished: dict[tuple[int, int], Completion] = {}
         while run.refill():
             for sequence, ended in run.advance():
@@ -132,9 +119,9 @@ class Engine:
         return [finished[key] for key in sorted(finished)]
 
     def _completion(self, sequence: Running, params_step: int | None) -> Completion:
-        tokens, sampler_logp, full_logp = (np.concatenate(column) for column in zip(*sequence.parts))
+        tokens, behaviour_logp, policy_logp = (np.concatenate(column) for column in zip(*sequence.parts))
         return Completion(
-            sequence.prompt_index, sequence.sample_index, tokens, sampler_logp, full_logp,
+            sequence.prompt_index, sequence.sample_index, tokens, behaviour_logp, policy_logp,
             truncated=int(tokens[-1]) not in self.stop_ids, params_step=params_step,
         )  # fmt: skip
 

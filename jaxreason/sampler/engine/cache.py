@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from jaxreason.model import LlamaConfig
-from jaxreason.rollout.spread import AXIS, SPLIT, over, placed
+from jaxreason.sampler.engine.spread import AXIS, SPLIT, over, placed
 
 Caches = list[tuple[Array, Array]]  # per layer k and v, each [slots, K, C, H]
 
