@@ -31,7 +31,7 @@ def open_model(name: str, options: cfg.Decode, slots: int) -> Opened:
     source = locate(name)
     tokenizer = load(source.tokenizer)
     config = source.config(options.compute_dtype, options.compute_dtype).replace(attention=options.attention)
-    stops = tuple(sorted({*config.stop_ids, *tokenizer.stop_ids}))
+    stops = tuple(sorted({*config.arch.stop_ids, *tokenizer.stop_ids}))
     sampling = sampling_of(options)
     mesh = make_mesh(cfg.Mesh())
     params = source.params(config, mesh)

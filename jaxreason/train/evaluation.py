@@ -10,7 +10,7 @@ from jaxreason import rewards
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompt, Prompts
 from jaxreason.data.tokenizer import Tokenizer
-from jaxreason.model import LlamaConfig
+from jaxreason.model import ModelConfig
 from jaxreason.rewards import Reward
 from jaxreason.rewards.sample import Sample
 from jaxreason.rewards.worker import call
@@ -98,7 +98,7 @@ def evaluate(
 class GrpoEvaluator:
     """Greedy accuracy on held-out problems; avg@k where ``eval.samples`` asks for it; with a second layer, what it mends."""
 
-    def __init__(self, config: cfg.GrpoConfig, setup: Setup, problems: Prompts, model: LlamaConfig, chat: Chat):
+    def __init__(self, config: cfg.GrpoConfig, setup: Setup, problems: Prompts, model: ModelConfig, chat: Chat):
         self._problems, self._tokenizer, self._samples = problems.prompts, setup.tokenizer, config.eval.samples
         self._seed, self._grader, self._chat = config.run.seed, rewards.get(config.eval.grader), chat
         self._phrase = config.correction.phrases[0] if config.correction.samples else None

@@ -87,7 +87,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     score = within(mesh, jax.jit(make_score(model, count, temperature), out_shardings=batch_sharding(mesh)))
     to_rollout = jax.jit(lambda params: unstack(params, model), out_shardings=replicated(mesh))
     show_table("grpo", [
-        ("parameters", f"{param_count(model):,} ({model.num_layers} layers x {model.embed_dim})"),
+        ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
         ("weights from", config.model.weights or f"random, seed {seed}"),
         ("problems", f"{len(prompts)} of {prompts.rows} rows" + "".join(f", {n} {r}" for r, n in prompts.dropped.items())),
         ("held out", f"{len(problems)} problems" if problems else "none"),
@@ -127,7 +127,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         state = states.create(model, optimizer, mesh, seed)
     scored: dict[str, Frozen] = {}  # field of a sequence -> the model that fills it
     if config.kl.coef:
-        half = model.replace(param_dtype=model.compute_dtype)
+        half = model.replace(param_dtype=model.execution.compute_dtype)
         reference = setup.source.params(half, mesh) if setup.source else states.create(half, optimizer, mesh, seed).params
         scored["ref_logp"] = Frozen(score, reference, config.kl.offload)
         del reference

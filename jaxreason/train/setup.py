@@ -13,7 +13,7 @@ from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, preset
+from jaxreason.model import ModelConfig, preset
 from jaxreason.sharding import batch_sharding
 from jaxreason.types import Batch
 from jaxreason.weights import Source, locate
@@ -21,7 +21,7 @@ from jaxreason.weights import Source, locate
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    config: LlamaConfig
+    config: ModelConfig
     tokenizer: Tokenizer
     source: Source | None  # None: random weights
 
@@ -37,14 +37,14 @@ def open_model(model: cfg.Model) -> Setup:
         config = source.config(model.param_dtype, model.compute_dtype)
     name = model.tokenizer or (source.tokenizer if source else "embedded")
     tokenizer = load(name)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > config.arch.vocab_size:
         raise UserError(
-            f"tokenizer {name} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; "
+            f"tokenizer {name} has {tokenizer.vocab_size} tokens and the model {config.arch.vocab_size}; "
             "set model.tokenizer to the one that belongs to the model"
         )
     # What generation stops at is what training taught it to stop with, and what the export lists.
-    stops = tuple(sorted({*config.stop_ids, *tokenizer.stop_ids}))
-    bos_id = tokenizer.bos_id if config.bos_id is None else config.bos_id
+    stops = tuple(sorted({*config.arch.stop_ids, *tokenizer.stop_ids}))
+    bos_id = tokenizer.bos_id if config.arch.bos_id is None else config.arch.bos_id
     config = config.replace(attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=bos_id)
     return Setup(config, tokenizer, source)
 
@@ -66,15 +66,16 @@ def put(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def open_teacher(weights: str, setup: Setup) -> tuple[LlamaConfig, Source]:
+def open_teacher(weights: str, setup: Setup) -> tuple[ModelConfig, Source]:
     """A teacher with the student's tokenizer, in the student's compute dtype; reads no weights. Raises UserError."""
     source = locate(weights)
-    dtype = setup.config.compute_dtype
-    config = source.config(dtype, dtype).replace(attention=setup.config.attention)
-    if config.vocab_size != setup.config.vocab_size or load(source.tokenizer).hf.get_vocab() != setup.tokenizer.hf.get_vocab():
+    dtype = setup.config.execution.compute_dtype
+    config = source.config(dtype, dtype).replace(attention=setup.config.execution.attention)
+    theirs, ours = config.arch.vocab_size, setup.config.arch.vocab_size
+    if theirs != ours or load(source.tokenizer).hf.get_vocab() != setup.tokenizer.hf.get_vocab():
         raise UserError(
-            f"teacher.weights {weights}: its vocabulary ({config.vocab_size} entries) is not the model's "
-            f"({setup.config.vocab_size}); log-probs of tokens compare only where both have the same tokenizer: choose "
+            f"teacher.weights {weights}: its vocabulary ({theirs} entries) is not the model's "
+            f"({ours}); log-probs of tokens compare only where both have the same tokenizer: choose "
             "a teacher of the same family, or train on its text (SFT)"
         )
     return config, source

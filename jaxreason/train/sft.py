@@ -14,7 +14,7 @@ from jaxreason.data.batches import loader
 from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, param_count, unstack
+from jaxreason.model import ModelConfig, param_count, unstack
 from jaxreason.rollout import Engine, Sampling
 from jaxreason.sharding import batch_sharding, check_batch, make_mesh, replicated, within
 from jaxreason.train import optimizer as opt
@@ -48,7 +48,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         return done
     trace = Trace(run.path / "profile", config.train.profile_steps, total)
     micro = config.train.microbatch_size or batch_size
-    model = dataclasses.replace(setup.config, remat=config.model.remat)
+    model = setup.config.replace(remat=config.model.remat)
 
     # ---- devices
     mesh = make_mesh(config.mesh)
@@ -72,12 +72,12 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         started = time.monotonic()
         out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
         train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=out).lower(abstract, batch_shape, frozen_shape).compile()
-    state_bytes = _bytes(abstract)
+    state_bytes, run_as = _bytes(abstract), model.execution
     memory = train_step.memory_analysis()
     show_table("model", [
-        ("parameters", f"{param_count(model):,} ({model.num_layers} layers x {model.embed_dim})"),
+        ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
         ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
-        ("dtypes", f"{model.param_dtype} weights, {model.compute_dtype} matmuls, {config.optimizer.moment_dtype} moments"),
+        ("dtypes", f"{run_as.param_dtype} weights, {run_as.compute_dtype} matmuls, {config.optimizer.moment_dtype} moments"),
         ("loss", f"{config.loss.name} {config.loss.options or ''}"),
         *([("compared with", f"{compared.name}, {gib(_bytes(frozen_shape))} kept on the devices")] if compared else []),
         ("batch", f"{batch_size} rows x {rows.length} tokens, {batch_size // micro} microbatches"),
@@ -178,7 +178,7 @@ class _Compared:
     """The frozen model of a loss: the teacher, or the reference, which is what the run starts from."""
 
     name: str
-    config: LlamaConfig
+    config: ModelConfig
     source: Source | None  # None: the seed's random weights
 
 
@@ -187,7 +187,7 @@ def _compared_with(config: cfg.SftConfig, loss: losses.Loss, setup: Setup) -> _C
         return _Compared(f"teacher {config.teacher.weights}", *open_teacher(config.teacher.weights, setup))
     if loss.needs.isdisjoint(OF_FROZEN):
         return None
-    half = setup.config.replace(param_dtype=setup.config.compute_dtype)
+    half = setup.config.replace(param_dtype=setup.config.execution.compute_dtype)
     return _Compared("the starting weights", half, setup.source)
 
 
@@ -199,7 +199,7 @@ class Evaluator:
     """Held-out loss (nll per trained token) and held-out accuracy of the current parameters."""
 
     def __init__(
-        self, config: cfg.SftConfig, setup: Setup, data: Prepared, problems: Prompts | None, model: LlamaConfig, mesh
+        self, config: cfg.SftConfig, setup: Setup, data: Prepared, problems: Prompts | None, model: ModelConfig, mesh
     ):
         self._rows, self._problems, self._mesh, self._tokenizer = data.eval, problems, mesh, setup.tokenizer
         nll = losses.get("nll")

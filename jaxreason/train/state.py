@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxreason.model import LlamaConfig, init
+from jaxreason.model import ModelConfig, init
 from jaxreason.sharding import shardings
 from jaxreason.types import TrainState
 
 
-def abstract(config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(lambda: _fresh(init(config, jax.random.key(0)), optimizer))
     return jax.tree.map(
@@ -24,14 +24,14 @@ def _fresh(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def create(config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def create(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """A state with random weights, each leaf born on its own devices."""
     out = jax.tree.map(lambda s: s.sharding, abstract(config, optimizer, mesh))
     make: Callable = jax.jit(lambda key: _fresh(init(config, key), optimizer), out_shardings=out)
     return make(jax.random.fold_in(jax.random.key(seed), 0))
 
 
-def adopt(params: dict, config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def adopt(params: dict, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A state at step 0 around given parameters."""
     out = jax.tree.map(lambda s: s.sharding, abstract(config, optimizer, mesh))
     params = jax.tree.map(jax.device_put, params, out.params)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
 from jaxreason.losses.segments import sequences_of
 from jaxreason.losses.sft import neftune_noise
-from jaxreason.model import LlamaConfig, head_kernel, hidden
+from jaxreason.model import ModelConfig, head_kernel, hidden
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics
@@ -48,12 +48,12 @@ STATS = ("entropy", "logsumexp", "mean_logp")  # of the head's own pass
 OF_FROZEN = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss compares with a model that does not train
 _WHOLE_LOGITS = frozenset({*OF_FROZEN, "topk_entropy"})
 
-Frozen = tuple[LlamaConfig, dict]  # a model that does not train: its architecture and its parameters
+Frozen = tuple[ModelConfig, dict]  # a model that does not train: its architecture and its parameters
 
 
 def batch_loss(
     params: dict,
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     batch: Batch,
     totals: Totals,
@@ -144,11 +144,11 @@ class Noise:
 
 
 def make_gradient(
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     count: int,
     temperature: float = 1.0,
-    frozen_config: LlamaConfig | None = None,
+    frozen_config: ModelConfig | None = None,
     noise: Noise | None = None,
 ) -> Callable:
     """``(params, batch, frozen_params=None, step=0) -> (value, metrics, gradient in float32, totals)``.
@@ -163,7 +163,7 @@ def make_gradient(
         frozen = None if frozen_config is None else (frozen_config, frozen_params)
 
         def one(micro):
-            added = None if noise is None else noise.of(step, micro, config.embed_dim)
+            added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
             f = lambda p: batch_loss(p, config, loss, micro, totals, temperature, frozen, added)  # noqa: E731
             (value, metrics), grads = jax.value_and_grad(f, has_aux=True)(params)
             return value, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -187,13 +187,13 @@ def make_gradient(
 
 
 def make_train_step(
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: Callable,
     count: int,
     temperature: float = 1.0,
-    frozen_config: LlamaConfig | None = None,
+    frozen_config: ModelConfig | None = None,
     noise: Noise | None = None,
 ) -> Callable:
     """``step(state, batch, frozen_params=None) -> (state, metrics)``; jit it with the state donated.
@@ -221,7 +221,7 @@ def make_train_step(
     return step
 
 
-def make_score(config: LlamaConfig, count: int, temperature: float) -> Callable:
+def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
     """``score(params, batch) -> HeadStats [B, T]`` of the batch's targets: the training graph's forward pass alone."""
 
     def one(params, micro):
