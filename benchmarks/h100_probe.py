@@ -6,7 +6,6 @@ benchmarks/h100_first_hour.sh runs all of them, each in a process of its own and
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import time
