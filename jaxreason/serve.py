@@ -30,7 +30,7 @@ def open_model(name: str, options: cfg.Decode) -> Opened:
     source = locate(name)
     tokenizer = load(source.tokenizer)
     config = source.config(options.compute_dtype, options.compute_dtype).replace(attention=options.attention)
-    stops = tuple(sorted({*config.stop_ids, *tokenizer.stop_ids}))
+    stops = tuple(sorted({*config.arch.stop_ids, *tokenizer.stop_ids}))
     mesh = make_mesh(cfg.Mesh())
     sampler = EngineSampler(config, stops, mesh)
     sampler.load(source.params(config, mesh), step=0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +11,8 @@ from jax.sharding import Mesh
 from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, init
+from jaxreason.model import ModelConfig, shapes
 from jaxreason.sharding import leaf_sharding, shardings
-
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16  # of a weight file, evenly spaced: training changes nearly every parameter
 
@@ -58,25 +56,25 @@ class WeightSource:
         """Where its tokenizer is."""
         return str(self.run / "tokenizer") if self.kind == "checkpoint" else str(self.path)
 
-    def config(self, param_dtype: str, compute_dtype: str) -> LlamaConfig:
+    def config(self, param_dtype: str, compute_dtype: str) -> ModelConfig:
         """The architecture; reads no weights."""
         if self.kind == "hf":
             return hf.read_config(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
-        values = json.loads((self.path / "model.json").read_text())
-        return checkpoint.model_from_json(values).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
+        return checkpoint.read_model(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
 
-    def params(self, config: LlamaConfig, mesh: Mesh) -> dict:
-        """The weights in ``config.param_dtype``, each straight on its devices."""
+    def params(self, config: ModelConfig, mesh: Mesh) -> dict:
+        """The weights in ``config.execution.param_dtype``, each straight on its devices."""
         if self.kind == "hf":
 
             def place(path, leaf):
                 return leaf.place(leaf_sharding(path, leaf.shape, mesh))
 
-            return hf.load(str(self.path), config.param_dtype, config.compute_dtype, placement=place)[0]
+            dtypes = config.execution.param_dtype, config.execution.compute_dtype
+            return hf.load(str(self.path), *dtypes, placement=place)[0]
         checkpoint.verify(self.path)
-        shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        wanted = shapes(config)
         abstract = jax.tree.map(
-            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings(shapes, mesh)
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), wanted, shardings(wanted, mesh)
         )
         return checkpoint.restore_tree(self.path / "params", abstract)
 

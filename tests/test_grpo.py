@@ -156,7 +156,9 @@ def test_no_reward_is_no_zero():
 
 def test_microbatches_skipped_and_run_give_one_gradient_and_score():
     """Packed into few rows and split any way, empty microbatches included, gradient and scores are the same."""
-    config = model.LlamaConfig(128, 32, 48, 1, 2, 1, 16, init_std=0.2)
+    config = model.make_config(
+        vocab_size=128, embed_dim=32, mlp_dim=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, init_std=0.2
+    )
     params = model.init(config, jax.random.key(0))
     sequences = [sequence(3 + i % 4, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i) / 16) for i in range(16)]
     loss = losses.get("grpo", kl_coef=0.0)
@@ -175,7 +177,9 @@ def test_microbatches_skipped_and_run_give_one_gradient_and_score():
 
 
 def test_one_update_is_reinforce():
-    config = model.LlamaConfig(128, 32, 48, 1, 2, 1, 16, init_std=0.2)
+    config = model.make_config(
+        vocab_size=128, embed_dim=32, mlp_dim=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, init_std=0.2
+    )
     params = model.init(config, jax.random.key(0))
     sequences = [sequence(3, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i)) for i in range(8)]
     batch = jax.tree.map(jnp.asarray, rollouts.make_batch(sequences, rollouts.Layout(32, 8, 1, 0), False))

@@ -21,7 +21,7 @@ from jaxreason.train.step import make_train_step
 from jaxreason.types import Batch
 
 # Each loss has its own head; one of them is tied to the embedding, and one recomputes what its policy does not keep.
-BASE = model.LlamaConfig(
+BASE = model.make_config(
     vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.2
 )
 CASES = {

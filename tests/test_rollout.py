@@ -13,7 +13,7 @@ from jaxreason.rollout.run import fewer
 from jaxreason.rollout.spread import spread
 from jaxreason.sharding import make_mesh, replicated
 
-CONFIG = model.LlamaConfig(
+CONFIG = model.make_config(
     vocab_size=97, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12,
     rope_theta=10000.0, max_positions=512, init_std=0.3,
 )  # fmt: skip
@@ -32,7 +32,7 @@ def unstacked(params):
 
 def ragged(lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+    return [rng.integers(0, CONFIG.arch.vocab_size, n).tolist() for n in lengths]
 
 
 PROMPTS = ragged([1, 2, 17, 30, 9])

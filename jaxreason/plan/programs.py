@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from jaxreason import config as cfg
-from jaxreason.model import LlamaConfig
+from jaxreason.model import ModelConfig
 from jaxreason.plan import architecture, phases
 from jaxreason.plan.compile import Program, device_bytes
 from jaxreason.plan.phases import Place
@@ -25,7 +25,7 @@ class Shape:
     """What all programs need to know of a config."""
 
     config: cfg.RunConfig
-    model: LlamaConfig
+    model: ModelConfig
     place: Place
     hosts: int  # each runs one process
     rows: int  # of one optimizer step
@@ -90,8 +90,8 @@ def _state(s: Shape) -> tuple[dict[str, int], dict[str, int]]:
     return {"train state": device_bytes(state)}, {"optimizer state": device_bytes(state.opt_state)}
 
 
-def _bytes_of(s: Shape, model: LlamaConfig) -> int:
-    return device_bytes(phases.abstract_params(model, s.place.mesh, model.compute_dtype))
+def _bytes_of(s: Shape, model: ModelConfig) -> int:
+    return device_bytes(phases.abstract_params(model, s.place.mesh, model.execution.compute_dtype))
 
 
 def _sft(s: Shape) -> Run:
@@ -147,7 +147,7 @@ def _grpo(s: Shape) -> Run:
     def update() -> Program:
         return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature)
 
-    def scored(name: str, model: LlamaConfig, dtype: str) -> Callable[[], Program]:
+    def scored(name: str, model: ModelConfig, dtype: str) -> Callable[[], Program]:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
 
     planned = {"update": Planned(update, frozen), "decoding weights": _weights(s, moments | frozen)}
@@ -157,9 +157,9 @@ def _grpo(s: Shape) -> Run:
     planned |= found
     for name, model in models.items():
         beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
-        planned[name] = Planned(scored(name, model, model.compute_dtype), state | beside)
+        planned[name] = Planned(scored(name, model, model.execution.compute_dtype), state | beside)
     if old:
-        planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.param_dtype), moments | frozen)
+        planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.execution.param_dtype), moments | frozen)
     if c.eval.problems:
         greedy = Sampling(temperature=0.0, max_completion_tokens=c.eval.max_completion_tokens)
         found, graded = _decoding(s, "evaluation: ", c.eval.slots, longest_prompt(c), greedy, state | frozen)
@@ -177,7 +177,7 @@ def _decoding(s: Shape, prefix: str, slots: int, prompt: int, sampling: Sampling
     length = cache.longest(prompt + sampling.max_completion_tokens)
     rows, padded = prefill_rows(prompt, share, devices=1), cache.prompt_bucket(max(prompt - 1, 1), length)
     buffers, prompts = cache.num_bytes(s.model, share, length), cache.num_bytes(s.model, rows, padded)
-    engine = Engine(s.model, s.model.stop_ids or (0,), sampling, share)
+    engine = Engine(s.model, s.model.arch.stop_ids or (0,), sampling, share)
     first, second = f"{prefix}prefill", f"{prefix}decode"
     planned = {
         first: Planned(lambda: phases.prefill(s.place, engine, rows, padded, first), beside | {"decoding caches": buffers}),

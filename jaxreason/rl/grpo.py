@@ -137,7 +137,7 @@ class Inputs:
         model, rollout, turns_ = self.setup.config, config.rollout, config.second_turn
         dropped = "".join(f", {n} {reason}" for reason, n in self.prompts.dropped.items())
         return [
-            ("parameters", f"{param_count(model):,} ({model.num_layers} layers x {model.embed_dim})"),
+            ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
             ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
             ("problems", f"{len(self.prompts)} of {self.prompts.rows} rows{dropped}"),
             ("held out", f"{len(problems)} problems" if problems else "none"),

@@ -4,14 +4,14 @@ from jax.sharding import Mesh
 
 from jaxreason import plugins
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig
+from jaxreason.model import ModelConfig
 from jaxreason.sampler.engine import EngineSampler
 from jaxreason.sampler.protocol import Sampler
 
 _METHODS = ("load", "release", "generate", "memory_bytes")
 
 
-def make(name: str, model: LlamaConfig, stop_ids: tuple[int, ...], mesh: Mesh) -> Sampler:
+def make(name: str, model: ModelConfig, stop_ids: tuple[int, ...], mesh: Mesh) -> Sampler:
     """``engine``, or what your own ``package.module:function`` or ``path/file.py:function`` returns for the same arguments.
 
     Raises UserError for an unknown name, and for a result that lacks a method of :class:`jaxreason.sampler.Sampler`.

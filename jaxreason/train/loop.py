@@ -23,7 +23,7 @@ import numpy as np
 from jaxreason import config as cfg
 from jaxreason.checkpoint import Checkpoints
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, param_count
+from jaxreason.model import ModelConfig, param_count
 from jaxreason.terminal import console
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.interrupt import Interrupt
@@ -54,7 +54,7 @@ class Loop:
     """
 
     def __init__(
-        self, folder: RunFolder, config: cfg.RunConfig, span: Span, model: LlamaConfig, evaluate: Evaluate | None = None,
+        self, folder: RunFolder, config: cfg.RunConfig, span: Span, model: ModelConfig, evaluate: Evaluate | None = None,
         evaluate_first: bool = False,
     ):  # fmt: skip
         self._folder, self._config, self._span, self._model = folder, config, span, model

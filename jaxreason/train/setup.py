@@ -15,7 +15,7 @@ from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, init, preset
+from jaxreason.model import ModelConfig, init, preset
 from jaxreason.sharding import batch_sharding, shardings
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.state import start_key
@@ -27,7 +27,7 @@ from jaxreason.weights import WeightSource, locate
 class Setup:
     """What training starts from; nothing is on a device yet."""
 
-    config: LlamaConfig
+    config: ModelConfig
     tokenizer: Tokenizer
     source: WeightSource | None  # None: random weights
     seed: int  # of the random weights
@@ -42,12 +42,12 @@ class Setup:
 
         Random weights are drawn in the parameters' dtype and rounded: drawn in another dtype they would be others.
         """
-        half = self.config.replace(param_dtype=self.config.compute_dtype)
+        half = self.config.replace(param_dtype=self.config.execution.compute_dtype)
         if self.resolved.weights:
             return _pinned(self.resolved.weights, self.resolved.weights_digest, "its reference").params(half, mesh)
 
         def draw(key: jax.Array) -> dict:
-            return jax.tree.map(lambda w: w.astype(half.compute_dtype), init(self.config, key))
+            return jax.tree.map(lambda w: w.astype(half.execution.compute_dtype), init(self.config, key))
 
         shapes = jax.eval_shape(draw, start_key(self.seed))
         return jax.jit(draw, out_shardings=shardings(shapes, mesh))(start_key(self.seed))
@@ -71,14 +71,14 @@ def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
             resolved = cfg.Resolved(weights=str(source.path), weights_digest=source.digest())
     name = model.tokenizer or (source.tokenizer if source else "embedded")
     tokenizer = load(name)
-    if tokenizer.vocab_size > found.vocab_size:
+    if tokenizer.vocab_size > found.arch.vocab_size:
         raise UserError(
-            f"tokenizer {name} has {tokenizer.vocab_size} tokens and the model {found.vocab_size}; "
+            f"tokenizer {name} has {tokenizer.vocab_size} tokens and the model {found.arch.vocab_size}; "
             "set model.tokenizer to the one that belongs to the model"
         )
     # What generation stops at is what training taught it to stop with, and what the export lists.
-    stops = tuple(sorted({*found.stop_ids, *tokenizer.stop_ids}))
-    bos_id = tokenizer.bos_id if found.bos_id is None else found.bos_id
+    stops = tuple(sorted({*found.arch.stop_ids, *tokenizer.stop_ids}))
+    bos_id = tokenizer.bos_id if found.arch.bos_id is None else found.arch.bos_id
     found = found.replace(attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=bos_id)
     return Setup(found, tokenizer, source, config.run.seed, resolved)
 
@@ -141,7 +141,7 @@ class Teacher:
     """A model that is learned from; its weights are read once they are used."""
 
     name: str  # as the config says it
-    config: LlamaConfig
+    config: ModelConfig
     source: WeightSource
 
 
@@ -156,12 +156,13 @@ def open_teacher(weights: str, setup: Setup) -> tuple[Teacher, cfg.Resolved]:
     else:
         source = locate(weights)
         resolved = resolved.model_copy(update={"teacher": str(source.path), "teacher_digest": source.digest()})
-    dtype = setup.config.compute_dtype
-    config = source.config(dtype, dtype).replace(attention=setup.config.attention)
-    if config.vocab_size != setup.config.vocab_size or load(source.tokenizer).hf.get_vocab() != setup.tokenizer.hf.get_vocab():
+    dtype = setup.config.execution.compute_dtype
+    config = source.config(dtype, dtype).replace(attention=setup.config.execution.attention)
+    theirs, ours = config.arch.vocab_size, setup.config.arch.vocab_size
+    if theirs != ours or load(source.tokenizer).hf.get_vocab() != setup.tokenizer.hf.get_vocab():
         raise UserError(
-            f"teacher.weights {weights}: its vocabulary ({config.vocab_size} entries) is not the model's "
-            f"({setup.config.vocab_size}); log-probs of tokens compare only where both have the same tokenizer: choose "
+            f"teacher.weights {weights}: its vocabulary ({theirs} entries) is not the model's "
+            f"({ours}); log-probs of tokens compare only where both have the same tokenizer: choose "
             "a teacher of the same family, or train on its text (SFT)"
         )
     return Teacher(weights, config, source), resolved

@@ -17,7 +17,7 @@ from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError
 from jaxreason.evaluate.accuracy import evaluate
-from jaxreason.model import LlamaConfig, param_count
+from jaxreason.model import ModelConfig, param_count
 from jaxreason.sampler import EngineSampler, Job, Sampling
 from jaxreason.sharding import check_batch, make_mesh, replicated, within
 from jaxreason.terminal import console, gib, show_table
@@ -102,7 +102,7 @@ def speeds(seconds: float, trained: float, batch: Batch) -> dict[str, float]:
 
 
 def compile_step(
-    config: cfg.SftConfig, loss: losses.Loss, model: LlamaConfig, data: Prepared, compared: "Compared | None",
+    config: cfg.SftConfig, loss: losses.Loss, model: ModelConfig, data: Prepared, compared: "Compared | None",
     abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, total: int,
 ) -> tuple[jax.stages.Compiled, dict | None]:  # fmt: skip
     """The compiled step, and the shapes of the parameters of the model that the loss compares with."""
@@ -125,13 +125,13 @@ def noise_of(config: cfg.SftConfig) -> Noise | None:
     return None if config.train.neftune_alpha is None else Noise(config.train.neftune_alpha, config.run.seed)
 
 
-def _rows_of(config: cfg.SftConfig, data: Prepared, model: LlamaConfig, mesh: Mesh, total: int) -> list[tuple[str, str]]:
-    rows = config.data.batch_size
+def _rows_of(config: cfg.SftConfig, data: Prepared, model: ModelConfig, mesh: Mesh, total: int) -> list[tuple[str, str]]:
+    rows, run_as = config.data.batch_size, model.execution
     count = rows // (config.train.microbatch_size or rows)
     return [
-        ("parameters", f"{param_count(model):,} ({model.num_layers} layers x {model.embed_dim})"),
+        ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
         ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
-        ("dtypes", f"{model.param_dtype} weights, {model.compute_dtype} matmuls, {config.optimizer.moment_dtype} moments"),
+        ("dtypes", f"{run_as.param_dtype} weights, {run_as.compute_dtype} matmuls, {config.optimizer.moment_dtype} moments"),
         ("loss", f"{config.loss.name} {config.loss.options or ''}"),
         ("batch", f"{rows} rows x {data.train.length} tokens, {count} microbatches"),
         ("steps", f"{total} ({data.train.steps_per_epoch()} an epoch)"),
@@ -166,7 +166,7 @@ class Compared:
     """The second model of a loss: a teacher, or the reference, which is what the run starts from."""
 
     name: str
-    config: LlamaConfig
+    config: ModelConfig
     params: Callable[[Setup, Mesh], dict]
 
 
@@ -177,7 +177,7 @@ def compared_with(config: cfg.SftConfig, loss: losses.Loss, setup: Setup) -> tup
         return Compared(f"teacher {teacher.name}", teacher.config, lambda _, mesh: teacher.source.params(teacher.config, mesh)), resolved
     if loss.needs.isdisjoint(COMPARED):
         return None, setup.resolved
-    half = setup.config.replace(param_dtype=setup.config.compute_dtype)
+    half = setup.config.replace(param_dtype=setup.config.execution.compute_dtype)
     return Compared("the starting weights", half, lambda setup, mesh: setup.reference_params(mesh)), setup.resolved
 
 

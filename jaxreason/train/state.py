@@ -9,14 +9,14 @@ import optax
 from jax.sharding import Mesh
 
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, init
+from jaxreason.model import ModelConfig, init
 from jaxreason.plugins import nearest
 from jaxreason.sharding import shardings
 from jaxreason.types import TrainState
 
 
 def abstract(
-    config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = ()
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = ()
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated. ``freeze``: see :func:`split`."""
     shapes = jax.eval_shape(lambda: _fresh(init(config, jax.random.key(0)), optimizer, freeze))
@@ -31,7 +31,7 @@ def _fresh(params: dict, optimizer: optax.GradientTransformation, freeze: Sequen
 
 
 def create(
-    config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, freeze: Sequence[str] = ()
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, freeze: Sequence[str] = ()
 ) -> TrainState:
     """A state with random weights, each leaf born on its own devices."""
     out = jax.tree.map(lambda s: s.sharding, abstract(config, optimizer, mesh, freeze))
@@ -45,7 +45,7 @@ def start_key(seed: int) -> jax.Array:
 
 
 def adopt(
-    params: dict, config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = ()
+    params: dict, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = ()
 ) -> TrainState:
     """A state at step 0 around given parameters of the whole model."""
     out = jax.tree.map(lambda s: s.sharding, abstract(config, optimizer, mesh, freeze))

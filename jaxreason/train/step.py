@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
 from jaxreason.losses.segments import sequences_of
 from jaxreason.losses.sft import neftune_noise
-from jaxreason.model import LlamaConfig, head_kernel, hidden
+from jaxreason.model import ModelConfig, head_kernel, hidden
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics, merge
@@ -48,12 +48,12 @@ STATS = ("entropy", "logsumexp", "mean_logp")  # of the head's own pass
 COMPARED = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss compares with a second model
 _WHOLE_LOGITS = frozenset({*COMPARED, "topk_entropy"})
 
-Second = tuple[LlamaConfig, dict]  # the model that a supervised loss compares with: its architecture and its parameters
+Second = tuple[ModelConfig, dict]  # the model that a supervised loss compares with: its architecture and its parameters
 
 
 def batch_loss(
     params: dict,
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     batch: Batch,
     totals: Totals,
@@ -147,11 +147,11 @@ class Noise:
 
 
 def make_gradient(
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     count: int,
     temperature: float = 1.0,
-    second_config: LlamaConfig | None = None,
+    second_config: ModelConfig | None = None,
     noise: Noise | None = None,
 ) -> Callable:
     """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
@@ -166,7 +166,7 @@ def make_gradient(
         second = None if second_config is None else (second_config, second_params)
 
         def one(micro: Batch):
-            added = None if noise is None else noise.of(step, micro, config.embed_dim)
+            added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
 
             def value_of(trained: dict):
                 whole = merge(trained, frozen or {})
@@ -194,13 +194,13 @@ def make_gradient(
 
 
 def make_train_step(
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: Callable,
     count: int,
     temperature: float = 1.0,
-    second_config: LlamaConfig | None = None,
+    second_config: ModelConfig | None = None,
     noise: Noise | None = None,
 ) -> Callable:
     """``step(state, batch, second_params=None) -> (state, metrics)``; jit it with the state donated.
@@ -228,7 +228,7 @@ def make_train_step(
     return step
 
 
-def make_score(config: LlamaConfig, count: int, temperature: float) -> Callable:
+def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
     """``score(params, batch) -> HeadStats [B, T]`` of the batch's targets: the training graph's forward pass alone."""
 
     def one(params, micro):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxreason.model import LlamaConfig, unstack
+from jaxreason.model import ModelConfig, unstack
 from jaxreason.sampler.engine.engine import Engine
 from jaxreason.sampler.protocol import Completion, Job, Progress
 from jaxreason.sharding import replicated
@@ -23,7 +23,7 @@ class EngineSampler:
       mesh: of training, over which the parameters that ``load`` is given are sharded.
     """
 
-    def __init__(self, model: LlamaConfig, stop_ids: Sequence[int], mesh: Mesh):
+    def __init__(self, model: ModelConfig, stop_ids: Sequence[int], mesh: Mesh):
         self._model, self._stop_ids = model, tuple(stop_ids)
         self._unstack = jax.jit(lambda params: unstack(params, model), out_shardings=replicated(mesh))
         self._weights: dict | None = None

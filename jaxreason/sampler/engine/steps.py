@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from jaxreason.model import LlamaConfig, next_logits, prefill, step_cached
+from jaxreason.model import ModelConfig, next_logits, prefill, step_cached
 from jaxreason.sampler.engine import cache
-from jaxreason.sampler.sampling import Sampling, sample, sequence_key
 from jaxreason.sampler.engine.spread import COLUMNS, SPLIT, WHOLE, over, placed
+from jaxreason.sampler.sampling import Sampling, sample, sequence_key
 
 
 @jax.tree_util.register_dataclass
@@ -36,13 +36,13 @@ class Programs(NamedTuple):
     decode: Callable  # (params, slots, caches, idle_at) -> slots, caches, what was drawn
 
 
-def programs(config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Programs:
+def programs(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Programs:
     """Jitted, and shared by all engines with these settings."""
     return Programs(_prefill_of(config, mesh), _decode_of(config, sampling, stop_ids, chunk, mesh))
 
 
 @functools.cache
-def _prefill_of(config: LlamaConfig, mesh: Mesh | None) -> Callable:
+def _prefill_of(config: ModelConfig, mesh: Mesh | None) -> Callable:
     def fill(params, tokens, segment_ids):
         return prefill(params, config, tokens, segment_ids)
 
@@ -50,7 +50,7 @@ def _prefill_of(config: LlamaConfig, mesh: Mesh | None) -> Callable:
 
 
 @functools.cache
-def _decode_of(config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Callable:
+def _decode_of(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Callable:
     settings = {"config": config, "sampling": sampling, "stop_ids": stop_ids, "chunk": chunk}
     results = SPLIT, SPLIT, (COLUMNS, COLUMNS, COLUMNS, SPLIT)
     decode = over(mesh, functools.partial(_decode, **settings), (WHOLE, SPLIT, SPLIT, WHOLE), results)
