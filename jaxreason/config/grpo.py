@@ -45,7 +45,7 @@ class Rollout(Draw):
     """Sequences decoded at once, on all devices together; every device has as many, rounded up."""
     sampler: str = "engine"
     """What draws completions: ``engine``, or a sampler of your own, ``package.module:function`` (``jaxreason.sampler``)."""
-    hooks: list[str] = []
+    hooks: list[str] = Field([])
     """Functions of your own that see a step's graded groups and fill the inputs that a loss of your own declares."""
     resample_rounds: NonNegative = 0
     """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step."""

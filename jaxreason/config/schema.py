@@ -163,7 +163,7 @@ class Train(Section):
     microbatch_size: Positive | None = None
     """Rows in one forward and backward pass over all devices; null: the whole batch."""
     freeze: list[str] = []
-    """Parameters that do not train, as patterns over their names, e.g. ``[embedding, "layers.mlp.*"]``; they take no optimizer state."""
+    """Parameters that do not train, as patterns over their names, e.g. ``[embedding, "layers.mlp.*"]``."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0: only the last step."""
     keep_checkpoints: Positive = 2

@@ -10,8 +10,9 @@ from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason.model import ModelConfig, shapes, unstack
 from jaxreason.plan.compile import Program, compile_program
-from jaxreason.rollout import Engine, cache
-from jaxreason.rollout.steps import empty_slots
+from jaxreason.sampler import Engine
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.steps import empty_slots
 from jaxreason.sharding import batch_sharding, replicated, shardings
 from jaxreason.targets import Target
 from jaxreason.train import optimizer as opt
@@ -34,38 +35,30 @@ class Place:
         return compile_program(name, jitted, *arguments, loops=loops, **vars(self))
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh, floats: tuple[str, ...] = ()) -> Batch:
-    """A batch of shapes; ``floats`` names the float fields that it has beside the mask."""
-    place = batch_sharding(mesh)
-    ints = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
-    real = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=place)
-    extra = {name: real for name in floats} | ({"group_ids": ints} if "advantages" in floats else {})
-    return Batch(ints, ints, ints, ints, real, sequence_ids=ints, **extra)
-
-
-def abstract_state(config: ModelConfig, optimizer: cfg.Optimizer, mesh: Mesh) -> TrainState:
-    return states.abstract(config, opt.make(optimizer, _SCHEDULE_STEPS), mesh)
+def abstract_state(config: ModelConfig, run: cfg.RunConfig, mesh: Mesh) -> TrainState:
+    """The train state as shapes."""
+    return states.abstract(config, opt.make(run.optimizer, _SCHEDULE_STEPS), mesh, run.train.freeze)
 
 
 def update(
     place: Place,
     config: ModelConfig,
-    optimizer: cfg.Optimizer,
+    run: cfg.RunConfig,
     loss: losses.Loss,
     batch: Batch,
     microbatches: int,
     temperature: float = 1.0,
-    frozen: ModelConfig | None = None,
+    second: ModelConfig | None = None,
     noise: Noise | None = None,
 ) -> Program:
-    """One optimizer step, state donated. ``frozen``: the model that a supervised loss compares with."""
-    transformation = opt.make(optimizer, _SCHEDULE_STEPS)
-    schedule = opt.schedule(optimizer, _SCHEDULE_STEPS)
-    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, frozen, noise)
-    state = states.abstract(config, transformation, place.mesh)
+    """One optimizer step, state donated. ``second``: the model that a supervised loss compares with."""
+    transformation = opt.make(run.optimizer, _SCHEDULE_STEPS)
+    schedule = opt.schedule(run.optimizer, _SCHEDULE_STEPS)
+    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, second, noise)
+    state = abstract_state(config, run, place.mesh)
     out = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-    other = frozen and abstract_params(frozen, place.mesh, frozen.execution.compute_dtype)
+    other = second and abstract_params(second, place.mesh, second.execution.compute_dtype)
     return place.compile("update", jitted, state, batch, other, loops=microbatches)
 
 

@@ -91,7 +91,7 @@ def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Opti
 
 
 def _memory(made: dict[str, compile.Program], run: Run, s: Shape) -> dict:
-    target, state = s.place.target, phases.abstract_state(s.model, s.config.optimizer, s.place.mesh)
+    target, state = s.place.target, phases.abstract_state(s.model, s.config, s.place.mesh)
     params, optimizer = compile.device_bytes(state.params), compile.device_bytes(state.opt_state)
     weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     temporary = made["update"].temp_bytes
@@ -129,7 +129,7 @@ def _speed(s: Shape, run: Run, options: Options, price: float) -> dict:
             "kv_bytes_per_token": roofline.kv_bytes_per_token(s.model),
         }  # fmt: skip
     if c.algorithm == "grpo":
-        drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.correction.samples) * c.rollout.max_completion_tokens
+        drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.second_turn.samples) * c.rollout.max_completion_tokens
         rollout = record["decode"]["rollout_seconds"] = drawn / (rate * s.devices)
         # Forward passes over every row of a rollout: the frozen models', and the policy's own where updates repeat.
         forwards = len(run.planned.keys() & {"reference", "teacher", "old log-probs"}) * c.train.minibatches / 3

@@ -132,7 +132,8 @@ class Batcher:
         ``params``: the policy's before the step's first update; ``entropy_coef``: this step's adaptive coefficient.
         """
         sequences = [s for group in [*groups, *second] for s in group]
-        parts = np.array_split(order(self.config.run.seed, step, len(sequences), self.shapes.minibatches), self.shapes.minibatches)
+        count = self.shapes.minibatches
+        parts = np.array_split(order(self.config.run.seed, step, len(sequences), count), count)
         rows = self.shapes.rows // jax.process_count()
         packed = [
             Packed.of([sequences[i] for i in part], self.shapes.row_length, rows, self.shapes.microbatches) for part in parts

@@ -19,7 +19,7 @@ from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
 from jaxreason.losses.policy import adapt_entropy_coef
-from jaxreason.model import param_count
+from jaxreason.model import ModelConfig, param_count
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl import turns
 from jaxreason.rl.batch import Batcher
@@ -36,7 +36,7 @@ from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter
 from jaxreason.train.scoring import ScoringModel
-from jaxreason.train.setup import Setup, Teacher, held_out_problems, open_model, open_teacher
+from jaxreason.train.setup import Setup, Teacher, held_out_problems, open_model, open_teacher, start_state
 from jaxreason.train.step import make_score, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
@@ -74,13 +74,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         console.print(f"first prompt: {inputs.prompts[0].text!r}, gold {inputs.prompts[0].gold!r}", markup=False)
         return None
     train_step = compile_step(config, objective, setup, shapes, optimizer, abstract, mesh, total * updates)
-    score = within(mesh, jax.jit(make_score(model, shapes.microbatches, config.rollout.temperature), out_shardings=batch_sharding(mesh)))
-
-    def fresh() -> TrainState:
-        if (params := setup.start_params(mesh)) is None:
-            return states.create(model, optimizer, mesh, config.run.seed, config.train.freeze)
-        return states.adopt(params, model, optimizer, mesh, config.train.freeze)
-
+    score = compile_score(model, shapes, config.rollout.temperature, mesh)
     held_out = HeldOut(config, sampler, problems, setup.tokenizer, inputs.chat) if problems else None
     reward = config.reward
     with (
@@ -90,7 +84,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     ):
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
-        state, carried = loop.restore(abstract, fresh)
+        state, carried = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
         others = scoring_models(config, inputs, score, shapes, mesh)
         stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
         collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt)
@@ -134,7 +128,7 @@ class Inputs:
 
     def rows(self, config: cfg.GrpoConfig, shapes: Shapes, problems: Prompts | None, total: int) -> list[tuple[str, str]]:
         """The table at the start."""
-        model, rollout, turns_ = self.setup.config, config.rollout, config.second_turn
+        model, rollout, again = self.setup.config, config.rollout, config.second_turn
         dropped = "".join(f", {n} {reason}" for reason, n in self.prompts.dropped.items())
         return [
             ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
@@ -143,7 +137,7 @@ class Inputs:
             ("held out", f"{len(problems)} problems" if problems else "none"),
             ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most {rollout.max_completion_tokens} "
                         f"tokens, {rollout.slots} slots"),
-            *([("second turn", f"{turns_.samples} corrections of each completion, {turns_.train} trained")] if turns_.samples else []),
+            *([("second turn", f"{again.samples} corrections of each completion, {again.train} trained")] if again.samples else []),
             ("update", f"{config.train.updates_per_rollout} of {shapes.rows} sequences packed in rows of {shapes.row_length} "
                        f"tokens, microbatches of {shapes.microbatch} rows"),
             ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {config.kl.coef:g} in the "
@@ -184,16 +178,21 @@ def compile_step(
     return within(mesh, jax.jit(step, donate_argnums=0, out_shardings=out))
 
 
-def scoring_models(config: cfg.GrpoConfig, inputs: Inputs, score: Callable, shapes: Shapes, mesh: Mesh) -> dict[str, ScoringModel]:
+def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
+    """The jitted ``(params, batch) -> HeadStats`` of a model."""
+    return within(mesh, jax.jit(make_score(model, shapes.microbatches, temperature), out_shardings=batch_sharding(mesh)))
+
+
+def scoring_models(
+    config: cfg.GrpoConfig, inputs: Inputs, score: Callable, shapes: Shapes, mesh: Mesh
+) -> dict[str, ScoringModel]:
     """The reference and the teacher, as far as the config has them, by the field of a sequence that each fills."""
     found = {}
     if keeps_reference(config, inputs.objective.loss):
         found["ref_logp"] = ScoringModel(score, inputs.setup.reference_params(mesh), config.kl.offload)
     if inputs.teacher:
-        judge = make_score(inputs.teacher.config, shapes.microbatches, config.rollout.temperature)
-        judge = within(mesh, jax.jit(judge, out_shardings=batch_sharding(mesh)))
-        params = inputs.teacher.source.params(inputs.teacher.config, mesh)
-        found["teacher_logp"] = ScoringModel(judge, params, config.teacher.offload)
+        judge = compile_score(inputs.teacher.config, shapes, config.rollout.temperature, mesh)
+        found["teacher_logp"] = ScoringModel(judge, inputs.teacher.params(mesh), config.teacher.offload)
     return found
 
 

@@ -37,7 +37,9 @@ class Shapes:
         return abstract_batch(self.rows, self.row_length, mesh, self.fields, self.extras, grouped=True)
 
 
-def shapes_of(config: cfg.GrpoConfig, loss: Loss, longest_prompt: int, mesh: Mesh | AbstractMesh, processes: int = 1) -> Shapes:
+def shapes_of(
+    config: cfg.GrpoConfig, loss: Loss, longest_prompt: int, mesh: Mesh | AbstractMesh, processes: int = 1
+) -> Shapes:
     """The shapes of ``config``, whose longest prompt of either turn has ``longest_prompt`` tokens.
 
     Raises UserError where rows, microbatches, devices and processes do not divide.
@@ -46,7 +48,8 @@ def shapes_of(config: cfg.GrpoConfig, loss: Loss, longest_prompt: int, mesh: Mes
     micro = config.train.microbatch_size or default_microbatch(rows, mesh)
     check_batch(rows, micro, mesh, _ROWS_OF)
     if config.rollout.prompts_per_step % processes:
-        raise UserError(f"rollout.prompts_per_step {config.rollout.prompts_per_step} is not a multiple of the {processes} processes")
+        prompts = config.rollout.prompts_per_step
+        raise UserError(f"rollout.prompts_per_step {prompts} is not a multiple of the {processes} processes")
     return Shapes(
         rows=rows,
         microbatch=micro,

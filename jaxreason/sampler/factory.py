@@ -25,5 +25,6 @@ def make(name: str, model: ModelConfig, stop_ids: tuple[int, ...], mesh: Mesh) -
         )
     found = plugins.load(name, "rollout.sampler")(model, stop_ids, mesh)
     if missing := [method for method in _METHODS if not callable(getattr(found, method, None))]:
-        raise UserError(f"rollout.sampler {name}: its {type(found).__name__} has no method {missing[0]}; it needs {', '.join(_METHODS)}")
+        kind = type(found).__name__
+        raise UserError(f"rollout.sampler {name}: its {kind} has no method {missing[0]}; it needs {', '.join(_METHODS)}")
     return found

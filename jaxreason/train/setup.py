@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxreason import config as cfg
@@ -17,9 +18,10 @@ from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, init, preset
 from jaxreason.sharding import batch_sharding, shardings
+from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.state import start_key
-from jaxreason.types import Batch
+from jaxreason.types import Batch, TrainState
 from jaxreason.weights import WeightSource, locate
 
 
@@ -32,10 +34,6 @@ class Setup:
     source: WeightSource | None  # None: random weights
     seed: int  # of the random weights
     resolved: cfg.Resolved  # where the weights were found, and their digest
-
-    def start_params(self, mesh: Mesh) -> dict | None:
-        """The starting weights in the parameters' dtype; None: random ones, which ``state.create`` draws."""
-        return self.source.params(self.config, mesh) if self.source else None
 
     def reference_params(self, mesh: Mesh) -> dict:
         """The run's true starting weights in the compute dtype, also where the run is resumed. Raises UserError.
@@ -81,6 +79,14 @@ def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
     bos_id = tokenizer.bos_id if found.arch.bos_id is None else found.arch.bos_id
     found = found.replace(attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=bos_id)
     return Setup(found, tokenizer, source, config.run.seed, resolved)
+
+
+def start_state(config: cfg.RunConfig, setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state of step 0: loaded, or random."""
+    model, freeze = setup.config, config.train.freeze
+    if setup.source:
+        return states.adopt(setup.source.params(model, mesh), model, optimizer, mesh, freeze)
+    return states.create(model, optimizer, mesh, config.run.seed, freeze)
 
 
 def _pinned(path: str, digest: str | None, needed_for: str) -> WeightSource:
@@ -143,6 +149,10 @@ class Teacher:
     name: str  # as the config says it
     config: ModelConfig
     source: WeightSource
+
+    def params(self, mesh: Mesh) -> dict:
+        """Its weights, on the devices."""
+        return self.source.params(self.config, mesh)
 
 
 def open_teacher(weights: str, setup: Setup) -> tuple[Teacher, cfg.Resolved]:

@@ -26,7 +26,7 @@ from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter, segment_lengths
-from jaxreason.train.setup import Setup, abstract_batch, held_out_problems, open_model, open_teacher, put
+from jaxreason.train.setup import Setup, abstract_batch, held_out_problems, open_model, open_teacher, put, start_state
 from jaxreason.train.step import COMPARED, Noise, batch_loss, make_train_step
 from jaxreason.types import Batch, Totals, TrainState
 
@@ -66,17 +66,12 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
             console.print(text)
         return None
 
-    def fresh() -> TrainState:
-        if (params := setup.start_params(mesh)) is None:
-            return states.create(model, optimizer, mesh, config.run.seed, config.train.freeze)
-        return states.adopt(params, model, optimizer, mesh, config.train.freeze)
-
     held_out = HeldOut(config, setup, data, problems, mesh)
     with Loop(folder, config, Span(total, 1, SHOWN), model, held_out) as loop:
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", data.chat.template)
             write_json(folder.path / "data_report.json", data.report.to_dict())
-        state, data_state = loop.restore(abstract, fresh)
+        state, data_state = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
         batches = loader(data.train, total, process_index=jax.process_index(), process_count=jax.process_count())
         if data_state is not None:
             batches.set_state(data_state)
@@ -174,7 +169,7 @@ def compared_with(config: cfg.SftConfig, loss: losses.Loss, setup: Setup) -> tup
     """The second model that ``loss`` reads, and what the config's names mean. Raises UserError."""
     if "teacher_divergence" in loss.needs:
         teacher, resolved = open_teacher(config.teacher.weights, setup)
-        return Compared(f"teacher {teacher.name}", teacher.config, lambda _, mesh: teacher.source.params(teacher.config, mesh)), resolved
+        return Compared(f"teacher {teacher.name}", teacher.config, lambda _, mesh: teacher.params(mesh)), resolved
     if loss.needs.isdisjoint(COMPARED):
         return None, setup.resolved
     half = setup.config.replace(param_dtype=setup.config.execution.compute_dtype)

@@ -63,8 +63,8 @@ def split(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:
     names = {path: ".".join(path) for path in leaves}
     for pattern in freeze:
         if not fnmatch.filter(names.values(), pattern):
-            known = ", ".join(names.values())
-            raise UserError(f"train.freeze: no parameter matches {pattern!r}{nearest(pattern, names.values())}; there are {known}")
+            hint = nearest(pattern, names.values())
+            raise UserError(f"train.freeze: no parameter matches {pattern!r}{hint}; there are {', '.join(names.values())}")
     parts: tuple[dict, dict] = {}, {}
     for path, leaf in leaves.items():
         node = parts[any(fnmatch.fnmatchcase(names[path], pattern) for pattern in freeze)]

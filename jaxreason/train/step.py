@@ -160,7 +160,9 @@ def make_gradient(
     ``second_params``; ``step`` decides the noise; ``frozen`` holds the parameters of the model that get no gradient.
     """
 
-    def gradient(params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None):
+    def gradient(
+        params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None
+    ) -> tuple[Array, dict[str, Array], dict, Totals]:
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
         second = None if second_config is None else (second_config, second_params)
