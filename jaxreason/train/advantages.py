@@ -32,11 +32,11 @@ def estimator(config: cfg.GrpoConfig, loss: losses.Loss) -> Estimator:
     """
     name = config.advantage.name or loss.advantage or "grpo"
     function = advantage.get(name, preset=loss.advantage_preset, **config.advantage.options)
-    takes = advantage.reads(name)
+    takes = function.reads
     weights = np.array([term.weight for term in config.reward.functions])
     names = labels(tuple(term.name for term in config.reward.functions))
     beta = config.kl.coef if placement(config, loss) == "reward" else 0.0
-    if beta and "weights" in takes:
+    if beta and "weights_F" in takes:
         raise UserError(f"kl.placement=reward: advantage {name} reads each reward by itself; use kl.placement=loss")
     by_token = beta and name == "reinforce_pp"
 
@@ -45,13 +45,13 @@ def estimator(config: cfg.GrpoConfig, loss: losses.Loss) -> Estimator:
             found = _reinforce_pp(groups, beta, config.advantage.options)
         else:
             totals_P_G = _table(groups, lambda s: _total(s, beta))
-            if "weights" in takes:
+            if "weights_F" in takes:
                 by_name = [_table(groups, lambda s, n=name: s.rewards[n]) for name in names]
-                advantages = function(np.stack(by_name), weights)
-            elif "lengths" in takes:
-                advantages = function(totals_P_G, _table(groups, lambda s: len(s.completion.tokens)))
+                advantages = function(totals_P_G, rewards_F_P_G=np.stack(by_name), weights_F=weights)[0]
+            elif "lengths_P_G" in takes:
+                advantages = function(totals_P_G, lengths_P_G=_table(groups, lambda s: len(s.completion.tokens)))[0]
             else:
-                advantages = function(totals_P_G)
+                advantages = function(totals_P_G)[0]
             found = [[float(a) for a in row] for row in hosts.mine(np.asarray(advantages))]
         return [[_with(s, a, config.teacher.coef) for s, a in zip(g, row)] for g, row in zip(groups, found)]
 
