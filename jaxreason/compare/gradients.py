@@ -52,9 +52,9 @@ def measure(planned: Sequence[Planned], found: Sequence[losses.Loss]) -> dict:
     Raises: UserError for an SFT config and for everything that a user can fix.
     """
     firsts = list({item.loss: item for item in reversed(planned)}.values())[::-1]
-    config = firsts[0].config
-    if config.algorithm != "grpo":
+    if firsts[0].config.algorithm != "grpo":
         raise UserError("--offline compares policy losses on a rollout; this config's algorithm is sft")
+    config = _whole(firsts[0].config)
     inputs, mesh = open_inputs(config), make_mesh(config.mesh)
     model, temperature = inputs.setup.config, config.rollout.temperature
     # The learning rate that training ends its warm-up with, from the first step on.
@@ -109,17 +109,22 @@ def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: M
     return rollout
 
 
+def _whole(config: cfg.GrpoConfig) -> cfg.GrpoConfig:
+    """The config with its rollout in one minibatch: a comparison is of one update over all of it."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"minibatches": 1})})
+
+
 def _batch(config: cfg.GrpoConfig, inputs: Inputs, rollout: Rollout, state: TrainState, mesh: Mesh) -> Batch:
     """The rollout as the batch that training with ``config`` would make of it, all of it in one update.
 
     Packing follows lengths alone, so every loss's batch holds the same tokens at the same places.
     """
-    whole = config.model_copy(update={"train": config.train.model_copy(update={"minibatches": 1})})
-    objective = objective_of(whole)
-    shapes = shapes_of(whole, objective.loss, inputs.longest_prompt, mesh)
+    config = _whole(config)
+    objective = objective_of(config)
+    shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh)
     score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
-    others = scoring_models(whole, dataclasses.replace(inputs, objective=objective), score, shapes, mesh)
-    batcher = Batcher(whole, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others)
+    others = scoring_models(config, dataclasses.replace(inputs, objective=objective), score, shapes, mesh)
+    batcher = Batcher(config, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others)
     bonus = None if config.entropy.target is None else config.entropy.coef
     _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, bonus)
     return batch

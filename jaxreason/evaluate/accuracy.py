@@ -33,12 +33,13 @@ def sample_of(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, limi
         max_completion_tokens=limit,
         truncated=completion.truncated,
         row=prompt.row,
+        tokens=tuple(int(token) for token in completion.tokens),
     )
 
 
 def _right(grader: Reward, sample: Sample) -> float:
     """1, 0, or NaN where there is no telling. What a grader raises costs a problem, not the run."""
-    ((kind, value),) = call(grader, [sample])
+    ((kind, value, _),) = call(grader, [sample])
     return math.nan if kind != "reward" or value is None else float(value >= 1.0)
 
 

@@ -135,8 +135,8 @@ class Inputs:
             ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
             ("problems", f"{len(self.prompts)} of {self.prompts.rows} rows{dropped}"),
             ("held out", f"{len(problems)} problems" if problems else "none"),
-            ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most {rollout.max_completion_tokens} "
-                        f"tokens, {rollout.slots} slots"),
+            ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most "
+                        f"{rollout.max_completion_tokens} tokens, {rollout.slots} slots"),
             *([("second turn", f"{again.samples} corrections of each completion, {again.train} trained")] if again.samples else []),
             ("update", f"{config.train.updates_per_rollout} of {shapes.rows} sequences packed in rows of {shapes.row_length} "
                        f"tokens, microbatches of {shapes.microbatch} rows"),

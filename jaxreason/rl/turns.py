@@ -11,6 +11,7 @@ from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.rl.sequence import Sequence as Sampled
+from jaxreason.text import THINK_CLOSE, THINK_OPEN
 
 _SPARE = 32  # tokens by which a completion's text may grow when it is tokenized again as part of a prompt
 
@@ -20,7 +21,7 @@ def again(prompt: Prompt, completion: str, phrase: str, chat: Chat, tokenizer: T
 
     Control tokens that the policy wrote are left out of it: they would end the user's turn.
     """
-    user = f"{prompt.user}\n<think>\n{_without_control(completion, tokenizer)}\n</think>\n{phrase}"
+    user = f"{prompt.user}\n{THINK_OPEN}\n{_without_control(completion, tokenizer)}\n{THINK_CLOSE}\n{phrase}"
     text = chat.render_prompt(Example(user))
     return dataclasses.replace(prompt, ids=tuple(tokenizer.encode(text)), text=text)
 
