@@ -90,6 +90,11 @@ def _failed(target: str, place: str, key: str, error: BaseException) -> UserErro
     return UserError(f"{key} {target}: importing {place} failed{line}: {type(error).__name__}: {error}")
 
 
+def fills(function: Callable) -> frozenset[str]:
+    """The inputs of a loss (extras) that a reward, an advantage estimator or a hook declares to fill, as its attribute ``fills``."""
+    return frozenset(getattr(function, "fills", ()))
+
+
 def check_options(
     function: Callable, options: Mapping[str, Any], key: str, given: Collection[str] = ()
 ) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     mesh = make_mesh(config.mesh)
     folder.agree(total)
     shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh, jax.process_count())
-    optimizer = opt.make(config.optimizer, total * updates)
+    optimizer = opt.make(config.optimizer, total * updates, config.run.seed)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     sampler = samplers.make(config.rollout.sampler, model, setup.tokenizer.stop_ids, mesh)
     show_table("grpo", [
@@ -137,7 +137,7 @@ class Inputs:
             ("held out", f"{len(problems)} problems" if problems else "none"),
             ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most "
                         f"{rollout.max_completion_tokens} tokens, {rollout.slots} slots"),
-            *([("second turn", f"{again.samples} corrections of each completion, {again.train} trained")] if again.samples else []),
+            *([("second turn", f"{again.samples} corrections of each completion, {again.train} trained")] * (again.samples > 0)),
             ("update", f"{config.train.updates_per_rollout} of {shapes.rows} sequences packed in rows of {shapes.row_length} "
                        f"tokens, microbatches of {shapes.microbatch} rows"),
             ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {config.kl.coef:g} in the "
@@ -172,7 +172,8 @@ def compile_step(
     """The jitted step; the state is donated."""
     schedule = opt.schedule(config.optimizer, updates)
     step = make_train_step(
-        setup.config, objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature
+        setup.config, objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
+        seed=config.run.seed,
     )
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
     return within(mesh, jax.jit(step, donate_argnums=0, out_shardings=out))

@@ -1,10 +1,21 @@
-"""AdamW (arXiv 1711.05101) with decay mask, schedule, global-norm clip and a choice of moment storage, from optax."""
+"""AdamW (arXiv 1711.05101) with decay mask, schedule, global-norm clip and a choice of storage, from optax.
+
+What is stored in bfloat16, moments or parameters, is rounded stochastically: with 8 bits of mantissa, rounding to nearest
+loses every change below 1/512 of a value, so that a second moment with b2 = 0.999 stays where it is and parameters do not
+move at a small learning rate. A value between two neighbours goes to each with the probability that makes the mean exact.
+"""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array, lax
 
 from jaxreason import config as cfg
+
+_MOMENTS, _PARAMS = 1, 2  # keep the draws of the two kinds of rounding apart
 
 
 def schedule(optimizer: cfg.Optimizer, steps: int) -> optax.Schedule:
@@ -16,7 +27,7 @@ def schedule(optimizer: cfg.Optimizer, steps: int) -> optax.Schedule:
     warmup = optimizer.warmup_steps or round(optimizer.warmup_fraction * steps)
     rate, final = optimizer.learning_rate, optimizer.final_fraction
 
-    def at(count):
+    def at(count: Array | int) -> Array:
         k = jnp.asarray(count, jnp.float32)
         x = jnp.clip((k - warmup) / max(1, steps - warmup), 0.0, 1.0)
         if optimizer.schedule == "constant":
@@ -30,32 +41,91 @@ def schedule(optimizer: cfg.Optimizer, steps: int) -> optax.Schedule:
     return at
 
 
-def decays(params) -> dict:
-    """True for the leaves that weight decay applies to: matrices, not norms or biases."""
+def decays(params: Any) -> Any:
+    """True for the leaves that weight decay applies to: all matrices, embedding and head included; not norms or biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
-def stored_as(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """``inner`` with its floating state kept in ``dtype`` between updates; its arithmetic stays float32."""
+def stochastic_round(x: Array, words: Array) -> Array:
+    """``x`` float32 as bfloat16, rounded up or down with the probabilities that make the expectation ``x``.
+
+    A bfloat16 is the upper half of a float32: 16 random bits are added to the lower half and its carry decides. The bits
+    are a hash of the element's index and of ``words`` [2] uint32, not ``jax.random.bits``: they are a dozen integer
+    operations that fuse into the update (threefry takes a hundred), and an iota is the same however it is sharded, so the
+    result is too. Infinities and NaN stay what they are.
+    """
+    index = jnp.zeros(x.shape, jnp.uint32)  # counts modulo 2^32: elements that far apart may share their bits
+    for axis in range(x.ndim):
+        stride = math.prod(x.shape[axis + 1 :]) % 2**32
+        index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+    noise = _mixed(_mixed(index ^ words[0]) ^ words[1]) >> 16
+    carried = (lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16
+    rounded = lax.bitcast_convert_type(carried.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _mixed(x: Array) -> Array:
+    """A bijection of uint32 that changes half of the bits for any change of one (multiply and shift, Wellons 2018)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _words(seed: int, count: Array, kind: int, leaves: int) -> Array:
+    """[leaves, 2] uint32: what the rounding of every leaf is drawn from after ``count`` updates."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), kind), count)
+    return jax.random.bits(key, (leaves, 2), jnp.uint32)
+
+
+def stored_as(inner: optax.GradientTransformation, dtype: str, seed: int = 0) -> optax.GradientTransformation:
+    """``inner`` with its floating state kept in ``dtype`` between updates; its arithmetic stays float32.
+
+    ``inner``'s state has a ``count`` of updates, from which and from ``seed`` the rounding to bfloat16 is drawn.
+    """
 
     def cast(state, to):
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
+    def rounded(state):
+        leaves, tree = jax.tree.flatten(state)
+        words = _words(seed, state.count, _MOMENTS, len(leaves))
+        stored = [stochastic_round(x, w) if x.dtype == jnp.float32 else x for x, w in zip(leaves, words)]
+        return jax.tree.unflatten(tree, stored)
+
     def update(updates, state, params=None):
         updates, state = inner.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
+        return updates, state if dtype == "float32" else rounded(state)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
-def make(optimizer: cfg.Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip → Adam → decoupled decay → −rate. Gradients arrive in float32; parameters may be stored in less."""
+def make(optimizer: cfg.Optimizer, steps: int, seed: int = 0) -> optax.GradientTransformation:
+    """Clip → Adam → decoupled decay → −rate. Gradients arrive in float32; parameters may be stored in less.
+
+    ``steps``: optimizer updates of the whole run, for the schedule; ``seed``: of the rounding of bfloat16 moments.
+    """
     parts = []
     if optimizer.max_grad_norm is not None:
         parts.append(optax.clip_by_global_norm(optimizer.max_grad_norm))
     adam = optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps)
-    parts.append(stored_as(adam, optimizer.moment_dtype))
+    parts.append(stored_as(adam, optimizer.moment_dtype, seed))
     if optimizer.weight_decay:
         parts.append(optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
     parts.append(optax.scale_by_learning_rate(schedule(optimizer, steps)))
     return optax.chain(*parts)
+
+
+def apply(params: Any, updates: Any, step: Array | int, seed: int = 0) -> Any:
+    """Parameters after update number ``step``: the float32 sum, rounded stochastically where they are bfloat16.
+
+    The rounding is drawn from ``seed`` and ``step`` alone. float32 parameters are exactly ``optax.apply_updates``.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    words = _words(seed, jnp.asarray(step), _PARAMS, len(leaves))
+
+    def moved(p: Array, u: Array, w: Array) -> Array:
+        if p.dtype != jnp.bfloat16:
+            return optax.apply_updates(p, u)
+        return stochastic_round(p.astype(jnp.float32) + u.astype(jnp.float32), w)
+
+    return jax.tree.unflatten(tree, [moved(p, u, w) for p, u, w in zip(leaves, jax.tree.leaves(updates), words)])

@@ -51,7 +51,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     # ---- devices: the step is compiled for shapes, before anything is loaded
     mesh, model = make_mesh(config.mesh), setup.config
     folder.agree(total)
-    optimizer = opt.make(config.optimizer, total)
+    optimizer = opt.make(config.optimizer, total, config.run.seed)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     clock = time.monotonic()
     step_of, second_shape = compile_step(config, loss, model, data, compared, abstract, optimizer, mesh, total)
@@ -107,7 +107,7 @@ def compile_step(
     batch = abstract_batch(rows, data.train.length, mesh, weighted)
     step = make_train_step(
         model, loss, optimizer, opt.schedule(config.optimizer, total), rows // micro,
-        second_config=compared and compared.config, noise=noise_of(config),
+        second_config=compared and compared.config, noise=noise_of(config), seed=config.run.seed,
     )  # fmt: skip
     second = states.abstract(compared.config, optimizer, mesh).params if compared else None
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))

@@ -14,6 +14,7 @@ from jaxreason.losses.sft import neftune_noise
 from jaxreason.model import ModelConfig, head_kernel, hidden
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
+from jaxreason.train import optimizer as opt
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics, merge
 
 
@@ -204,8 +205,11 @@ def make_train_step(
     temperature: float = 1.0,
     second_config: ModelConfig | None = None,
     noise: Noise | None = None,
+    seed: int = 0,
 ) -> Callable:
     """``step(state, batch, second_params=None) -> (state, metrics)``; jit it with the state donated.
+
+    ``seed`` is that of the rounding of bfloat16 parameters (:func:`jaxreason.train.optimizer.apply`).
 
     Metrics: the loss's own, ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (supervised; 0 where
     nothing was), and ``leaf_norms``, the gradient norm of every trained parameter in the order of ``jax.tree.leaves``, by
@@ -217,7 +221,7 @@ def make_train_step(
         value, metrics, grads, _ = gradient(state.params, batch, second_params, state.step, state.frozen)
         squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = opt.apply(state.params, updates, state.step, seed)
         metrics |= {
             "loss": value,
             "grad_norm": jnp.sqrt(jnp.sum(squares)),
