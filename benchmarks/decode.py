@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jaxreason import hf, model
-from jaxreason.rollout import Engine, Sampling
+from jaxreason.sampler import Engine, Sampling
 
 
 def parse() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from jaxreason.model import init, preset, unstack
 from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.flops import train_flops_per_token
 from jaxreason.plan import roofline
-from jaxreason.rollout import Engine, Sampling
+from jaxreason.sampler import Engine, Sampling
 from jaxreason.sharding import batch_sharding, make_mesh, replicated
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states

@@ -91,7 +91,7 @@ def _failed(target: str, place: str, key: str, error: BaseException) -> UserErro
 
 
 def fills(function: Callable) -> frozenset[str]:
-    """The inputs of a loss (extras) that a reward, an advantage estimator or a hook declares to fill, as its attribute ``fills``."""
+    """The extras that a reward, an advantage estimator or a hook declares to fill, as its attribute ``fills``."""
     return frozenset(getattr(function, "fills", ()))
 
 

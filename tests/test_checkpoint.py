@@ -1,5 +1,6 @@
 """Checkpoints: bitwise round trip, manifests that catch every damage, failures that surface at their step."""
 
+import dataclasses
 import json
 
 import jax
@@ -23,7 +24,7 @@ OPTIMIZER = opt.make(cfg.Optimizer(), 10)
 
 def fresh(step: int) -> TrainState:
     state = states.create(CONFIG, OPTIMIZER, make_mesh(cfg.Mesh(), jax.devices()[:1]), seed=step)
-    return TrainState(state.step + step, state.params, state.opt_state)
+    return dataclasses.replace(state, step=state.step + step)
 
 
 @pytest.fixture

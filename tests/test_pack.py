@@ -5,7 +5,7 @@ from jaxreason.data.batches import Rows
 from jaxreason.data.pack import MAX_EXAMPLES, plan
 from jaxreason.data.store import Store
 from jaxreason.model import Execution
-from jaxreason.train.rollouts import row_layout
+from jaxreason.rl.batch import row_layout
 
 LENGTHS = np.random.default_rng(0).integers(3, 90, 500)
 

@@ -18,7 +18,9 @@ from jaxreason.plan import changes, compile, hlo, options, phases, programs, run
 from jaxreason.plan.compile import Program
 from jaxreason.plan.options import Options
 from jaxreason.plan.table import show
-from jaxreason.rollout import Engine, Sampling, cache
+from jaxreason.sampler import Engine, Sampling
+from jaxreason.sampler.engine import cache
+from jaxreason.train.setup import abstract_batch
 
 GIB = 2**30
 H100 = targets.load("h100")
@@ -144,7 +146,7 @@ def test_the_3b_fsdp_step_gathers_layers_and_never_the_whole():
 
 def test_the_grpo_step_has_no_buffer_of_tokens_times_vocabulary():
     here, rows = place(), 4
-    batch = phases.abstract_batch(rows, 4096, here.mesh, GRPO_FLOATS)
+    batch = abstract_batch(rows, 4096, here.mesh, GRPO_FLOATS, grouped=True)
     update = phases.update(here, SMALL, OPTIMIZER, losses.get("grpo", kl_coef=0.01), batch, rows)
     assert largest(update) <= SMALL.arch.vocab_size * SMALL.arch.embed_dim < 4096 * SMALL.arch.vocab_size
     assert update.attention_calls == (rows * SMALL.arch.num_layers,) * 2
@@ -152,7 +154,7 @@ def test_the_grpo_step_has_no_buffer_of_tokens_times_vocabulary():
 
 def test_the_grpo_step_over_devices_gathers_the_table_in_few_chunks_and_reduces_no_logits():
     here = place(devices=8)
-    batch = phases.abstract_batch(8, 4096, here.mesh, GRPO_FLOATS)
+    batch = abstract_batch(8, 4096, here.mesh, GRPO_FLOATS, grouped=True)
     program = phases.update(here, SMALL, OPTIMIZER, losses.get("grpo", kl_coef=0.01), batch, 1)
     table = SMALL.arch.vocab_size * SMALL.arch.embed_dim * 2
     gathered = [c for c in program.collectives if c.kind == "all-gather"]
@@ -169,7 +171,7 @@ def test_the_grpo_step_over_devices_gathers_the_table_in_few_chunks_and_reduces_
 def test_the_policy_recomputes_what_it_does_not_name_and_nothing_else():
     small, here, tokens = SMALL.replace(vocab_size=4096), place(), 1024
     weights = matmul_weights(small)
-    batch = phases.abstract_batch(1, tokens, here.mesh)
+    batch = abstract_batch(1, tokens, here.mesh)
 
     def update(remat):
         return phases.update(here, small.replace(remat=remat), OPTIMIZER, losses.get("nll"), batch, 1)
@@ -270,5 +272,5 @@ def test_other_cards_compile(name):
     target = targets.load(name)
     here = phases.Place(target, compile.mesh_of(target, 1, 1, cfg.Mesh()))
     small = SMALL.replace(num_layers=1, vocab_size=512, embed_dim=256, mlp_dim=256)
-    program = phases.score(here, "reference", small, "bfloat16", phases.abstract_batch(1, 256, here.mesh), 1, 1.0)
+    program = phases.score(here, "reference", small, "bfloat16", abstract_batch(1, 256, here.mesh), 1, 1.0)
     assert program.attention_calls == ((0, 0) if name == "a100" else (1, 0))

@@ -19,7 +19,7 @@ from jaxreason.terminal import console
 from jaxreason.train import sft
 from jaxreason.train.folder import RunFolder
 
-_TRAIN = {"grpo": grpo.train, "sft": sft.train}
+_ALGORITHMS = {"grpo": grpo, "sft": sft}
 _LOSS: dict[str, Callable[[cfg.RunConfig], losses.Loss]] = {
     "grpo": lambda config: objective_of(config).loss, "sft": sft.find_loss,
 }  # fmt: skip
@@ -101,7 +101,7 @@ def train_all(planned: Sequence[Planned]) -> list[str] | None:
     for a reason that the next one has too, and that is raised.
     """
     failures, spent = [], []
-    train = _TRAIN[planned[0].config.algorithm]
+    train = _ALGORITHMS[planned[0].config.algorithm].train
     open_runs = sum(RunFolder(item.config).summary() is None for item in planned)
     for number, item in enumerate(planned, 1):
         fresh = RunFolder(item.config).summary() is None

@@ -1,6 +1,7 @@
 """The programs of a run, built from the functions that the run itself jits, over shapes in place of arrays."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,27 +36,28 @@ class Place:
         return compile_program(name, jitted, *arguments, loops=loops, **vars(self))
 
 
-def abstract_state(config: ModelConfig, run: cfg.RunConfig, mesh: Mesh) -> TrainState:
+def abstract_state(config: ModelConfig, optimizer: cfg.Optimizer, mesh: Mesh, freeze: Sequence[str] = ()) -> TrainState:
     """The train state as shapes."""
-    return states.abstract(config, opt.make(run.optimizer, _SCHEDULE_STEPS), mesh, run.train.freeze)
+    return states.abstract(config, opt.make(optimizer, _SCHEDULE_STEPS), mesh, freeze)
 
 
 def update(
     place: Place,
     config: ModelConfig,
-    run: cfg.RunConfig,
+    optimizer: cfg.Optimizer,
     loss: losses.Loss,
     batch: Batch,
     microbatches: int,
     temperature: float = 1.0,
     second: ModelConfig | None = None,
     noise: Noise | None = None,
+    freeze: Sequence[str] = (),
 ) -> Program:
     """One optimizer step, state donated. ``second``: the model that a supervised loss compares with."""
-    transformation = opt.make(run.optimizer, _SCHEDULE_STEPS)
-    schedule = opt.schedule(run.optimizer, _SCHEDULE_STEPS)
+    transformation = opt.make(optimizer, _SCHEDULE_STEPS)
+    schedule = opt.schedule(optimizer, _SCHEDULE_STEPS)
     step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, second, noise)
-    state = abstract_state(config, run, place.mesh)
+    state = abstract_state(config, optimizer, place.mesh, freeze)
     out = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
     other = second and abstract_params(second, place.mesh, second.execution.compute_dtype)

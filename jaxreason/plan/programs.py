@@ -74,7 +74,7 @@ def of(s: Shape) -> Run:
 
 def _state(s: Shape) -> tuple[dict[str, int], dict[str, int]]:
     """The train state, and what of it is beside a program that is given the parameters."""
-    state = phases.abstract_state(s.model, s.config, s.place.mesh)
+    state = phases.abstract_state(s.model, s.config.optimizer, s.place.mesh, s.config.train.freeze)
     return {"train state": device_bytes(state)}, {"optimizer state": device_bytes(state.opt_state)}
 
 
@@ -95,7 +95,8 @@ def _sft(s: Shape) -> Run:
     frozen = {name: _bytes_of(s, other)} if other else {}
 
     def update() -> Program:
-        return phases.update(s.place, s.model, c, loss, batch, s.microbatches, second=other, noise=sft.noise_of(c))
+        extra = {"second": other, "noise": sft.noise_of(c), "freeze": c.train.freeze}
+        return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, **extra)
 
     planned, decoding = {"update": Planned(update, {})}, None  # the frozen model is among the update's arguments
     state, moments = _state(s)
@@ -124,7 +125,9 @@ def _grpo(s: Shape) -> Run:
     state, moments = _state(s)
 
     def update() -> Program:
-        return phases.update(s.place, s.model, c, loss, batch, s.microbatches, temperature)
+        return phases.update(
+            s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature, freeze=c.train.freeze
+        )
 
     def scored(name: str, model: ModelConfig, dtype: str) -> Callable[[], Program]:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)

@@ -91,7 +91,7 @@ def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Opti
 
 
 def _memory(made: dict[str, compile.Program], run: Run, s: Shape) -> dict:
-    target, state = s.place.target, phases.abstract_state(s.model, s.config, s.place.mesh)
+    target, state = s.place.target, phases.abstract_state(s.model, s.config.optimizer, s.place.mesh, s.config.train.freeze)
     params, optimizer = compile.device_bytes(state.params), compile.device_bytes(state.opt_state)
     weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     temporary = made["update"].temp_bytes
