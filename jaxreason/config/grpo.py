@@ -42,8 +42,9 @@ class Rollout(Draw):
     """Log-probs are of the distribution at this temperature, in the sampler and in the learner."""
     slots: Positive = 64
     """Sequences decoded at once, on all devices together; every device has as many, rounded up."""
-    resample_rounds: NonNegative = 0
-    """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step."""
+    resample_rounds: int = Field(0, ge=0, le=62)
+    """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step. A step
+    has 64 keys to draw with: of its rollout, of 62 further rounds and of the corrections."""
 
 
 class RewardTerm(Section):
