@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jaxreason import hf, model
-from jaxreason.rollout import Engine, Sampling
+from jaxreason.sampler import Engine, Sampling
 
 
 def parse() -> argparse.Namespace:
@@ -43,9 +43,9 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     config = model.PRESETS[args.preset].replace(compute_dtype="float32", stop_ids=())
-    config = config.replace(num_layers=args.layers or config.num_layers)
+    config = config.replace(num_layers=args.layers or config.arch.num_layers)
     params = model.init(config, jax.random.key(0))
-    prompts = np.random.default_rng(0).integers(3, config.vocab_size, (args.batch, args.prompt_tokens))
+    prompts = np.random.default_rng(0).integers(3, config.arch.vocab_size, (args.batch, args.prompt_tokens))
 
     with tempfile.TemporaryDirectory() as folder:
         hf.save(params, config, folder, dtype="float32")

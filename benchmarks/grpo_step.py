@@ -82,7 +82,7 @@ def settings(args, out: str):
 
 
 def run_jaxreason(args) -> dict[str, list[float]]:
-    from jaxreason.train import grpo
+    from jaxreason.rl import grpo
 
     with tempfile.TemporaryDirectory() as out:
         grpo.train(settings(args, out))

@@ -6,7 +6,6 @@ benchmarks/h100_first_hour.sh runs all of them, each in a process of its own and
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import time
@@ -21,7 +20,7 @@ from jaxreason.model import init, preset, unstack
 from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.flops import train_flops_per_token
 from jaxreason.plan import roofline
-from jaxreason.rollout import Engine, Sampling
+from jaxreason.sampler import Engine, Sampling
 from jaxreason.sharding import batch_sharding, make_mesh, replicated
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
@@ -123,7 +122,7 @@ def stepper(args, words: list[str]):
     optimizer, schedule = opt.make(overrides, 1000), opt.schedule(overrides, 1000)
     step = make_train_step(config, losses.get(args.loss), optimizer, schedule, args.microbatches)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch_of(args, config.vocab_size), batch_sharding(mesh))
+        batch = jax.device_put(batch_of(args, config.arch.vocab_size), batch_sharding(mesh))
         state = states.abstract(config, optimizer, mesh)
         out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
         began = time.monotonic()
@@ -171,11 +170,11 @@ def repeat(args) -> dict:
 
 def decode(args) -> dict:
     """The rollout engine on random weights, which never stop: tokens/s and its share of the bandwidth limit."""
-    config = dataclasses.replace(model_of(args), param_dtype="bfloat16", remat="none")
+    config = model_of(args).replace(param_dtype="bfloat16", remat="none")
     weights = jax.jit(lambda key: unstack(init(config, key), config))(jax.random.key(0))
     limit, prompt = args.length, 128
     engine = Engine(config, (), Sampling(temperature=1.0, max_completion_tokens=limit), slots=args.slots)
-    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (args.slots // 4, prompt)).tolist()
+    prompts = np.random.default_rng(0).integers(0, config.arch.vocab_size, (args.slots // 4, prompt)).tolist()
     engine.generate(weights, prompts, 4, seed=0, step=0)  # compiles every bucket
     began = time.monotonic()
     done = engine.generate(weights, prompts, 4, seed=1, step=0)

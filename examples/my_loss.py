@@ -10,7 +10,7 @@ them on a tiny batch and says which one is broken:
 
 1. ``losses.clean`` first: masked positions may hold anything, and this puts 0 there before any ``exp``.
 2. Sum over tokens, with weights whose denominators are ``totals``, the counts of the whole optimizer step. Then neither
-   microbatches nor devices can change the result. ``losses.token_weights`` knows the usual aggregations.
+   microbatches nor devices can change the result. ``losses.reduction_weights`` knows the usual aggregations.
 3. Metrics are sums over totals too; a key ending in ``_max`` or ``_min`` is combined by maximum or minimum.
 """
 
@@ -29,6 +29,6 @@ def soft_clip(inputs: losses.PolicyInputs, width: float = 0.2, reduce: str = "to
     totals = losses.totals_of(inputs, sequences)
     ratio = jnp.exp(jnp.clip(inputs.logp - inputs.old_logp, -20.0, 20.0))
     loss = -width * jnp.tanh((ratio - 1.0) / width) * inputs.advantages
-    weights = losses.token_weights(reduce, inputs, sequences, totals)
+    weights = losses.reduction_weights(reduce, inputs, sequences, totals)
     saturated = sequences.live & (jnp.abs(ratio - 1.0) > width)
     return jnp.sum(weights * loss), {"saturated_fraction": jnp.sum(saturated, dtype=jnp.float32) / totals.tokens}

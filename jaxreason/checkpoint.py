@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, RopeScaling
+from jaxreason.model import ModelConfig, RopeScaling, make_config
 from jaxreason.types import TrainState
 
 MANIFEST = "manifest.json"
@@ -44,18 +44,27 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def model_to_json(config: LlamaConfig) -> dict:
-    """The architecture as plain values."""
-    values = {k: getattr(config, k) for k in config.__dataclass_fields__}
-    if config.rope_scaling:
-        values["rope_scaling"] = dict(vars(config.rope_scaling))
-    return values | {"stop_ids": list(config.stop_ids)}
+def model_to_json(config: ModelConfig) -> dict:
+    """The family, and the fields of both records, as plain values."""
+    values = {"family": config.arch.family, **config.fields()}
+    if config.arch.rope_scaling:
+        values["rope_scaling"] = dict(vars(config.arch.rope_scaling))
+    return values | {"stop_ids": list(config.arch.stop_ids)}
 
 
-def model_from_json(values: dict) -> LlamaConfig:
-    scaling = values["rope_scaling"]
-    values = values | {"rope_scaling": RopeScaling(**scaling) if scaling else None}
-    return LlamaConfig(**values | {"stop_ids": tuple(values["stop_ids"])})
+def read_model(step_dir: Path) -> ModelConfig:
+    """The model of a checkpoint. Raises UserError where another version wrote what this one does not know.
+
+    Checkpoints from before there were families name none: they are Llamas.
+    """
+    path = step_dir / "model.json"
+    values = json.loads(path.read_text())
+    try:
+        scaling = values["rope_scaling"]
+        values["rope_scaling"] = RopeScaling(**scaling) if scaling else None
+        return make_config(**values | {"stop_ids": tuple(values["stop_ids"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} describes a model that this version does not have: {error}") from None
 
 
 def steps(directory: Path) -> list[int]:
@@ -142,7 +151,7 @@ class Checkpoints:
                 shutil.rmtree(path)
         return cut
 
-    def save(self, state: TrainState, data_state: dict, model: LlamaConfig) -> None:
+    def save(self, state: TrainState, data_state: dict, model: ModelConfig) -> None:
         """Starts writing ``state`` under its step; returns once the device arrays may be changed again.
 
         Raises UserError if an earlier save failed or the disk lacks the room.
@@ -151,7 +160,7 @@ class Checkpoints:
         step = int(state.step)
         path = self.directory / f"{step:08d}"
         self.directory.mkdir(parents=True, exist_ok=True)
-        size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        size = sum(x.nbytes for x in jax.tree.leaves((state.model_params, state.opt_state)))
         free = shutil.disk_usage(self.directory).free
         if free < size * _MARGIN:
             raise UserError(
@@ -161,14 +170,14 @@ class Checkpoints:
         if jax.process_index() == 0 and path.exists():
             shutil.rmtree(path)
         try:
-            self._savers["params"].save(path / "params", state.params)
+            self._savers["params"].save(path / "params", state.model_params)
             self._savers["optimizer"].save(path / "optimizer", {"opt_state": state.opt_state})
         except OSError as error:
             raise _failed(step, error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, path, data_state, model), daemon=True)
         self._thread.start()
 
-    def _finish(self, step: int, path: Path, data_state: dict, model: LlamaConfig) -> None:
+    def _finish(self, step: int, path: Path, data_state: dict, model: ModelConfig) -> None:
         try:
             for saver in self._savers.values():
                 saver.wait_until_finished()
@@ -199,20 +208,26 @@ class Checkpoints:
         """The verified state of a step, on the shardings of ``abstract``, and the data iterator's state."""
         path = self.directory / f"{step:08d}"
         _verify_once(path)
-        params = restore_tree(path / "params", abstract.params)
+        params = restore_tree(path / "params", abstract.model_params)
         opt_state = restore_tree(path / "optimizer", {"opt_state": abstract.opt_state})["opt_state"]
         place = getattr(abstract.step, "sharding", None)
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), place)
-        return TrainState(count, params, opt_state), json.loads((path / "data.json").read_text())
+        trained, frozen = (_part(params, part) for part in (abstract.params, abstract.frozen))
+        return TrainState(count, trained, frozen, opt_state), json.loads((path / "data.json").read_text())
 
 
-def _seal(step_dir: Path, model: LlamaConfig) -> None:
+def _part(params: dict, like: dict) -> dict:
+    """The leaves of ``params`` that ``like`` has too."""
+    return {key: _part(params[key], value) if isinstance(value, dict) else params[key] for key, value in like.items()}
+
+
+def _seal(step_dir: Path, model: ModelConfig) -> None:
     """Writes the architecture and, last, the manifest: from here on the step exists."""
     write_json(step_dir / "model.json", model_to_json(model))
     write_json(step_dir / MANIFEST, {"step": int(step_dir.name), "files": _digests(step_dir, _files(step_dir))})
 
 
-def save_params(directory: Path, params: dict, model: LlamaConfig) -> None:
+def save_params(directory: Path, params: dict, model: ModelConfig) -> None:
     """A checkpoint of step 0 with weights alone: what a converted model is to this project."""
     path = directory.absolute() / f"{0:08d}"
     with ocp.StandardCheckpointer() as saver:

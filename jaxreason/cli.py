@@ -36,7 +36,7 @@ def command(function: Callable[[Sequence[str] | None], None]) -> Callable[[Seque
 def _start(deterministic: bool = False, cluster: distributed.Cluster | None = None, timeout_s: float = 300) -> None:
     """XLA's settings and the other processes, before the first device is touched. Raises UserError."""
     from jaxreason import xla
-    from jaxreason.train.run import console
+    from jaxreason.terminal import console
 
     platform = xla.detect()
     xla.leave_out_absent_gpu()
@@ -73,10 +73,10 @@ def train(argv=None) -> None:
         if config.algorithm == "sft":
             from jaxreason.train.sft import train as run
         else:
-            from jaxreason.train.grpo import train as run
+            from jaxreason.rl.grpo import train as run
         summary = run(config, args.dry_run)
     if summary:
-        from jaxreason.train.run import show_table
+        from jaxreason.terminal import show_table
 
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in summary.items()}
         show_table(f"{config.run.dir}/{config.run.name}/summary.json", list(shown.items()))
@@ -132,7 +132,7 @@ def evaluate(argv=None) -> None:
         raise UserError(f"--samples {args.samples} of greedy decoding are all the same; set e.g. temperature=0.6")
     _start()
     from jaxreason.serve import measure
-    from jaxreason.train.run import show_table
+    from jaxreason.terminal import show_table
 
     metrics, records = measure(args.model, args.task, args.samples, options)
     show_table(f"{args.model} on {args.task}", [(k, f"{v:.4g}") for k, v in metrics.items()])

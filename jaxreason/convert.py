@@ -21,7 +21,7 @@ def to_hf(model: str, out: str, dtype: str | None) -> str:
     source = locate(model)
     if source.kind == "hf":
         raise UserError(f"{model} is a Hugging Face directory already; to-hf takes a run or one of its checkpoints")
-    saved = json.loads((source.path / "model.json").read_text())["param_dtype"]
+    saved = checkpoint.read_model(source.path).execution.param_dtype
     config = source.config(saved, "float32")
     params = source.params(config, make_mesh(cfg.Mesh()))
     hf.save(params, config, out, dtype or saved, load_tokenizer(source.tokenizer), _card(source))

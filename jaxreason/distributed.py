@@ -89,7 +89,7 @@ def start(cluster: Cluster | None, timeout_s: float = 300) -> None:
         return
     import jax
 
-    # Its handler of SIGTERM would compete with train.run.Interrupt, which makes the processes agree on a step.
+    # Its handler of SIGTERM would compete with train.interrupt.Interrupt, which makes the processes agree on a step.
     jax.config.update("jax_enable_preemption_service", False)
     failed: list[Exception] = []
 

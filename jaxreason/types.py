@@ -39,6 +39,7 @@ class Batch:
     selected: Array | None = None  # [B, T] float32, what the loss's step-wide rule picked
     token_weights: Array | None = None  # [B, T] float32, weight of the target in a supervised loss
     entropy_coef: Array | None = None  # [B, T] float32, this step's coefficient of an adaptive entropy bonus
+    extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # [B, T] float32 each, what a loss of one's own reads
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,7 @@ class Totals:
     Every loss is a sum divided by one of these, so that neither microbatching nor sharding can change it.
     """
 
-    tokens: Array  # [] float32, supervised tokens
+    tokens: Array  # [] float32, supervised tokens, at least 1
     sequences: Array  # [] float32, sequences with at least one supervised token
     prompts: Array  # [] float32, prompts (groups) with at least one supervised token
 
@@ -57,11 +58,27 @@ class Totals:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes. Randomness is a function of the seed and ``step``, so nothing else is needed."""
+    """All that a step reads and changes. Randomness is a function of the seed and ``step``, so nothing else is needed.
+
+    The model's parameters are ``params``, which the optimizer changes, together with ``frozen``, which it never sees; no leaf
+    is in both, and ``frozen`` is empty where everything trains.
+    """
 
     step: Array  # [] int32, optimizer updates done
     params: dict
+    frozen: dict
     opt_state: tuple
+
+    @property
+    def model_params(self) -> dict:
+        """All parameters of the model, as ``jaxreason.model`` takes them."""
+        return merge(self.params, self.frozen)
+
+
+def merge(a: dict, b: dict) -> dict:
+    """Two nested dicts without a common leaf as one."""
+    both = {key: merge(a[key], b[key]) for key in a.keys() & b.keys()}
+    return {key: both.get(key, a.get(key, b.get(key))) for key in [*a, *(key for key in b if key not in a)]}
 
 
 def count_unique(ids: Array, mask: Array) -> Array:

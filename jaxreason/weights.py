@@ -1,7 +1,7 @@
 """What a path to a model means: a run, one of its checkpoints, a Hugging Face directory, or a hub id."""
 
 import dataclasses
-import json
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -11,14 +11,40 @@ from jax.sharding import Mesh
 from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, init
+from jaxreason.model import ModelConfig, shapes
 from jaxreason.sharding import leaf_sharding, shardings
+
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16  # of a weight file, evenly spaced: training changes nearly every parameter
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
+    """Where weights are."""
+
     kind: Literal["checkpoint", "hf"]
     path: Path  # of the checkpoint's step or of the Hugging Face directory
+
+    @classmethod
+    def at(cls, path: str) -> "WeightSource":
+        """The source at a path that :func:`locate` has found before."""
+        place = Path(path)
+        return cls("checkpoint" if (place / "model.json").is_file() else "hf", place)
+
+    def digest(self) -> str:
+        """Tells these weights from others, in a moment: of a checkpoint its manifest, which lists a hash of every file; of a
+        Hugging Face directory the names, sizes and samples of its weight files."""
+        found = hashlib.sha256()
+        if self.kind == "checkpoint":
+            found.update((self.path / checkpoint.MANIFEST).read_bytes())
+            return found.hexdigest()
+        for file in sorted(self.path.glob("*.safetensors")):
+            size = file.stat().st_size
+            found.update(f"{file.name} {size}".encode())
+            with open(file, "rb") as data:
+                for part in range(_SAMPLES):
+                    data.seek(size * part // _SAMPLES)
+                    found.update(data.read(_SAMPLE_BYTES))
+        return found.hexdigest()
 
     @property
     def run(self) -> Path:
@@ -30,30 +56,30 @@ class Source:
         """Where its tokenizer is."""
         return str(self.run / "tokenizer") if self.kind == "checkpoint" else str(self.path)
 
-    def config(self, param_dtype: str, compute_dtype: str) -> LlamaConfig:
+    def config(self, param_dtype: str, compute_dtype: str) -> ModelConfig:
         """The architecture; reads no weights."""
         if self.kind == "hf":
             return hf.read_config(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
-        values = json.loads((self.path / "model.json").read_text())
-        return checkpoint.model_from_json(values).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
+        return checkpoint.read_model(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
 
-    def params(self, config: LlamaConfig, mesh: Mesh) -> dict:
-        """The weights in ``config.param_dtype``, each straight on its devices."""
+    def params(self, config: ModelConfig, mesh: Mesh) -> dict:
+        """The weights in ``config.execution.param_dtype``, each straight on its devices."""
         if self.kind == "hf":
 
             def place(path, leaf):
                 return leaf.place(leaf_sharding(path, leaf.shape, mesh))
 
-            return hf.load(str(self.path), config.param_dtype, config.compute_dtype, placement=place)[0]
+            dtypes = config.execution.param_dtype, config.execution.compute_dtype
+            return hf.load(str(self.path), *dtypes, placement=place)[0]
         checkpoint.verify(self.path)
-        shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        wanted = shapes(config)
         abstract = jax.tree.map(
-            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings(shapes, mesh)
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), wanted, shardings(wanted, mesh)
         )
         return checkpoint.restore_tree(self.path / "params", abstract)
 
 
-def locate(name: str) -> Source:
+def locate(name: str) -> WeightSource:
     """The source that ``name`` means. Raises UserError; a hub id is downloaded."""
     path = Path(name)
     if (path / "checkpoints").is_dir():
@@ -61,14 +87,14 @@ def locate(name: str) -> Source:
         if not found:
             cut = len(checkpoint.unfinished(path / "checkpoints"))
             raise UserError(f"{path}: a run without a finished checkpoint ({cut} unfinished); run its training again")
-        return Source("checkpoint", path / "checkpoints" / f"{found[-1]:08d}")
+        return WeightSource("checkpoint", path / "checkpoints" / f"{found[-1]:08d}")
     if path.name.isdigit() and path.parent.name == "checkpoints":
         if not path.is_dir():
             raise UserError(f"{path}: no such checkpoint; there are {checkpoint.steps(path.parent)}")
         checkpoint.verify(path)
-        return Source("checkpoint", path)
+        return WeightSource("checkpoint", path)
     if (path / "config.yaml").is_file():
         raise UserError(f"{path}: a run without a checkpoint; run its training first")
     if not path.exists() and path.parts[:1] == (cfg.Run.model_fields["dir"].default,):
         raise UserError(f"{name}: no such run yet; make it first, e.g.: python scripts/train.py --config {path.name}")
-    return Source("hf", hf.fetch(name))
+    return WeightSource("hf", hf.fetch(name))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxreason import checkpoint
 from jaxreason import config as cfg
 from jaxreason.sharding import make_mesh
-from jaxreason.weights import Source
+from jaxreason.weights import WeightSource
 
 TINY = ["model.overrides={num_layers: 1, embed_dim: 32, mlp_dim: 48, num_heads: 2, num_kv_heads: 1, head_dim: 16}"]
 
@@ -25,7 +25,7 @@ def sft_words(root: Path, *words: str) -> list[str]:
 def final_params(run: Path) -> dict:
     """Parameters of a run's last checkpoint, as numpy."""
     step = checkpoint.steps(run / "checkpoints")[-1]
-    source = Source("checkpoint", run / "checkpoints" / f"{step:08d}")
+    source = WeightSource("checkpoint", run / "checkpoints" / f"{step:08d}")
     params = source.params(source.config("float32", "float32"), make_mesh(cfg.Mesh(), jax.devices()[:1]))
     return jax.tree.map(np.asarray, params)
 

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from jaxreason import config as cfg
-from jaxreason import losses
 from jaxreason.data import chat as chats
 from jaxreason.data import tokenizer as tokenizers
 from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
-from jaxreason.rollout import Completion
-from jaxreason.train import advantages, correction, grpo
-from jaxreason.train.rollouts import Sequence
+from jaxreason.rl import grpo, turns
+from jaxreason.rl.advantages import advantages_of
+from jaxreason.rl.objective import find_loss, objective_of
+from jaxreason.rl.sequence import Sequence
+from jaxreason.sampler import Completion
 
 
 def settings(**sections):
@@ -33,9 +34,10 @@ def sequence(reward, logp, ref=None, teacher=None, group=0, right=None):
     return Sequence(Prompt((1,), "", "", "", 0), completion, "", group, rewards, reward, 0.0, *arrays)
 
 
-def found(config, groups):
-    estimate = advantages.estimator(config, grpo.find_loss(config))
-    return [[s.advantage for s in group] for group in estimate(groups)]
+def found(config, groups, second=()):
+    """Advantages by group, of the first turn or, where there is a second, of both."""
+    both = advantages_of(groups, list(second), objective_of(config), config)
+    return [[s.advantage for s in group] for turn in both for group in turn]
 
 
 def test_rloo_takes_its_kl_off_the_reward():
@@ -49,13 +51,13 @@ def test_rloo_takes_its_kl_off_the_reward():
     totals = [0.75, -0.1, 1.05]
     expected = [totals[i] - (sum(totals) - totals[i]) / 2 for i in range(3)]
     np.testing.assert_allclose(found(config, [group])[0], expected, atol=1e-6)
-    assert advantages.placement(config, losses.get("rloo")) == "reward"
-    assert grpo.find_loss(config).options["kl_coef"] == 0.0
+    assert objective_of(config).placement == "reward"
+    assert find_loss(config).options["kl_coef"] == 0.0
 
 
 def test_kl_stays_in_the_loss_of_grpo_and_moves_on_request():
     in_loss = settings(kl={"coef": 0.5})
-    assert grpo.find_loss(in_loss).options["kl_coef"] == 0.5
+    assert find_loss(in_loss).options["kl_coef"] == 0.5
     group = [sequence(1.0, [-1.0], [-3.0]), sequence(0.0, [-1.0], [-1.0])]
     plain = found(settings(), [group])
     assert found(in_loss, [group]) == plain
@@ -101,12 +103,10 @@ def test_a_missing_reward_has_no_advantage():
 def test_corrections_are_compared_as_asked():
     firsts = [[sequence(1.0, [-1]), sequence(0.0, [-1])]]
     second = [[sequence(1.0, [-1]), sequence(0.0, [-1])], [sequence(1.0, [-1]), sequence(1.0, [-1])]]
-    flat = [s for g in [*firsts, *second] for s in g]
     rows = {}
     for compare in ("completion", "prompt", "first"):
-        config = settings(advantage={"name": "center"}, correction={"samples": 2, "compare": compare})
-        estimate = advantages.estimator(config, grpo.find_loss(config))
-        rows[compare] = [s.advantage for s in advantages.teach(flat, firsts, second, estimate, config)]
+        config = settings(advantage={"name": "center"}, second_turn={"samples": 2, "compare": compare})
+        rows[compare] = [a for group in found(config, firsts, second) for a in group]
     assert rows["completion"] == [0.5, -0.5, 0.5, -0.5, 0.0, 0.0]
     assert rows["prompt"] == [0.5, -0.5, 0.25, -0.75, 0.25, 0.25]
     assert rows["first"] == [0.5, -0.5, 0.0, -1.0, 1.0, 1.0]
@@ -120,17 +120,17 @@ def test_the_measures_of_a_second_layer():
         [sequence(1.0, [-1]), sequence(0.0, [-1])],
         [sequence(1.0, [-1]), sequence(0.0, [-1])],
     ]
-    assert correction.metrics(firsts, second) == {
+    assert turns.metrics(firsts, second) == {
         "accuracy_t1": 0.5, "accuracy_t2": 0.5, "correction_gain": 0.0, "incorrect_to_correct": 0.25,
         "correct_to_incorrect": 0.25,
     }  # fmt: skip
-    nobody = correction.metrics(firsts[2:], second[2:])
+    nobody = turns.metrics(firsts[2:], second[2:])
     assert set(nobody.values()) == {0.0}
 
 
 def test_a_confirmed_right_answer_is_trained_like_a_mended_one():
     right, wrong, ungraded = (sequence(reward, [-1]) for reward in (1.0, 0.0, math.nan))
-    trained = {mode: [correction.is_trained(s, mode) for s in (right, wrong, ungraded)] for mode in ("verified", "all", "none")}
+    trained = {mode: [turns.is_trained(s, mode) for s in (right, wrong, ungraded)] for mode in ("verified", "all", "none")}
     assert trained == {"verified": [True, False, False], "all": [True, True, True], "none": [False, False, False]}
     assert not ungraded.trained  # whatever is asked for: there is no reward to learn from
 
@@ -139,10 +139,10 @@ def test_the_second_prompt_shows_the_answer_and_a_doubt_and_ends_no_turn():
     """What the policy wrote stands in the user's turn; control tokens in it, and such as appear by taking one out, do not."""
     tokenizer = tokenizers.load(tokenizers.EMBEDDED)
     chat = chats.resolve(tokenizer)
-    phrases = cfg.Correction().phrases
+    phrases = cfg.SecondTurn().phrases
     assert len(phrases) == 7 and len(set(phrases)) == 7
     prompt = Prompt((1,), "", "4", "What is 2+2?", 0)
-    found = correction.again(prompt, "<think>5</think> 5<|eot_<|eot_id|>id|>", phrases[0], chat, tokenizer)
+    found = turns.again(prompt, "<think>5</think> 5<|eot_<|eot_id|>id|>", phrases[0], chat, tokenizer)
     turn = f"What is 2+2?\n<think>\n<think>5</think> 5\n</think>\n{phrases[0]}"
     assert turn in found.text and found.gold == "4"
     assert found.text == chat.render_prompt(Example(turn))

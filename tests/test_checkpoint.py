@@ -1,5 +1,8 @@
 """Checkpoints: bitwise round trip, manifests that catch every damage, failures that surface at their step."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.types import TrainState
 
-CONFIG = model.LlamaConfig(
+CONFIG = model.make_config(
     vocab_size=64, embed_dim=16, mlp_dim=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
     rope_scaling=model.RopeScaling("llama3", 32.0), stop_ids=(3, 5),
 )  # fmt: skip
@@ -21,7 +24,7 @@ OPTIMIZER = opt.make(cfg.Optimizer(), 10)
 
 def fresh(step: int) -> TrainState:
     state = states.create(CONFIG, OPTIMIZER, make_mesh(cfg.Mesh(), jax.devices()[:1]), seed=step)
-    return TrainState(state.step + step, state.params, state.opt_state)
+    return dataclasses.replace(state, step=state.step + step)
 
 
 @pytest.fixture
@@ -40,8 +43,17 @@ def test_round_trip_is_bitwise_and_old_steps_go(saved):
     assert data == {"next": 3}
 
 
-def test_architecture_round_trip():
-    assert checkpoint.model_from_json(checkpoint.model_to_json(CONFIG)) == CONFIG
+def test_architecture_round_trip(tmp_path):
+    def read(values):
+        (tmp_path / "model.json").write_text(json.dumps(values))
+        return checkpoint.read_model(tmp_path)
+
+    written = checkpoint.model_to_json(CONFIG)
+    assert read(written) == CONFIG
+    assert read({key: value for key, value in written.items() if key != "family"}) == CONFIG  # from before families
+    for wrong in ({"family": "mamba"}, {"num_experts": 8}):
+        with pytest.raises(UserError, match=next(iter(wrong.values())) if "family" in wrong else "num_experts"):
+            read(written | wrong)
 
 
 def test_every_flipped_bit_is_caught(saved):

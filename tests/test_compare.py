@@ -17,10 +17,7 @@ from helpers import grpo_words
 from jaxreason import cli
 from jaxreason import config as cfg
 from jaxreason.compare import charts, curves, gradients, read, report, runs, stats, tables, work
-from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
-from jaxreason.rollout import Completion
-from jaxreason.train.rollouts import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
@@ -368,18 +365,19 @@ def test_cosines_by_hand():
     assert found[2] == [None] * 3 and found[0][2] is None
 
 
-def test_each_loss_gets_its_own_advantages():
-    def one(reward, group):
-        completion = Completion(0, 0, np.arange(2), np.zeros(2), np.zeros(2), False, 0)
-        return Sequence(Prompt((1, 2), "p", "1", "p", 0), completion, "", group, {"r": reward}, reward)
-
-    planned = runs.plan("grpo", ["dr_grpo", "rloo"], 1, [], None)
-    sequences = [one(r, i // 2) for i, r in enumerate((1.0, 0.0, 3.0, 1.0))]
-    centred, loo = (
-        [s.advantage for s in gradients.with_advantages(sequences, 2, item.config, runs.grpo.find_loss(item.config))]
-        for item in planned
-    )
-    assert centred == [0.5, -0.5, 1.0, -1.0] and loo == [1.0, -1.0, 2.0, -2.0]
+def test_offline_sees_the_second_turn_and_the_teacher(tmp_path):
+    """Whatever training adds to a batch is in the comparison's: 8 completions and 16 corrections, and a teacher's part."""
+    base = grpo_words(tmp_path, "rollout.prompts_per_step=2", "second_turn.samples=2", "second_turn.train=all")
+    assert cli.train(["--config", "grpo", *grpo_words(tmp_path, "run.name=start", "train.steps=1")]) == 0
+    found = {}
+    for name, words in (("alone", []), ("taught", [f"teacher.weights={tmp_path / 'start'}", "teacher.coef=3"])):
+        out = str(tmp_path / name)
+        argv = ["--config", "grpo", "--losses", "bnpo", "--offline", "--out", out, *base, *words]
+        assert cli.compare(argv) == 0
+        found[name] = json.loads((tmp_path / name / "offline.json").read_text())
+    assert found["alone"]["rollout"]["tokens"] == found["taught"]["rollout"]["tokens"] > 8 * 16
+    norms = [f["points"]["start"]["rows"][0]["grad_norm"] for f in found.values()]
+    assert abs(norms[0] - norms[1]) > 1e-3 * norms[0]
 
 
 def test_offline_measures_values_norms_and_angles(tmp_path):

@@ -191,7 +191,7 @@ def test_call_on_a_mesh_reads_each_devices_own_rows_and_heads(kernel):
 
 @pytest.mark.parametrize(("remat", "forwards"), [("none", 1), ("attention", 1), ("matmuls", 1), ("full", 2)])
 def test_a_policy_that_keeps_attention_never_runs_it_twice(kernel, remat, forwards):
-    config = model.LlamaConfig(
+    config = model.make_config(
         vocab_size=32, embed_dim=16, mlp_dim=24, num_layers=2, num_heads=N, num_kv_heads=K, head_dim=H,
         compute_dtype="bfloat16", attention="cudnn", remat=remat, max_segments=M,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """GRPO runs: resume is bitwise, clipping bites when it should, failing graders are named and counted."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,12 +19,13 @@ from helpers import final_params, grpo_words
 from jaxreason import checkpoint, cli, losses, model
 from jaxreason import config as cfg
 from jaxreason.data.prompts import Prompt
-from jaxreason.rollout import Completion
+from jaxreason.rl.batch import Packed, row_layout
+from jaxreason.rl.sequence import Sequence, metrics_of
+from jaxreason.sampler import Completion
 from jaxreason.sharding import make_mesh, replicated
-from jaxreason.train import rollouts
 from jaxreason.train import state as states
-from jaxreason.train.frozen import Frozen
 from jaxreason.train.optimizer import make
+from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.step import make_gradient, make_score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +36,7 @@ def command(*words):
     return [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "grpo", *words]
 
 
-def metrics_of(run: Path) -> list[dict]:
+def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -47,7 +49,7 @@ def straight(tmp_path_factory):
 
 
 def test_a_run_records_metrics_and_samples(straight):
-    lines = metrics_of(straight)
+    lines = lines_of(straight)
     assert [line["step"] for line in lines] == list(range(1, 7))
     for line in lines:
         assert line["clip_fraction"] == 0.0 and line["ratio_max"] == 1.0  # one update: the ratio is exactly 1
@@ -81,14 +83,14 @@ def test_killed_twice_and_resumed_ends_bitwise_equal(straight, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "resuming" in again.stdout
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "grpo"), final_params(straight))
-    assert [line["step"] for line in metrics_of(tmp_path / "grpo")] == list(range(1, 7))
+    assert [line["step"] for line in lines_of(tmp_path / "grpo")] == list(range(1, 7))
     assert (tmp_path / "grpo" / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
 
 
 def test_two_updates_clip_and_a_constant_reward_moves_nothing(tmp_path):
     words = ["rollout.prompts_per_step=8", "train.steps=2", "optimizer.learning_rate=0.03", "optimizer.warmup_steps=0"]
     assert cli.train(["--config", "grpo", *grpo_words(tmp_path / "a", *words, "train.updates_per_rollout=2")]) == 0
-    assert metrics_of(tmp_path / "a" / "grpo")[0]["clip_fraction"] > 0
+    assert lines_of(tmp_path / "a" / "grpo")[0]["clip_fraction"] > 0
     still = grpo_words(tmp_path / "b", *words, reward="constant")
     assert cli.train(["--config", "grpo", *still]) == 0
     config = cfg.load("grpo", still)
@@ -97,7 +99,7 @@ def test_two_updates_clip_and_a_constant_reward_moves_nothing(tmp_path):
         make_mesh(config.mesh), 0,
     ).params  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "b" / "grpo"), start)
-    assert metrics_of(tmp_path / "b" / "grpo")[0]["zero_std_fraction"] == 1.0
+    assert lines_of(tmp_path / "b" / "grpo")[0]["zero_std_fraction"] == 1.0
 
 
 @pytest.mark.parametrize(("reward", "kind"), [("raises", "raised"), ("hangs", "timeout"), ("nan", "not_finite"),
@@ -126,13 +128,19 @@ def sequence(prompt: int, answer: int, group: int, advantage: float = 0.0, rewar
         np.full(answer, -0.5, np.float32), truncated, 0,
     )  # fmt: skip
     ids = tuple(range(prompt))
-    return rollouts.Sequence(Prompt(ids, "", "1", "", 0), completion, "", group, {}, reward, advantage)
+    return Sequence(Prompt(ids, "", "1", "", 0), completion, "", group, {}, reward, advantage)
+
+
+def batch_of(sequences, length: int, rows: int, count: int = 1, mask_truncated: bool = False):
+    """Packed, with their advantages, as numpy."""
+    packed = Packed.of(sequences, length, rows, count)
+    return dataclasses.replace(packed.batch(9, mask_truncated), advantages=packed.field(lambda s: s.advantage))
 
 
 def test_batch_by_hand():
     """Lengths 5, 3 and 4 (a prompt of n and an answer of m take n + m - 1 positions) in rows of 8."""
     sequences = [sequence(3, 3, 0, 0.5), sequence(2, 2, 0, -0.5), sequence(2, 3, 1, 2.0, truncated=True)]
-    batch = rollouts.make_batch(sequences, rollouts.Layout(8, 3, 1, 9), mask_truncated=True)
+    batch = batch_of(sequences, 8, 3, mask_truncated=True)
     assert batch.tokens.tolist() == [[0, 1, 2, 100, 101, 0, 1, 100], [0, 1, 100, 101, 9, 9, 9, 9], [9] * 8]
     assert batch.targets.tolist()[0] == [1, 2, 100, 101, 102, 1, 100, 101]
     assert batch.loss_mask.tolist() == [[0, 0, 1, 1, 1, 0, 1, 1], [0] * 8, [0] * 8]
@@ -143,26 +151,28 @@ def test_batch_by_hand():
 
 
 def test_packed_rows_fill_the_first_microbatches():
-    places = rollouts.row_layout([8, 8, 8], 8, rows=8, microbatches=4)
+    places = row_layout([8, 8, 8], 8, rows=8, microbatches=4)
     assert sorted(r % 4 for r, _ in places) == [0, 0, 1] and len(set(places)) == 3
 
 
 def test_no_reward_is_no_zero():
-    found = rollouts.metrics_of([sequence(1, 1, 0, reward=r) for r in (1.0, 0.0, math.nan)], ())
+    found = metrics_of([sequence(1, 1, 0, reward=r) for r in (1.0, 0.0, math.nan)], ())
     assert found["reward"] == 0.5 and found["no_reward_fraction"] == pytest.approx(1 / 3)
-    batch = rollouts.make_batch([sequence(2, 2, 0, reward=math.nan)], rollouts.Layout(8, 1, 1, 0), False)
+    batch = batch_of([sequence(2, 2, 0, reward=math.nan)], 8, 1)
     assert batch.loss_mask.sum() == 0
 
 
 def test_microbatches_skipped_and_run_give_one_gradient_and_score():
     """Packed into few rows and split any way, empty microbatches included, gradient and scores are the same."""
-    config = model.LlamaConfig(128, 32, 48, 1, 2, 1, 16, init_std=0.2)
+    config = model.make_config(
+        vocab_size=128, embed_dim=32, mlp_dim=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, init_std=0.2
+    )
     params = model.init(config, jax.random.key(0))
     sequences = [sequence(3 + i % 4, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i) / 16) for i in range(16)]
     loss = losses.get("grpo", kl_coef=0.0)
     found = []
     for rows, length, count in ((16, 16, 1), (16, 16, 4), (16, 32, 16)):
-        batch = jax.tree.map(jnp.asarray, rollouts.make_batch(sequences, rollouts.Layout(length, rows, count, 0), False))
+        batch = jax.tree.map(jnp.asarray, batch_of(sequences, length, rows, count))
         value, metrics, grads, _ = jax.jit(make_gradient(config, loss, count, 0.7))(params, batch)
         stats = jax.jit(make_score(config, count, 0.7))(params, batch)
         logp = np.asarray(stats.logp)[np.asarray(batch.loss_mask) > 0]
@@ -175,10 +185,12 @@ def test_microbatches_skipped_and_run_give_one_gradient_and_score():
 
 
 def test_one_update_is_reinforce():
-    config = model.LlamaConfig(128, 32, 48, 1, 2, 1, 16, init_std=0.2)
+    config = model.make_config(
+        vocab_size=128, embed_dim=32, mlp_dim=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, init_std=0.2
+    )
     params = model.init(config, jax.random.key(0))
     sequences = [sequence(3, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i)) for i in range(8)]
-    batch = jax.tree.map(jnp.asarray, rollouts.make_batch(sequences, rollouts.Layout(32, 8, 1, 0), False))
+    batch = jax.tree.map(jnp.asarray, batch_of(sequences, 32, 8))
     grads = [
         jax.jit(make_gradient(config, losses.get(name, reduce="token-mean"), 1))(params, batch)[2]
         for name in ("grpo", "reinforce")
@@ -189,13 +201,13 @@ def test_one_update_is_reinforce():
 def test_corrections_a_teacher_and_an_adaptive_bonus_in_one_run(straight, tmp_path):
     """The second layer doubles the sequences; a teacher that is the starting policy adds next to nothing at first."""
     words = grpo_words(
-        tmp_path, f"model.weights={straight}", "model.preset=null", "model.overrides={}", "correction.samples=2",
-        "correction.train=all", f"teacher.weights={straight}", "entropy.target=100", "entropy.coef=0.01", "train.steps=2",
+        tmp_path, f"model.weights={straight}", "model.preset=null", "model.overrides={}", "second_turn.samples=2",
+        "second_turn.train=all", f"teacher.weights={straight}", "entropy.target=100", "entropy.coef=0.01", "train.steps=2",
         "train.save_every=1", "kl.coef=0.1", "loss.name=rloo", "eval.problems=4", "eval.max_completion_tokens=8",
         "model.compute_dtype=float32", "kl.offload=true",
     )  # fmt: skip
     assert cli.train(["--config", "grpo", *words]) == 0
-    first, one, two = metrics_of(tmp_path / "grpo")
+    first, one, two = lines_of(tmp_path / "grpo")
     assert {"eval_accuracy_t1", "eval_accuracy_t2"} <= first.keys() and first["step"] == 0
     assert one["accuracy_t1"] == 0.0 and one["uncorrected"] == 0.0 and one["kl"] == pytest.approx(0.0, abs=1e-4)
     assert one["entropy_coef"] == 0.01 and two["entropy_coef"] == pytest.approx(0.01 + 0.005)
@@ -208,12 +220,12 @@ def test_corrections_a_teacher_and_an_adaptive_bonus_in_one_run(straight, tmp_pa
 def test_an_offloaded_model_lives_on_the_host_and_is_lent_to_the_devices():
     mesh = make_mesh(cfg.Mesh())
     weights = jax.device_put(np.arange(16.0), replicated(mesh))
-    frozen = Frozen(None, {"w": weights}, offload=True)
+    frozen = ScoringModel(None, {"w": weights}, offload=True)
     assert frozen._params["w"].sharding.memory_kind == "pinned_host"
     lent = frozen.params()["w"]
     assert lent.sharding == weights.sharding
     np.testing.assert_array_equal(lent, weights)
-    assert Frozen(None, {"w": weights}, offload=False).params()["w"] is weights
+    assert ScoringModel(None, {"w": weights}, offload=False).params()["w"] is weights
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(straight, tmp_path, capsys):

@@ -15,21 +15,21 @@ from safetensors.numpy import load_file, save_file
 from jaxreason import hf, model
 from jaxreason.errors import UserError
 from jaxreason.hf.card import model_card
-from jaxreason.hf.table import TABLE, flatten
+from jaxreason.hf.table import flatten, rows
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
-def tiny(**changes) -> model.LlamaConfig:
+def tiny(**changes) -> model.ModelConfig:
     values = dict(
         vocab_size=40, embed_dim=16, mlp_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
         rope_scaling=model.RopeScaling("llama3", 32.0), bos_id=1, stop_ids=(2, 7, 5),
     )  # fmt: skip
-    return model.LlamaConfig(**values | changes)
+    return model.make_config(**values | changes)
 
 
-def random_params(config: model.LlamaConfig) -> dict:
+def random_params(config: model.ModelConfig) -> dict:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype), shapes)
@@ -151,13 +151,14 @@ def test_transposes_and_layers_by_hand(directory):
     )
     np.testing.assert_array_equal(params["embedding"], stored["model.embed_tokens.weight"])
     assert "lm_head.weight" not in stored
-    assert len({name for name, *_ in TABLE}) == len({path for _, path, _ in TABLE}) == len(TABLE) == 19
+    table = list(rows(tiny(tie_embeddings=False, attention_bias=True, mlp_bias=True)))
+    assert len({name for name, *_ in table}) == len({path for _, path, *_ in table}) == len(table) == 19
 
 
 def test_dtypes_are_cast_as_asked(directory):
     edit_weights(directory, lambda t: t.update({k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()}))
     params, config = hf.load(directory, compute_dtype="bfloat16")
-    assert (config.param_dtype, config.compute_dtype) == ("float32", "bfloat16")
+    assert (config.execution.param_dtype, config.execution.compute_dtype) == ("float32", "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     edit_weights(directory, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.float16)}))
     assert hf.stored_dtype(directory) == "float32"

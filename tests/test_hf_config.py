@@ -18,7 +18,7 @@ RAW = {
 }  # fmt: skip
 
 
-CONFIG = model.LlamaConfig(
+CONFIG = model.make_config(
     vocab_size=40, embed_dim=16, mlp_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, norm_eps=3e-6,
     tie_embeddings=False, attention_bias=True,
 )  # fmt: skip
@@ -29,25 +29,25 @@ def test_both_spellings_of_rope_agree():
     older = RAW | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}
     new = RAW | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}
     assert hf.config_from_hf(old, "c") == hf.config_from_hf(new, "c") == hf.config_from_hf(old | new, "c")
-    assert hf.config_from_hf(new, "c").rope_scaling == model.RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
-    assert hf.config_from_hf(older, "c").rope_scaling == model.RopeScaling("linear", 2.0)
-    assert hf.config_from_hf(RAW | {"rope_theta": 7e4, "rope_scaling": None}, "c").rope_theta == 7e4
+    assert hf.config_from_hf(new, "c").arch.rope_scaling == model.RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    assert hf.config_from_hf(older, "c").arch.rope_scaling == model.RopeScaling("linear", 2.0)
+    assert hf.config_from_hf(RAW | {"rope_theta": 7e4, "rope_scaling": None}, "c").arch.rope_theta == 7e4
 
 
 def test_absent_keys_mean_what_transformers_means():
     wanted = transformers.LlamaConfig(**RAW)
     found = hf.config_from_hf({k: v for k, v in RAW.items() if k != "num_key_value_heads"}, "c")
-    assert (found.num_kv_heads, found.head_dim, found.rope_theta) == (4, 4, 10000.0)
-    assert found.norm_eps == wanted.rms_norm_eps
-    assert found.tie_embeddings is wanted.tie_word_embeddings is False
-    assert found.max_positions == wanted.max_position_embeddings
+    assert (found.arch.num_kv_heads, found.arch.head_dim, found.arch.rope_theta) == (4, 4, 10000.0)
+    assert found.arch.norm_eps == wanted.rms_norm_eps
+    assert found.arch.tie_embeddings is wanted.tie_word_embeddings is False
+    assert found.arch.max_positions == wanted.max_position_embeddings
 
 
 def test_stop_ids_come_from_both_files():
-    assert hf.config_from_hf(RAW, "c").stop_ids == (2,)
-    assert hf.config_from_hf(RAW, "c", {"eos_token_id": [9, 2]}).stop_ids == (9, 2)
-    assert hf.config_from_hf(RAW | {"eos_token_id": [4, 9]}, "c", {"eos_token_id": 9}).stop_ids == (9, 4)
-    assert hf.config_from_hf(RAW | {"eos_token_id": None, "bos_token_id": None}, "c").stop_ids == ()
+    assert hf.config_from_hf(RAW, "c").arch.stop_ids == (2,)
+    assert hf.config_from_hf(RAW, "c", {"eos_token_id": [9, 2]}).arch.stop_ids == (9, 2)
+    assert hf.config_from_hf(RAW | {"eos_token_id": [4, 9]}, "c", {"eos_token_id": 9}).arch.stop_ids == (9, 4)
+    assert hf.config_from_hf(RAW | {"eos_token_id": None, "bos_token_id": None}, "c").arch.stop_ids == ()
 
 
 @pytest.mark.parametrize(

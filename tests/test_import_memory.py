@@ -38,14 +38,14 @@ from jaxreason import config as cfg
 from jaxreason import hf
 from jaxreason.hf import read
 from jaxreason.sharding import make_mesh
-from jaxreason.weights import Source
+from jaxreason.weights import WeightSource
 
 whole, small, out = map(Path, sys.argv[1:])
 mesh = make_mesh(cfg.Mesh())
 read._MAPPED_BYTES //= 32  # scaled down as the tables are
 
 def load(path):
-    source = Source("hf", path)
+    source = WeightSource("hf", path)
     config = source.config("bfloat16", "bfloat16")
     return source.params(config, mesh), config
 

@@ -40,7 +40,7 @@ NAN = float("nan")
     ],
 )
 def test_by_hand(name, options, rewards, expected):
-    found = advantage.get(name, **options)(np.array(rewards, np.float32))
+    found, _ = advantage.get(name, **options)(np.array(rewards, np.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -107,11 +107,16 @@ TWINS = {
 @pytest.mark.parametrize("name", TWINS)
 def test_twin_on_uneven_groups(name):
     rewards = np.abs(UNEVEN) if name == "maxrl" else UNEVEN
-    more = {"tic_lc": [LENGTHS], "gdpo": [np.array([2.0, 0.5])]}.get(name, [])
-    given = np.stack([rewards, SECOND]) if name == "gdpo" else rewards
-    found = advantage.get(name)(given, *more)
+    given = {"lengths_P_G": LENGTHS, "rewards_F_P_G": np.stack([rewards, SECOND]), "weights_F": np.array([2.0, 0.5])}
+    found, extras = advantage.get(name)(rewards, **given)  # each takes what it reads of it
+    assert extras == {}
     np.testing.assert_allclose(found, TWINS[name](rewards), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(found)[np.isnan(rewards)], 0.0)
+
+
+def one_function(rewards):
+    """What ``gdpo`` reads where there is one reward function."""
+    return {"rewards_F_P_G": rewards[None], "weights_F": np.ones(1)}
 
 
 def test_every_estimator_has_a_twin():
@@ -138,24 +143,24 @@ def test_equal_rewards_give_exactly_zero_at_any_epsilon():
     rewards = np.full((2, 8), 0.1, np.float32)
     for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc", "zero"}:
         options = {"eps": 0.0} if name not in ("center", "rloo", "gpg") else {}
-        assert not np.any(advantage.get(name, **options)(rewards)), name
+        assert not np.any(advantage.get(name, **options)(rewards, **one_function(rewards))[0]), name
     assert not np.any(advantage.tic_lc(rewards, np.full((2, 8), 7), eps=0.0))
 
 
 def test_group_of_one_and_ungraded_group():
     rewards = np.array([[2.0, NAN], [NAN, NAN], [0.0, 1.0]])
     assert not np.any(advantage.grpo(rewards)[:2])
-    np.testing.assert_array_equal(advantage.get("grpo", preset="verl")(rewards)[:2], [[2.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(advantage.get("grpo", preset="verl")(rewards)[0][:2], [[2.0, 0.0], [0.0, 0.0]])
     for name in set(advantage.ESTIMATORS) - {"tic_lc", "raw"}:
-        found = np.asarray(advantage.get(name)(rewards))
+        found = np.asarray(advantage.get(name)(rewards, **one_function(rewards))[0])
         assert np.all(np.isfinite(found)) and not np.any(found[1]) and found[0, 1] == 0, name
 
 
 def test_presets():
     rewards = np.array([[0.0, 1.0, 2.0]])  # std 1
-    np.testing.assert_allclose(advantage.get("grpo", preset="trl")(rewards)[0, 2], 1 / 1.0001, rtol=1e-7)
-    assert advantage.get("tic_lc", preset="trl").keywords == {}  # 1e-4 would swamp a std of rewards per token
-    np.testing.assert_allclose(advantage.get("grpo", preset="verl", eps=1.0)(rewards)[0, 2], 0.5, rtol=1e-7)
+    np.testing.assert_allclose(advantage.get("grpo", preset="trl")(rewards)[0][0, 2], 1 / 1.0001, rtol=1e-7)
+    assert advantage.get("tic_lc", preset="trl").options == {}  # 1e-4 would swamp a std of rewards per token
+    np.testing.assert_allclose(advantage.get("grpo", preset="verl", eps=1.0)(rewards)[0][0, 2], 0.5, rtol=1e-7)
 
 
 def test_length_correction():
@@ -169,7 +174,7 @@ def test_gdpo():
     # z-scores: +-1/sqrt(2) or 0; weighted 1 and 2: group 0 +-(-1 + 2), group 1 +-2, in units of 1/sqrt(2)
     total = np.array([[1.0, -1.0], [-2.0, 2.0]]) / math.sqrt(2)
     expected = total / math.sqrt((total**2).sum() / 3)
-    np.testing.assert_allclose(advantage.gdpo(rewards, np.array([1.0, 2.0]), eps=0.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(advantage.gdpo(None, rewards, np.array([1.0, 2.0]), eps=0.0), expected, rtol=1e-5)
 
 
 def test_informative_groups():
@@ -180,9 +185,10 @@ def test_informative_groups():
 def test_unknown_names_suggest():
     with pytest.raises(UserError, match="did you mean rloo"):
         advantage.get("rlo")
-    with pytest.raises(UserError, match="no option epsilon"):
+    with pytest.raises(UserError, match=r"advantage\.options\.epsilon: grpo has no option epsilon"):
         advantage.get("grpo", epsilon=1e-4)
-    assert advantage.reads("tic_lc") == {"lengths"} and advantage.reads("grpo") == frozenset()
+    assert advantage.get("tic_lc").reads == {"lengths_P_G"} and advantage.get("grpo").reads == frozenset()
+    assert advantage.get("gdpo").reads == {"rewards_F_P_G", "weights_F"} and advantage.get("gdpo").fills == frozenset()
 
 
 def test_reward_to_go():

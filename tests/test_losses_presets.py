@@ -11,7 +11,7 @@ from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason.errors import UserError
-from jaxreason.train import grpo
+from jaxreason.rl import objective
 
 exp = math.exp
 B, T, BUDGET = 4, 7, 11
@@ -174,7 +174,7 @@ def test_trl_preset_in_a_config_has_its_kl():
     }  # fmt: skip
     for estimator, expected in ((None, "k3_unbiased"), ("k3", "k3")):
         config = cfg.build(base | {"kl": {"coef": 0.1, "estimator": estimator}})
-        assert grpo.find_loss(config).options["kl_estimator"] == expected
+        assert objective.find_loss(config).options["kl_estimator"] == expected
     assert losses.defaults("grpo")["kl_estimator"] == "k3"
 
 

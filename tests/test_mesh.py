@@ -1,5 +1,6 @@
 """Meshes change where things are and nothing else: steps, checkpoints and rollouts on eight devices and on one."""
 
+import dataclasses
 import functools
 import threading
 import types
@@ -11,9 +12,11 @@ import pytest
 from jaxreason import checkpoint, losses, model
 from jaxreason import config as cfg
 from jaxreason.data.prompts import Prompt
-from jaxreason.rollout import Completion
+from jaxreason.rl import collect
+from jaxreason.rl.batch import Packed
+from jaxreason.rl.sequence import Sequence
+from jaxreason.sampler import Completion
 from jaxreason.sharding import make_mesh, within
-from jaxreason.train import collect, rollouts
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.setup import put
@@ -21,7 +24,7 @@ from jaxreason.train.step import make_train_step
 from jaxreason.types import Batch
 
 # Each loss has its own head; one of them is tied to the embedding, and one recomputes what its policy does not keep.
-BASE = model.LlamaConfig(
+BASE = model.make_config(
     vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.2
 )
 CASES = {
@@ -38,7 +41,7 @@ def mesh_of(sizes):
     return make_mesh(cfg.Mesh(**dict(zip(("data", "fsdp", "tensor"), sizes))), jax.devices()[: int(np.prod(sizes))])
 
 
-def sequences(seed: int) -> list[rollouts.Sequence]:
+def sequences(seed: int) -> list[Sequence]:
     """24 completions of 6 prompts, of lengths that leave every row another amount of padding."""
     rng, found = np.random.default_rng(seed), []
     for i in range(24):
@@ -46,7 +49,7 @@ def sequences(seed: int) -> list[rollouts.Sequence]:
         logp = -rng.random(n).astype(np.float32)
         drawn = Completion(i // 4, i % 4, rng.integers(0, 64, n).astype(np.int32), logp, logp, i % 5 == 0, 0)
         found.append(
-            rollouts.Sequence(
+            Sequence(
                 Prompt(tuple(prompt), "", "", "", i), drawn, "", i // 4, {}, 1.0, float(rng.normal()),
                 ref_logp=-rng.random(n).astype(np.float32),
             )
@@ -55,7 +58,10 @@ def sequences(seed: int) -> list[rollouts.Sequence]:
 
 
 def batch_of(loss: str, seed: int = 0) -> Batch:
-    batch = rollouts.make_batch(sequences(seed), rollouts.Layout(18, 24, 3, 0), mask_truncated=False)
+    packed = Packed.of(sequences(seed), 18, 24, 3)
+    batch = dataclasses.replace(
+        packed.batch(0, False), advantages=packed.field(lambda s: s.advantage), ref_logp=packed.field(lambda s: s.ref_logp)
+    )
     return batch if loss == "grpo" else Batch(
         batch.tokens, batch.targets, batch.positions, batch.segment_ids, batch.loss_mask, sequence_ids=batch.sequence_ids
     )  # fmt: skip
@@ -133,7 +139,7 @@ class Drawing(collect.Collector):
         for place, prompt in enumerate(prompts):
             self.pool.append((attempt, first + place, prompt.index))
             rewards = (1.0, 1.0 if prompt.index % 3 == 0 else 0.0)
-            found.append([rollouts.Sequence(prompt, None, "", offset + place, {}, reward) for reward in rewards])
+            found.append([Sequence(prompt, None, "", offset + place, {}, reward) for reward in rewards])
         return found, 0
 
 

@@ -67,9 +67,9 @@ def test_logits_equal_transformers_at_every_position(name, tmp_path):
     found = np.asarray(logits(params, config, tokens))
     assert wanted.std() > 0.5
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4)
-    if config.tie_embeddings:
+    if config.arch.tie_embeddings:
         # The length has to be long enough to see 3.1's factor in place of 3.2's, or the line above shows nothing.
-        scaling = dataclasses.replace(config.rope_scaling, factor=8.0)
+        scaling = dataclasses.replace(config.arch.rope_scaling, factor=8.0)
         wrong = np.asarray(logits(params, config.replace(rope_scaling=scaling), tokens))
         assert np.abs(wrong - wanted)[:, 2048:].max() > 0.1
 
@@ -100,15 +100,15 @@ def test_gradients_equal_torch_autograd(tmp_path):
         assert difference < 1e-4 * scale, (name, difference, scale)
 
 
-def tiny(**changes) -> model.LlamaConfig:
+def tiny(**changes) -> model.ModelConfig:
     values = dict(
         vocab_size=V, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
         rope_scaling=model.RopeScaling("llama3", 32.0, original_max_positions=64),
     )  # fmt: skip
-    return model.LlamaConfig(**values | changes)
+    return model.make_config(**values | changes)
 
 
-def random_params(config: model.LlamaConfig) -> dict:
+def random_params(config: model.ModelConfig) -> dict:
     """init's tree with wide kernels and no zero bias, drawn by numpy: compiling init takes longer than these tests."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
@@ -129,7 +129,7 @@ def params():
 @functools.partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
 def summed(params, config, tokens, positions, segment_ids, weight):
     """Logits, the gradient of their weighted sum in the embedded tokens (as NEFTune noise), and in the parameters."""
-    noise = jnp.zeros((*tokens.shape, config.embed_dim))
+    noise = jnp.zeros((*tokens.shape, config.arch.embed_dim))
 
     def total(params, noise):
         x = model.hidden(params, config, tokens, positions, segment_ids, noise)
@@ -236,8 +236,8 @@ def test_cached_decoding_equals_the_full_forward():
         x, caches = model.step_cached(layers, config, new, positions, caches, write, visible)
         return jnp.einsum("bsd,vd->bsv", x, model.head_kernel(layers, config)), caches
 
-    shape = (2, config.num_kv_heads, slots, config.head_dim)
-    caches = [(jnp.full(shape, 7.0), jnp.full(shape, 7.0)) for _ in range(config.num_layers)]
+    shape = (2, config.arch.num_kv_heads, slots, config.arch.head_dim)
+    caches = [(jnp.full(shape, 7.0), jnp.full(shape, 7.0)) for _ in range(config.arch.num_layers)]
     out, caches = step(caches, tokens[:, :5], 0)
     found = [out]
     for i in range(5, t):
@@ -249,12 +249,12 @@ def test_cached_decoding_equals_the_full_forward():
 
 def test_rope_frequencies_equal_transformers():
     config = model.preset("llama3.2-3b")
-    for scaling in (config.rope_scaling, model.RopeScaling("linear", 8.0), None):
-        ours = inverse_frequencies(config.replace(rope_scaling=scaling))
+    for scaling in (config.arch.rope_scaling, model.RopeScaling("linear", 8.0), None):
+        ours = inverse_frequencies(config.replace(rope_scaling=scaling).arch)
         theirs = transformers.LlamaConfig(**hf.config_to_hf(config.replace(rope_scaling=scaling), "float32"))
         wanted = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs).inv_freq.numpy()
         np.testing.assert_allclose(ours, wanted, rtol=3e-7)
-    ours = inverse_frequencies(config)
+    ours = inverse_frequencies(config.arch)
     # by hand: wavelength 2π is kept; the longest, 2π·5e5^(126/128) > 8192, is divided by 32
     assert ours[0] == 1.0
     assert ours[-1] == pytest.approx(5e5 ** (-126 / 128) / 32, rel=1e-6)

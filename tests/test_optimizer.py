@@ -102,7 +102,7 @@ def way(dtype: str, count: int = 40) -> np.ndarray:
     flat = lambda tree: np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])  # noqa: E731
     began = flat(start)
     params = jax.tree.map(lambda x: x.astype(dtype), start)
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, jax.jit(tx.init)(params))
     step = jax.jit(make_train_step(config, losses.get("nll"), tx, opt.schedule(settings, count), 1, seed=1))
     for _ in range(count):
         state, _ = step(state, batch())
@@ -164,7 +164,7 @@ def test_a_run_interrupted_after_an_update_goes_on_bitwise():
     half, tx = CONFIG.replace(param_dtype="bfloat16"), opt.make(settings, 4, seed=2)
     step = jax.jit(make_train_step(half, losses.get("nll"), tx, opt.schedule(settings, 4), 1, seed=2))
     params = jax.jit(lambda key: model.init(half, key))(jax.random.key(1))
-    states = [TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))]
+    states = [TrainState(jnp.zeros((), jnp.int32), params, {}, jax.jit(tx.init)(params))]
     for _ in range(4):
         states.append(step(states[-1], batch())[0])
     resumed = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), states[2])

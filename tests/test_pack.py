@@ -4,8 +4,8 @@ import pytest
 from jaxreason.data.batches import Rows
 from jaxreason.data.pack import MAX_EXAMPLES, plan
 from jaxreason.data.store import Store
-from jaxreason.model import LlamaConfig
-from jaxreason.train.rollouts import row_layout
+from jaxreason.model import Execution
+from jaxreason.rl.batch import row_layout
 
 LENGTHS = np.random.default_rng(0).integers(3, 90, 500)
 
@@ -58,7 +58,7 @@ def test_rows_come_in_random_order_not_by_length():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_row_takes_no_more_examples_than_attention_has_segments(shuffle):
     """40 examples of 2 tokens in rows of 512: 31 and 9, since the row's rest is the 32nd segment."""
-    assert MAX_EXAMPLES == 31 == LlamaConfig.max_segments - 1
+    assert MAX_EXAMPLES == 31 == Execution.max_segments - 1
     rows = rows_of(plan(np.full(40, 2), 512, packing=True, shuffle=shuffle, seed=1, epoch=0))
     assert sorted(map(len, rows)) == [9, 31]
     assert sorted(example for row in rows for example in row) == list(range(40))

@@ -105,7 +105,7 @@ def test_collectives_are_counted_through_loops():
 def test_architectures_of_weights_that_are_not_here():
     def of(weights):
         config, source = architecture.resolve(cfg.Model(weights=weights, remat="full", compute_dtype="bfloat16"))
-        assert config.remat == "full" and config.compute_dtype == "bfloat16"
+        assert config.execution.remat == "full" and config.execution.compute_dtype == "bfloat16"
         return config.replace(remat="none", compute_dtype="float32"), source
 
     assert of("meta-llama/Llama-3.2-3B")[0] == PRESETS["llama3.2-3b"]

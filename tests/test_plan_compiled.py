@@ -12,19 +12,21 @@ from rich.console import Console
 
 from jaxreason import cli, losses, targets
 from jaxreason import config as cfg
-from jaxreason.model import PRESETS, LlamaConfig, param_count
+from jaxreason.model import PRESETS, make_config, param_count
 from jaxreason.model.flops import matmul_weights
 from jaxreason.plan import changes, compile, hlo, options, phases, programs, run
 from jaxreason.plan.compile import Program
 from jaxreason.plan.options import Options
 from jaxreason.plan.table import show
-from jaxreason.rollout import Engine, Sampling, cache
+from jaxreason.sampler import Engine, Sampling
+from jaxreason.sampler.engine import cache
+from jaxreason.train.setup import abstract_batch
 
 GIB = 2**30
 H100 = targets.load("h100")
 OPTIMIZER = cfg.Optimizer(moment_dtype="bfloat16")
 # Llama-3.2-3B's layer at a third of its width, with its whole vocabulary: everything that a gate here is about.
-SMALL = LlamaConfig(
+SMALL = make_config(
     vocab_size=128256, embed_dim=1024, mlp_dim=2048, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=128,
     compute_dtype="bfloat16", remat="matmuls",
 )  # fmt: skip
@@ -144,50 +146,51 @@ def test_the_3b_fsdp_step_gathers_layers_and_never_the_whole():
 
 def test_the_grpo_step_has_no_buffer_of_tokens_times_vocabulary():
     here, rows = place(), 4
-    batch = phases.abstract_batch(rows, 4096, here.mesh, GRPO_FLOATS)
+    batch = abstract_batch(rows, 4096, here.mesh, GRPO_FLOATS, grouped=True)
     update = phases.update(here, SMALL, OPTIMIZER, losses.get("grpo", kl_coef=0.01), batch, rows)
-    assert largest(update) <= SMALL.vocab_size * SMALL.embed_dim < 4096 * SMALL.vocab_size
-    assert update.attention_calls == (rows * SMALL.num_layers,) * 2
+    assert largest(update) <= SMALL.arch.vocab_size * SMALL.arch.embed_dim < 4096 * SMALL.arch.vocab_size
+    assert update.attention_calls == (rows * SMALL.arch.num_layers,) * 2
 
 
 def test_the_grpo_step_over_devices_gathers_the_table_in_few_chunks_and_reduces_no_logits():
     here = place(devices=8)
-    batch = phases.abstract_batch(8, 4096, here.mesh, GRPO_FLOATS)
+    batch = abstract_batch(8, 4096, here.mesh, GRPO_FLOATS, grouped=True)
     program = phases.update(here, SMALL, OPTIMIZER, losses.get("grpo", kl_coef=0.01), batch, 1)
-    table = SMALL.vocab_size * SMALL.embed_dim * 2
+    table = SMALL.arch.vocab_size * SMALL.arch.embed_dim * 2
     gathered = [c for c in program.collectives if c.kind == "all-gather"]
     # 2^26 logits of the device's own 4096 tokens are 16,384 entries: eight chunks forward, eight backward, one look-up; and
     # each layer forward and backward. Chunks for all devices' tokens would be 63 and 63.
-    assert sum(c.times for c in gathered if c.bytes >= 2**20) <= 8 + 8 + 1 + 2 * SMALL.num_layers
-    layer = SMALL.embed_dim * (3 * SMALL.mlp_dim + (2 * SMALL.num_heads + 2 * SMALL.num_kv_heads) * SMALL.head_dim)
-    assert sum(c.total_bytes for c in gathered) <= 1.05 * (3 * table + 2 * SMALL.num_layers * 2 * layer)
+    assert sum(c.times for c in gathered if c.bytes >= 2**20) <= 8 + 8 + 1 + 2 * SMALL.arch.num_layers
+    c = SMALL.arch
+    layer = c.embed_dim * (3 * c.mlp_dim + (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
+    assert sum(c.total_bytes for c in gathered) <= 1.05 * (3 * table + 2 * SMALL.arch.num_layers * 2 * layer)
     assert sum(c.total_bytes for c in program.collectives if c.kind == "all-reduce") < 2**20
-    assert program.attention_calls == (SMALL.num_layers,) * 2
+    assert program.attention_calls == (SMALL.arch.num_layers,) * 2
 
 
 def test_the_policy_recomputes_what_it_does_not_name_and_nothing_else():
     small, here, tokens = SMALL.replace(vocab_size=4096), place(), 1024
     weights = matmul_weights(small)
-    batch = phases.abstract_batch(1, tokens, here.mesh)
+    batch = abstract_batch(1, tokens, here.mesh)
 
     def update(remat):
         return phases.update(here, small.replace(remat=remat), OPTIMIZER, losses.get("nll"), batch, 1)
 
     kept, full = update("matmuls"), update("full")
     assert hlo.matmul_flops(kept.text) == 6 * weights * tokens
-    assert kept.attention_calls == (small.num_layers, small.num_layers)
+    assert kept.attention_calls == (small.arch.num_layers, small.arch.num_layers)
     # every layer's forward again, all but down's product, which only the next layer needs
-    layers = weights - small.embed_dim * small.vocab_size
-    again = layers - small.num_layers * small.embed_dim * small.mlp_dim
+    layers = weights - small.arch.embed_dim * small.arch.vocab_size
+    again = layers - small.arch.num_layers * small.arch.embed_dim * small.arch.mlp_dim
     assert hlo.matmul_flops(full.text) == 6 * weights * tokens + 2 * again * tokens
-    assert full.attention_calls == (2 * small.num_layers, small.num_layers)
+    assert full.attention_calls == (2 * small.arch.num_layers, small.arch.num_layers)
 
 
 def test_prefill_packs_and_forms_no_logits():
     engine = Engine(SMALL, (1,), Sampling(temperature=1.0, max_completion_tokens=1024), 16)
     program = phases.prefill(place(), engine, 4, 512)
-    assert largest(program) < 4 * 512 * SMALL.vocab_size
-    assert program.attention_calls == (SMALL.num_layers - 1, 0)  # the last one's output is unused
+    assert largest(program) < 4 * 512 * SMALL.arch.vocab_size
+    assert program.attention_calls == (SMALL.arch.num_layers - 1, 0)  # the last one's output is unused
     assert cache.num_bytes(SMALL, 4, 512) <= program.output_bytes
 
 
@@ -269,5 +272,5 @@ def test_other_cards_compile(name):
     target = targets.load(name)
     here = phases.Place(target, compile.mesh_of(target, 1, 1, cfg.Mesh()))
     small = SMALL.replace(num_layers=1, vocab_size=512, embed_dim=256, mlp_dim=256)
-    program = phases.score(here, "reference", small, "bfloat16", phases.abstract_batch(1, 256, here.mesh), 1, 1.0)
+    program = phases.score(here, "reference", small, "bfloat16", abstract_batch(1, 256, here.mesh), 1, 1.0)
     assert program.attention_calls == ((0, 0) if name == "a100" else (1, 0))

@@ -7,7 +7,8 @@ import pytest
 
 from jaxreason.errors import UserError
 from jaxreason.rewards import Sample, answer, values
-from jaxreason.rewards.answer import accuracy, boxed, extract
+from jaxreason.rewards.answer import accuracy, extract
+from jaxreason.text import boxed
 
 
 def sample(completion: str, gold: str | None = "5", prompt: str = "2+3?") -> Sample:

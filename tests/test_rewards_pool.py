@@ -19,7 +19,7 @@ GRADERS = '''
 import ctypes, os, subprocess, sys, time
 import numpy as np
 from jaxreason.errors import UserError
-from jaxreason.rewards import batch
+from jaxreason.rewards import reward
 
 def tokens(sample, *, scale: float = 1.0):
     return sample.completion_tokens * scale
@@ -54,7 +54,7 @@ def act(sample):
     return {"nan": float("nan"), "inf": -float("inf"), "text": "1.0", "list": [1.0], "none": None, "true": True,
             "numpy": np.float32(0.5)}.get(word, 1.0)
 
-@batch
+@reward(batch=True)
 def spread(samples, mode="rank"):
     if mode == "short":
         return [1.0]
@@ -313,17 +313,18 @@ def test_pools_that_cannot_be(arguments, message):
     [
         ("acuracy", {}, "'acuracy' is unknown; did you mean accuracy"),
         ("zzz", {}, "known: accuracy, countdown, .*, length, repetition, exact_answer, or package"),
-        ("accuracy", {"multiple_box": "last"}, "no option multiple_box; did you mean multiple_boxed"),
+        ("accuracy", {"multiple_box": "last"}, r"multiple_box: accuracy has no option multiple_box; did you mean multiple_boxed"),
+        ("soft_overlong", {"cache_tokens": True}, "cache_tokens is True: a number is expected"),
         ("accuracy", {"multiple_boxed": "first"}, "multiple_boxed is 'first': Input should be 'wrong' or 'last'"),
-        ("soft_overlong", {}, "option cache_tokens is missing"),
+        ("soft_overlong", {}, "cache_tokens is missing: soft_overlong needs it"),
         ("soft_overlong", {"cache_tokens": "many"}, "cache_tokens is 'many'"),
-        ("no_such_module_here:f", {}, "cannot import no_such_module_here"),
+        ("no_such_module_here:f", {}, "importing no_such_module_here failed: ModuleNotFoundError"),
         ("math:sqr", {}, "math has no function sqr"),
-        ("nowhere/file.py:f", {}, "no file .*nowhere/file.py"),
+        ("nowhere/file.py:f", {}, "no such file .*nowhere/file.py"),
         ("{graders}:token", {}, "has no function token; did you mean tokens"),
         ("{graders}:tokens", {"scala": 2}, "no option scala; did you mean scale"),
         ("{graders}:tokens", {"scale": "big"}, "scale is 'big'"),
-        ("time:time", {}, "must take the sample"),
+        ("time:time", {}, "must take .* a reward the sample"),
     ],
 )
 def test_names_and_options_are_checked(name, options, message, graders):

@@ -8,12 +8,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxreason import config as cfg
 from jaxreason import hf, model
 from jaxreason.errors import UserError
-from jaxreason.rollout import Engine, Sampling, cache
-from jaxreason.rollout.run import fewer
-from jaxreason.rollout.spread import spread
+from jaxreason.sampler import Engine, Sampling
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.generation import fewer
+from jaxreason.sampler.engine.spread import spread
 from jaxreason.sharding import make_mesh, replicated
 
-CONFIG = model.LlamaConfig(
+CONFIG = model.make_config(
     vocab_size=97, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12,
     rope_theta=10000.0, max_positions=512, init_std=0.3,
 )  # fmt: skip
@@ -32,7 +33,7 @@ def unstacked(params):
 
 def ragged(lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+    return [rng.integers(0, CONFIG.arch.vocab_size, n).tolist() for n in lengths]
 
 
 PROMPTS = ragged([1, 2, 17, 30, 9])
@@ -57,7 +58,7 @@ def test_order_stop_tokens_and_lengths(reference):
     assert [(c.prompt_index, c.sample_index) for c in reference] == [(p, g) for p in range(5) for g in range(3)]
     assert {c.truncated for c in reference} == {True, False}  # both endings occur, or this test shows nothing
     for c in reference:
-        assert c.tokens.dtype == np.int32 and len(c.tokens) == len(c.sampler_logp) == len(c.full_logp)
+        assert c.tokens.dtype == np.int32 and len(c.tokens) == len(c.behaviour_logp) == len(c.policy_logp)
         assert not np.isin(c.tokens[:-1], STOPS).any()
         assert np.isin(c.tokens[-1], STOPS) == (not c.truncated)
         assert len(c.tokens) == 30 if c.truncated else len(c.tokens) <= 30
@@ -78,7 +79,7 @@ def test_slots_and_chunk_change_nothing(unstacked, reference, slots, chunk):
     found = make(slots, chunk).generate(unstacked, PROMPTS, 3, seed=1, step=2)
     assert ids(found) == ids(reference)
     for a, b in zip(found, reference):
-        np.testing.assert_allclose(a.full_logp, b.full_logp, atol=1e-5)
+        np.testing.assert_allclose(a.policy_logp, b.policy_logp, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,8 @@ def test_devices_change_nothing(everywhere, reference, slots, chunk, devices):
     assert mesh.size == devices
     assert ids(found) == ids(reference)
     for a, b in zip(found, reference):
-        np.testing.assert_allclose(a.full_logp, b.full_logp, atol=1e-5)
-        np.testing.assert_allclose(a.sampler_logp, b.sampler_logp, atol=1e-5)
+        np.testing.assert_allclose(a.policy_logp, b.policy_logp, atol=1e-5)
+        np.testing.assert_allclose(a.behaviour_logp, b.behaviour_logp, atol=1e-5)
 
 
 def test_each_device_decodes_its_share_of_the_slots(everywhere):
@@ -186,13 +187,13 @@ def test_log_probabilities_equal_the_full_forward(params, reference):
         start = len(PROMPTS[c.prompt_index]) - 1
         logits = row[start : start + len(c.tokens)]
         full = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        np.testing.assert_allclose(c.full_logp, full[np.arange(len(c.tokens)), c.tokens], atol=1e-4)
+        np.testing.assert_allclose(c.policy_logp, full[np.arange(len(c.tokens)), c.tokens], atol=1e-4)
         for t, token in enumerate(c.tokens):
             order = np.argsort(-full[t])
             nucleus = order[: np.searchsorted(np.cumsum(np.exp(full[t][order])), 0.95) + 1]
             assert token in nucleus
             expected = full[t, token] - np.log(np.exp(full[t][nucleus]).sum())
-            np.testing.assert_allclose(c.sampler_logp[t], expected, atol=1e-4)
+            np.testing.assert_allclose(c.behaviour_logp[t], expected, atol=1e-4)
 
 
 def test_greedy_equals_transformers_generate(tmp_path):
@@ -218,7 +219,7 @@ def test_greedy_equals_transformers_generate(tmp_path):
     found = engine.generate(model.unstack(params, config), prompts, 2, seed=0, step=0)
 
     assert [c.tokens.tolist() for c in found[::2]] == [c.tokens.tolist() for c in found[1::2]]
-    assert not any(c.sampler_logp.any() for c in found) and all(c.full_logp.all() for c in found)
+    assert not any(c.behaviour_logp.any() for c in found) and all(c.policy_logp.all() for c in found)
     found = found[::2]
     lengths = [len(c.tokens) for c in found]
     assert min(lengths) < 50 and max(lengths) > 1

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxreason.errors import UserError
-from jaxreason.rollout import Sampling
-from jaxreason.rollout.sampling import draw, sample, sequence_key, truncate
+from jaxreason.sampler import Sampling
+from jaxreason.sampler.sampling import draw, sample, sequence_key, truncate
 
 
 def sampling(**options) -> Sampling:
@@ -39,11 +39,11 @@ def test_frequencies_match_temperature_and_top_p():
     nucleus = np.where(np.isin(np.arange(7), order[:size]), p, 0.0)
     nucleus /= nucleus.sum()
 
-    tokens, sampler_logp, full_logp = map(np.asarray, draws(logits, 20_000, sampling(temperature=0.7, top_p=0.85)))
+    tokens, behaviour_logp, policy_logp = map(np.asarray, draws(logits, 20_000, sampling(temperature=0.7, top_p=0.85)))
 
     assert chi_squared(tokens, nucleus) < 16.27  # 99.9% quantile of chi-squared with 3 degrees of freedom
-    np.testing.assert_allclose(sampler_logp, np.log(nucleus[tokens]), atol=1e-5)
-    np.testing.assert_allclose(full_logp, np.log(p[tokens]), atol=1e-5)
+    np.testing.assert_allclose(behaviour_logp, np.log(nucleus[tokens]), atol=1e-5)
+    np.testing.assert_allclose(policy_logp, np.log(p[tokens]), atol=1e-5)
 
 
 def test_frequencies_match_the_softmax_over_several_blocks():
@@ -91,10 +91,10 @@ def test_truncation_agrees_with_sorting_on_a_large_vocabulary():
 
 def test_greedy_takes_the_first_of_tied_logits_and_reports_temperature_one():
     logits = np.log([0.1, 0.3, 0.3, 0.3])
-    tokens, sampler_logp, full_logp = draws(logits, 5, sampling(temperature=0.0))
+    tokens, behaviour_logp, policy_logp = draws(logits, 5, sampling(temperature=0.0))
     np.testing.assert_array_equal(tokens, 1)
-    np.testing.assert_array_equal(sampler_logp, 0)
-    np.testing.assert_allclose(full_logp, np.log(0.3), rtol=1e-5)
+    np.testing.assert_array_equal(behaviour_logp, 0)
+    np.testing.assert_allclose(policy_logp, np.log(0.3), rtol=1e-5)
 
 
 def test_draw_inverts_the_cumulative_distribution():

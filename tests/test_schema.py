@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from jaxreason.data.example import boxed, split_thought
+from jaxreason.data.example import split_thought
 from jaxreason.data.schema import SCHEMAS, Example, Reject, detect, parse, require_correctness
 from jaxreason.errors import UserError
+from jaxreason.text import last_boxed
 
 R1 = "<think>\nfirst\n</think>\n\nfour"
 TAGGED = "<|begin_of_thought|>\n\nfirst\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nfour\n\n<|end_of_solution|>"
@@ -168,8 +169,8 @@ def test_a_thought_without_an_answer_is_rejected():
 
 
 def test_boxed_takes_the_last_and_balances_braces():
-    assert boxed("\\boxed{1} then \\boxed{\\frac{1}{2}} end") == "\\frac{1}{2}"
-    assert boxed("\\boxed{1") is None and boxed("none") is None
+    assert last_boxed("\\boxed{1} then \\boxed{\\frac{1}{2}} end") == "\\frac{1}{2}"
+    assert last_boxed("\\boxed{1") is None and last_boxed("none") is None
 
 
 def test_openr1_prefers_a_correct_complete_generation():

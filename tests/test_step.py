@@ -14,7 +14,7 @@ from jaxreason.train import state as states
 from jaxreason.train.step import make_train_step, totals_of
 from jaxreason.types import Batch, count_unique
 
-CONFIG = model.LlamaConfig(
+CONFIG = model.make_config(
     vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.2
 )
 LENGTHS = [12, 5, 9, 3, 7, 12, 4, 8]

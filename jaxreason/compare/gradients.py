@@ -13,25 +13,28 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxreason import config as cfg
-from jaxreason import losses, rewards
+from jaxreason import losses
+from jaxreason import sampler as samplers
 from jaxreason.compare.read import number
 from jaxreason.compare.runs import Planned
-from jaxreason.data import chat as chats
-from jaxreason.data.prompts import load_prompts
+from jaxreason.data.prompts import PromptStream
 from jaxreason.errors import UserError
-from jaxreason.model import unstack
 from jaxreason.rewards.pool import RewardPool
-from jaxreason.rollout import Engine, sampling_of
-from jaxreason.sharding import check_batch, make_mesh, replicated
-from jaxreason.train import advantages, minibatch, rollouts
+from jaxreason.rl.batch import Batcher
+from jaxreason.rl.collect import Collector, Rollout
+from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models
+from jaxreason.rl.objective import objective_of
+from jaxreason.rl.sequence import metrics_of
+from jaxreason.rl.shapes import shapes_of
+from jaxreason.sharding import make_mesh
+from jaxreason.terminal import console
 from jaxreason.train import optimizer as opt
-from jaxreason.train import state as states
-from jaxreason.train.collect import Collector
-from jaxreason.train.run import console
-from jaxreason.train.setup import Setup, open_model
-from jaxreason.train.step import make_gradient, make_score, make_train_step
+from jaxreason.train.setup import start_state
+from jaxreason.train.step import make_gradient, make_train_step
+from jaxreason.types import Batch, TrainState
 
 _SHOWN = ("ratio_min", "ratio_max", "clip_fraction", "policy_kl", "kl", "entropy")
 
@@ -46,40 +49,24 @@ def measure(planned: Sequence[Planned], found: Sequence[losses.Loss]) -> dict:
     Returns: ``rollout`` (what was recorded), ``losses`` (labels), ``points`` with for ``start`` and ``stale`` the
     ``rows`` (value, grad_norm and metrics of each loss) and ``cosine`` [losses, losses]; None stands for undefined.
 
-    Raises: UserError for an SFT config and for everything a user can mend.
+    Raises: UserError for an SFT config and for everything that a user can fix.
     """
     firsts = list({item.loss: item for item in reversed(planned)}.values())[::-1]
-    config = firsts[0].config
-    if config.algorithm != "grpo":
+    if firsts[0].config.algorithm != "grpo":
         raise UserError("--offline compares policy losses on a rollout; this config's algorithm is sft")
-    setup, mesh = open_model(config.model), make_mesh(config.mesh)
-    model, group, seed = setup.config, config.rollout.group_size, config.run.seed
+    config = _whole(firsts[0].config)
+    inputs, mesh = open_inputs(config), make_mesh(config.mesh)
+    model, temperature = inputs.setup.config, config.rollout.temperature
+    # The learning rate that training ends its warm-up with, from the first step on.
     steady = config.optimizer.model_copy(update={"schedule": "constant", "warmup_steps": 0, "warmup_fraction": 0.0})
     optimizer = opt.make(steady, 1)
-    if setup.source:
-        state = states.adopt(setup.source.params(model, mesh), model, optimizer, mesh)
-    else:
-        state = states.create(model, optimizer, mesh, seed)
-    sequences = _roll_out(config, setup, state.params, mesh)
-    rows = config.rollout.prompts_per_step * group
-    micro = config.train.microbatch_size or minibatch.default_microbatch(rows, mesh)
-    check_batch(rows, micro, mesh)
-    count, temperature = rows // micro, config.rollout.temperature
-    longest = max(len(s.prompt.ids) for s in sequences) + config.rollout.max_completion_tokens
-    layout = rollouts.Layout(rollouts.row_length(longest), rows, count, setup.tokenizer.pad_id)
-    score = jax.jit(make_score(model, count, temperature))
-
-    # Packing follows lengths alone, so every loss's batch holds the same tokens at the same places.
-    if any(item.config.kl.coef for item in firsts):
-        sequences = minibatch.attach(sequences, "ref_logp", score, state.params, layout, mesh, 1)
-    batches = [
-        minibatch.make_inputs(
-            item.config, loss, with_advantages(sequences, group, item.config, loss), score, state.params, mesh, layout, 1,
-            None,
-        )
-        for item, loss in zip(firsts, found)
-    ]  # fmt: skip
-    old_logp = score(state.params, batches[0]).logp
+    state = start_state(config, inputs.setup, optimizer, mesh)
+    rollout = _roll_out(config, inputs, state, mesh)
+    batches = [_batch(item.config, inputs, rollout, state, mesh) for item in firsts]
+    shapes = shapes_of(config, found[0], inputs.longest_prompt, mesh)
+    count = shapes.microbatches
+    score = compile_score(model, shapes, temperature, mesh)
+    old_logp = score(state.model_params, batches[0]).logp
     step = jax.jit(make_train_step(model, found[0], optimizer, opt.schedule(steady, 1), count, temperature))
     # Without old log-probs the step takes its own, and the ratio is exactly 1.
     stale = step(state, dataclasses.replace(batches[0], old_logp=None))[0].params
@@ -88,47 +75,59 @@ def measure(planned: Sequence[Planned], found: Sequence[losses.Loss]) -> dict:
         rows_found, gradients = [], []
         for item, program, batch in zip(firsts, programs, batches):
             console.print(f"{name}: {item.loss}", markup=False)
-            value, metrics, gradient, _ = jax.device_get(program(params, dataclasses.replace(batch, old_logp=old)))
+            batch = dataclasses.replace(batch, old_logp=old)
+            value, metrics, gradient, _ = jax.device_get(program(params, batch, None, 0, state.frozen))
             gradients.append([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])
             shown = {key: number(float(metrics[key])) for key in _SHOWN if key in metrics}
             norm = math.sqrt(_dot(gradients[-1], gradients[-1]))
             rows_found.append({"value": number(float(value)), "grad_norm": number(norm), **shown})
         points[name] = {"rows": rows_found, "cosine": cosines(gradients)}
-    stats = rollouts.metrics_of(sequences, ())
+    stats = metrics_of(rollout.sequences, ())
     return {
         "losses": [item.loss for item in firsts],
         "rollout": {
-            "model": config.model.weights or f"random weights of {config.model.preset}, seed {seed}",
-            "data": config.data.source, "seed": seed, "learning_rate": config.optimizer.learning_rate,
-            "prompts": config.rollout.prompts_per_step, "group_size": group,
-            "tokens": sum(len(s.completion.tokens) for s in sequences), "reward": stats["reward"],
+            "model": config.model.weights or f"random weights of {config.model.preset}, seed {config.run.seed}",
+            "data": config.data.source, "seed": config.run.seed, "learning_rate": config.optimizer.learning_rate,
+            "prompts": config.rollout.prompts_per_step, "group_size": config.rollout.group_size,
+            "tokens": sum(len(s.completion.tokens) for s in rollout.sequences), "reward": stats["reward"],
             "zero_std_fraction": stats["zero_std_fraction"],
         },
         "points": points,
     }  # fmt: skip
 
 
-def _roll_out(config: cfg.GrpoConfig, setup: Setup, params: dict, mesh) -> list[rollouts.Sequence]:
-    """The first step's graded completions, as training would draw them."""
-    chat = chats.resolve(setup.tokenizer, config.data.template, config.data.system_prompt)
-    prompts = load_prompts(
-        config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat
-    )
-    sampling = sampling_of(config.rollout)
-    engine = Engine(setup.config, setup.tokenizer.stop_ids, sampling, slots=config.rollout.slots)
-    weights = jax.jit(lambda p: unstack(p, setup.config), out_shardings=replicated(mesh))(params)
-    graders = [(rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions]
-    with RewardPool(graders, config.reward.workers, config.reward.timeout_s, config.reward.on_error) as pool:
-        rollout = Collector(config, engine, prompts, setup.tokenizer, chat, pool)(weights, 1, 0, 0)
-    return [s for group in rollout.groups for s in group]
+def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh) -> Rollout:
+    """The first step's graded completions of both turns, as training would draw them."""
+    sampler = samplers.make(config.rollout.sampler, inputs.setup.config, inputs.setup.tokenizer.stop_ids, mesh)
+    sampler.load(state.model_params, 0)
+    stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
+    settings, graders = config.reward, inputs.objective.graders
+    with RewardPool(graders, settings.workers, settings.timeout_s, settings.on_error) as pool:
+        collect = Collector(config, sampler, stream, inputs.setup.tokenizer, inputs.chat, pool, inputs.longest_prompt)
+        rollout = collect(1, 0, 0)
+    sampler.release()
+    return rollout
 
 
-def with_advantages(
-    sequences: Sequence[rollouts.Sequence], group: int, config: cfg.GrpoConfig, loss: losses.Loss
-) -> list[rollouts.Sequence]:
-    """The same completions with the advantages that belong to ``loss``; each ``group`` in a row shares a prompt."""
-    groups = [list(sequences[i : i + group]) for i in range(0, len(sequences), group)]
-    return [s for found in advantages.estimator(config, loss)(groups) for s in found]
+def _whole(config: cfg.GrpoConfig) -> cfg.GrpoConfig:
+    """The config with its rollout in one minibatch: a comparison is of one update over all of it."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"minibatches": 1})})
+
+
+def _batch(config: cfg.GrpoConfig, inputs: Inputs, rollout: Rollout, state: TrainState, mesh: Mesh) -> Batch:
+    """The rollout as the batch that training with ``config`` would make of it, all of it in one update.
+
+    Packing follows lengths alone, so every loss's batch holds the same tokens at the same places.
+    """
+    config = _whole(config)
+    objective = objective_of(config)
+    shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh)
+    score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
+    others = scoring_models(config, dataclasses.replace(inputs, objective=objective), score, shapes, mesh)
+    batcher = Batcher(config, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others)
+    bonus = None if config.entropy.target is None else config.entropy.coef
+    _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, bonus)
+    return batch
 
 
 def cosines(gradients: Sequence[Sequence[np.ndarray]]) -> list[list[float | None]]:

@@ -5,7 +5,7 @@ import gc
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,10 +13,16 @@ import jax
 from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason.errors import UserError
-from jaxreason.train import grpo, sft
-from jaxreason.train.run import RunDir, console
+from jaxreason.rl import grpo
+from jaxreason.rl.objective import objective_of
+from jaxreason.terminal import console
+from jaxreason.train import sft
+from jaxreason.train.folder import RunFolder
 
 _ALGORITHMS = {"grpo": grpo, "sft": sft}
+_LOSS: dict[str, Callable[[cfg.RunConfig], losses.Loss]] = {
+    "grpo": lambda config: objective_of(config).loss, "sft": sft.find_loss,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +88,8 @@ def check(planned: Sequence[Planned]) -> list[losses.Loss]:
     found = {}
     for item in planned:
         if item.loss not in found:
-            found[item.loss] = _ALGORITHMS[item.config.algorithm].find_loss(item.config)
-        RunDir(item.config).resumable()
+            found[item.loss] = _LOSS[item.config.algorithm](item.config)
+        RunFolder(item.config)
     return list(found.values())
 
 
@@ -96,9 +102,9 @@ def train_all(planned: Sequence[Planned]) -> list[str] | None:
     """
     failures, spent = [], []
     train = _ALGORITHMS[planned[0].config.algorithm].train
-    open_runs = sum(RunDir(item.config).summary() is None for item in planned)
+    open_runs = sum(RunFolder(item.config).summary() is None for item in planned)
     for number, item in enumerate(planned, 1):
-        fresh = RunDir(item.config).summary() is None
+        fresh = RunFolder(item.config).summary() is None
         left = sum(spent) / len(spent) * (open_runs - len(spent)) if spent else None
         eta = f", about {max(1, round(left / 60))} min to go" if fresh and left is not None else ""
         console.rule(f"run {number} of {len(planned)}: {item.path.name}{eta}")

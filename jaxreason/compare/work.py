@@ -11,7 +11,7 @@ from jaxreason.compare.report import write_report
 from jaxreason.compare.runs import Planned, check, has_steps, plan, train_all
 from jaxreason.compare.tables import ONE_UPDATE, show
 from jaxreason.errors import UserError
-from jaxreason.train.run import console
+from jaxreason.terminal import console
 
 __all__ = ["Planned", "finish", "offline", "plan", "train"]
 

@@ -5,7 +5,6 @@ Nothing here touches a device or imports jax, so a wrong key is reported in a se
 
 from jaxreason.config.grpo import (
     Advantage,
-    Correction,
     Entropy,
     GrpoConfig,
     GrpoData,
@@ -16,10 +15,11 @@ from jaxreason.config.grpo import (
     Reward,
     RewardTerm,
     Rollout,
+    SecondTurn,
     Teacher,
 )
 from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, parse_words
-from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig
+from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig, may_change
 from jaxreason.config.schema import (
     Data,
     Decode,
@@ -30,6 +30,7 @@ from jaxreason.config.schema import (
     Model,
     Optimizer,
     Problems,
+    Resolved,
     Run,
     Section,
     SftConfig,
@@ -42,7 +43,6 @@ __all__ = [
     "ALGORITHMS",
     "RESUMABLE",
     "Advantage",
-    "Correction",
     "Data",
     "Decode",
     "Draw",
@@ -59,11 +59,13 @@ __all__ = [
     "Model",
     "Optimizer",
     "Problems",
+    "Resolved",
     "Reward",
     "RewardTerm",
     "Rollout",
     "Run",
     "RunConfig",
+    "SecondTurn",
     "Section",
     "SftConfig",
     "SftLoss",
@@ -77,5 +79,6 @@ __all__ = [
     "json_schema",
     "keys",
     "load",
+    "may_change",
     "parse_words",
 ]

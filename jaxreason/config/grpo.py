@@ -14,6 +14,7 @@ from jaxreason.config.schema import (
     Optimizer,
     Positive,
     Problems,
+    Resolved,
     Run,
     Section,
     Train,
@@ -42,9 +43,13 @@ class Rollout(Draw):
     """Log-probs are of the distribution at this temperature, in the sampler and in the learner."""
     slots: Positive = 64
     """Sequences decoded at once, on all devices together; every device has as many, rounded up."""
+    sampler: str = "engine"
+    """What draws completions: ``engine``, or a sampler of your own, ``package.module:function`` (``jaxreason.sampler``)."""
+    hooks: list[str] = Field([])
+    """Functions of your own that see a step's graded groups and fill the inputs that a loss of your own declares."""
     resample_rounds: int = Field(0, ge=0, le=62)
     """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step. A step
-    has 64 keys to draw with: of its rollout, of 62 further rounds and of the corrections."""
+    has 64 keys to draw with: of its rollout, of 62 further rounds and of the second turn."""
 
 
 class RewardTerm(Section):
@@ -102,7 +107,7 @@ class Teacher(Section):
     """Keep the teacher in host memory and copy it to the devices once a step, to score."""
 
 
-class Correction(Section):
+class SecondTurn(Section):
     """MGRPO (arXiv 2506.04746): a second layer, in which the policy corrects its own first answers."""
 
     samples: NonNegative = 0
@@ -164,11 +169,12 @@ class GrpoConfig(Section):
     kl: Kl = Kl()
     entropy: Entropy = Entropy()
     teacher: Teacher = Teacher()
-    correction: Correction = Correction()
+    second_turn: SecondTurn = SecondTurn()
     optimizer: Optimizer = Optimizer()
     train: GrpoTrain
     eval: GrpoEval = GrpoEval()
     mesh: Mesh = Mesh()
+    resolved: Resolved = Resolved()
 
     @model_validator(mode="after")
     def _splits(self):
@@ -181,10 +187,10 @@ class GrpoConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _correction(self):
-        if self.correction.samples == 1 and self.correction.compare == "completion":
+    def _second_turn(self):
+        if self.second_turn.samples == 1 and self.second_turn.compare == "completion":
             raise ValueError(
-                "correction.samples=1 leaves a group of one, whose advantage is 0; use 2 or more, or another "
-                "correction.compare"
+                "second_turn.samples=1 leaves a group of one, whose advantage is 0; use 2 or more, or another "
+                "second_turn.compare"
             )
         return self

@@ -1,7 +1,6 @@
 """From YAML and ``key=value`` words to a validated config, with errors that name the key and the nearest valid one."""
 
 import contextlib
-import difflib
 import functools
 import operator
 import types
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from jaxreason.config.run import ALGORITHMS, RunConfig
 from jaxreason.config.schema import Section
 from jaxreason.errors import UserError
+from jaxreason.plugins import nearest
 
 
 def find(name: str) -> Path:
@@ -31,7 +31,7 @@ def find(name: str) -> Path:
         if (root / f"{name}.yaml").is_file():
             return root / f"{name}.yaml"
     known = sorted({str(p.relative_to(r).with_suffix("")) for r in roots if r.is_dir() for p in r.rglob("*.yaml")})
-    raise UserError(f"--config {name}: no such config{_nearest(name, known)}; known: {', '.join(known)}")
+    raise UserError(f"--config {name}: no such config{nearest(name, known)}; known: {', '.join(known)}")
 
 
 def load(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -200,11 +200,6 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
 def _explain(error: pydantic.ValidationError, config_class: type[BaseModel], where: str, words: dict) -> str:
     lines = []
     for item in error.errors():
@@ -218,7 +213,7 @@ def _explain(error: pydantic.ValidationError, config_class: type[BaseModel], whe
                 lines.append(f"{place}: {key} is a key of algorithm {owner[0]}, not of this config's")
             else:
                 pool = known if "." in key else known + sections
-                lines.append(f"{place}: unknown key {key}{_nearest(key, pool)}")
+                lines.append(f"{place}: unknown key {key}{nearest(key, pool)}")
         elif item["type"] == "missing":
             lines.append(f"{place}: {key} is missing")
         elif item["type"] == "value_error":

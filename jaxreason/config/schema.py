@@ -28,6 +28,21 @@ class Run(Section):
     """The same bits from the same inputs on the same GPUs, at some cost in speed; a CPU always gives them."""
 
 
+class Resolved(Section):
+    """What the names in a config meant when its run started. A run writes it into its config.yaml and resumes with it."""
+
+    weights: str | None = None
+    """The checkpoint or directory that ``model.weights`` meant; a reference is made of it."""
+    weights_digest: str | None = None
+    """Tells those weights from others."""
+    teacher: str | None = None
+    """The checkpoint or directory that ``teacher.weights`` meant."""
+    teacher_digest: str | None = None
+    """Tells those weights from others."""
+    data: str | None = None
+    """Fingerprint of the training data, of the tokenizer and of the template."""
+
+
 class Model(Section):
     preset: str | None = None
     """Architecture for random weights (``jaxreason.model.PRESETS``); with ``weights`` the checkpoint decides."""
@@ -149,6 +164,8 @@ class Train(Section):
     """Passes over the data, or give ``steps``."""
     microbatch_size: Positive | None = None
     """Rows in one forward and backward pass over all devices; null: the whole batch."""
+    freeze: list[str] = []
+    """Parameters that do not train, as patterns over their names, e.g. ``[embedding, "layers.mlp.*"]``."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0: only the last step."""
     keep_checkpoints: Positive = 2
@@ -256,3 +273,4 @@ class SftConfig(Section):
     train: SftTrain
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
+    resolved: Resolved = Resolved()

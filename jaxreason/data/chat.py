@@ -18,6 +18,7 @@ import jinja2.sandbox
 from jaxreason.data.example import Example, Reject
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.errors import UserError
+from jaxreason.text import THINK_OPEN
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -146,7 +147,7 @@ def _check_bos(chat: Chat, tokenizer: Tokenizer, own: bool) -> None:
 
 def _opened(prompt: str, reply: str) -> str:
     """The opening of the thought that both end the prompt and begin the reply, because the template wrote it."""
-    for opening in ("<think>\n", "<think>"):
+    for opening in (f"{THINK_OPEN}\n", THINK_OPEN):
         if prompt.endswith(opening) and reply.startswith(opening):
             return opening
     return ""

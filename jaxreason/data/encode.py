@@ -14,8 +14,7 @@ from jaxreason.data.files import Chunk
 from jaxreason.data.schema import parse
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.errors import UserError
-
-_CLOSED = "</think>"
+from jaxreason.text import THINK_CLOSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +84,13 @@ class Encoder:
 
     def _thought(self, text: str, ids: list[int]) -> int:
         """Tokens of a completion up to the one that ends its ``</think>``, included; 0 without a thought."""
-        if not self.spans or _CLOSED not in text:
+        if not self.spans or THINK_CLOSE not in text:
             return 0
         # The fewest tokens whose text holds the tag: texts of prefixes only grow, so halving finds it.
         low, high = 1, len(ids)
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if _CLOSED in self.tokenizer.decode(ids[:middle]) else (middle + 1, high)
+            low, high = (low, middle) if THINK_CLOSE in self.tokenizer.decode(ids[:middle]) else (middle + 1, high)
         return low
 
     def _completions(self, texts: list[str], plain: list[bool]) -> list[list[int]]:

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+from jaxreason.text import THINK_CLOSE, THINK_OPEN
+
 _THOUGHT_TAGS = ((THINK_OPEN, THINK_CLOSE), ("<|begin_of_thought|>", "<|end_of_thought|>"))
 _SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
 
@@ -68,16 +69,3 @@ def _solution(text: str) -> str:
     if not text:
         raise Reject("no answer after the thought")
     return text
-
-
-def boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}`` with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed{")
-    for at in range(begin - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[begin:at].strip() or None
-    return None

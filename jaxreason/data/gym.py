@@ -4,7 +4,6 @@ The tasks are programs: an index and a seed make a problem. Which split a proble
 question, so no question is in both, whatever the seeds; a quarter of all goes to ``eval``.
 """
 
-import difflib
 import hashlib
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
+from jaxreason.plugins import nearest
 
 SPLITS = ("train", "eval")
 ROWS = {"train": 2_000, "eval": 200}
@@ -58,9 +58,7 @@ def _open(name: str, size: int, seed: int) -> Any:
         raise UserError(f"reasoning-gym:{name} needs the package: pip install 'jaxreason[gym]'") from None
     base, _, query = name.partition("?")
     if base not in DATASETS:
-        match = difflib.get_close_matches(base, list(DATASETS), n=1, cutoff=0.5)
-        hint = f"; did you mean {match[0]}?" if match else ""
-        raise UserError(f"reasoning-gym:{name}: no task {base!r}{hint}; known: {', '.join(sorted(DATASETS))}")
+        raise UserError(f"reasoning-gym:{name}: no task {base!r}{nearest(base, DATASETS)}; known: {', '.join(sorted(DATASETS))}")
     values: dict[str, Any] = {}
     for word in query.split("&") if query else ():
         key, equals, text = word.partition("=")

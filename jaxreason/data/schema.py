@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
-from jaxreason.data.example import Example, Reject, boxed, split_thought
+from jaxreason.data.example import Example, Reject, split_thought
 from jaxreason.errors import UserError
+from jaxreason.text import last_boxed
 
 __all__ = ["SCHEMAS", "Example", "Reject", "Schema", "detect", "parse", "require_correctness"]
 
@@ -214,7 +215,7 @@ def _openr1(row: Row, keep_only_correct: bool) -> Example:
 
 
 def _openthoughts_metadata(row: Row, _: bool) -> Example:
-    gold = boxed(_optional(row, "ground_truth_solution") or "")
+    gold = last_boxed(_optional(row, "ground_truth_solution") or "")
     think, answer = _text(row, "deepseek_reasoning"), _text(row, "deepseek_solution")
     return Example(_text(row, "problem"), answer, think, gold=gold)
 
@@ -227,7 +228,7 @@ def _s1(row: Row, _: bool) -> Example:
         if not isinstance(trajectories, list) or not trajectories or not isinstance(trajectories[0], str):
             raise Reject("no thinking_trajectories")
         think, answer = trajectories[0].strip(), _text(row, "attempt")
-    return Example(_text(row, "question"), answer, think, gold=boxed(_optional(row, "solution") or ""))
+    return Example(_text(row, "question"), answer, think, gold=last_boxed(_optional(row, "solution") or ""))
 
 
 def _dolphin_r1(row: Row, _: bool) -> Example:
@@ -238,7 +239,7 @@ def _dolphin_r1(row: Row, _: bool) -> Example:
 
 def _r1_distill(row: Row, _: bool) -> Example:
     think, answer = split_thought(_text(row, "reannotated_assistant_content"))
-    gold = boxed(_optional(row, "solution") or "")
+    gold = last_boxed(_optional(row, "solution") or "")
     return Example(_text(row, "problem"), answer, think, _system(row), gold)
 
 
@@ -256,7 +257,7 @@ def _countdown(row: Row, _: bool) -> Example:
 
 def _problem_answer(row: Row, _: bool) -> Example:
     solution = _optional(row, "generated_solution") or _optional(row, "solution")
-    gold = _gold(row, "expected_answer", "answer") or boxed(solution or "")
+    gold = _gold(row, "expected_answer", "answer") or last_boxed(solution or "")
     think, answer = split_thought(solution) if solution else (None, None)
     return Example(_text(row, "problem"), answer, think, _system(row), gold)
 
@@ -268,7 +269,7 @@ def _question_answer(row: Row, _: bool) -> Example:
     if text is None:
         raise Reject("no answer")
     think, answer = split_thought(text)
-    final = answer.rpartition("####")[2].strip() if "####" in answer else boxed(answer) or answer
+    final = answer.rpartition("####")[2].strip() if "####" in answer else last_boxed(answer) or answer
     return Example(user, answer, think, _system(row), _gold(row, "gold") or final)
 
 

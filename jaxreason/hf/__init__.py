@@ -1,4 +1,4 @@
-"""Hugging Face Llama directories, in and out: safetensors only, never a pickle, one tensor in memory at a time."""
+"""Hugging Face directories, in and out: safetensors only, never a pickle, one tensor in memory at a time."""
 
 from jaxreason.hf.config import config_from_hf, config_to_hf
 from jaxreason.hf.hub import fetch

@@ -7,13 +7,13 @@ import yaml
 
 from jaxreason.errors import UserError
 from jaxreason.hf.table import flatten
-from jaxreason.model import LlamaConfig, param_count
+from jaxreason.model import ModelConfig, family_of, param_count
 
 _SECTIONS = ("title", "license", "base_model", "data", "recipe", "metrics")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME, which the hub can link
 
 
-def model_card(config: LlamaConfig, dtype: str, card: dict[str, Any]) -> str:
+def model_card(config: ModelConfig, dtype: str, card: dict[str, Any]) -> str:
     """A model card; sections that ``card`` lacks are left out, never invented.
 
     Args:
@@ -39,7 +39,7 @@ def model_card(config: LlamaConfig, dtype: str, card: dict[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {_line(card.get('title', 'Reasoning model'))}\n",
-        "A Llama trained with jaxreason; it opens in transformers as a `LlamaForCausalLM`.\n",
+        f"Trained with jaxreason; it opens in transformers as a `{family_of(config).hf.architecture}`.\n",
         _table("Model", {"base model": base, "training data": data, **_architecture(config, dtype)}),
         _table("Results", _dotted(card.get("metrics"))),
         _table("Recipe", _dotted(card.get("recipe"))),
@@ -47,10 +47,10 @@ def model_card(config: LlamaConfig, dtype: str, card: dict[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _architecture(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    c, rope = config, config.rope_scaling
+def _architecture(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    c, rope = config.arch, config.arch.rope_scaling
     return {
-        "parameters": f"{param_count(c):,}",
+        "parameters": f"{param_count(config):,}",
         "layers × width × mlp": f"{c.num_layers} × {c.embed_dim} × {c.mlp_dim}",
         "heads (key-value)": f"{c.num_heads} ({c.num_kv_heads}) of {c.head_dim}",
         "vocabulary": f"{c.vocab_size:,}, head {'tied' if c.tie_embeddings else 'untied'}",

@@ -1,7 +1,7 @@
-"""``config.json`` and ``generation_config.json`` of a Hugging Face Llama, to and from :class:`LlamaConfig`.
+"""``config.json`` and ``generation_config.json`` of Hugging Face, to and from :class:`ModelConfig`.
 
-A key that asks for a model that is not ours is an error; keys that transformers' ``LlamaForCausalLM`` ignores too, such
-as a tool's version, are ignored.
+What is particular to an architecture is in its family's ``hf``. A key that asks for a model that is not ours is an error;
+keys that transformers ignores too, such as a tool's version, are ignored.
 """
 
 import dataclasses
@@ -9,21 +9,8 @@ import math
 from typing import Any
 
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, RopeScaling
+from jaxreason.model import FAMILIES, ModelConfig, RopeScaling, family_of, make_config
 
-# Keys whose every other value asks for a model that is not ours: (value we implement, what to do about another).
-_NEUTRAL: dict[str, tuple[Any, str]] = {
-    "hidden_act": ("silu", "only silu is implemented"),
-    "pretraining_tp": (1, "it only splits matrix products: set it to 1, the weights stay as they are"),
-    "attention_dropout": (0.0, "dropout is not implemented: set it to 0.0"),
-    "partial_rotary_factor": (1.0, "only rotary embeddings over the whole head are implemented"),
-    "rope_interleaved": (False, "only half-split rotary pairs are implemented"),
-    "quantization_config": (None, "give the unquantized checkpoint"),
-    "auto_map": (None, "the checkpoint brings its own model code, which is never run; give a plain Llama"),
-    "sliding_window": (None, "only full causal attention is implemented"),
-    "use_sliding_window": (False, "only full causal attention is implemented"),
-    "add_cross_attention": (False, "cross attention is not implemented"),
-}
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -36,7 +23,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 
-def config_from_hf(hf: dict, where: str, generation: dict | None = None) -> LlamaConfig:
+def config_from_hf(hf: dict, where: str, generation: dict | None = None) -> ModelConfig:
     """The architecture that a ``config.json`` describes; absent keys take the values transformers gives them.
 
     Args:
@@ -46,40 +33,42 @@ def config_from_hf(hf: dict, where: str, generation: dict | None = None) -> Llam
 
     Raises: UserError naming file, key and value for anything that is not expressible.
     """
-    _check_supported(hf, where)
+    name = _check_supported(hf, where)
+    form, absent = FAMILIES[name].hf, FAMILIES[name].hf.defaults
     heads = _count(hf, "num_attention_heads", where)
     embed_dim = _count(hf, "hidden_size", where)
-    if hf.get("head_dim") is None and embed_dim % heads:
+    head_dim = hf.get("head_dim") or absent["head_dim"]
+    if head_dim is None and embed_dim % heads:
         raise UserError(f"{where}: hidden_size {embed_dim} is not a multiple of num_attention_heads {heads}")
     theta, scaling = _rope(hf, where)
-    return LlamaConfig(
+    return make_config(
+        name,
         vocab_size=_count(hf, "vocab_size", where),
         embed_dim=embed_dim,
         mlp_dim=_count(hf, "intermediate_size", where),
         num_layers=_count(hf, "num_hidden_layers", where),
         num_heads=heads,
-        num_kv_heads=_count(hf, "num_key_value_heads", where, heads),
-        head_dim=_count(hf, "head_dim", where, embed_dim // heads),
+        num_kv_heads=_count(hf, "num_key_value_heads", where, absent["num_key_value_heads"] or heads),
+        head_dim=_count(hf, "head_dim", where, head_dim or embed_dim // heads),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_number(hf, "rms_norm_eps", where, 1e-6),
         tie_embeddings=_flag(hf, "tie_word_embeddings", where),
-        attention_bias=_flag(hf, "attention_bias", where),
-        mlp_bias=_flag(hf, "mlp_bias", where),
-        max_positions=_count(hf, "max_position_embeddings", where, 2048),
+        max_positions=_count(hf, "max_position_embeddings", where, absent["max_position_embeddings"]),
         init_std=_number(hf, "initializer_range", where, 0.02),
-        bos_id=_bos(hf, where),
-        stop_ids=_stop_ids(hf, where, generation or {}),
+        bos_id=_bos(hf, where, absent["bos_token_id"]),
+        stop_ids=_stop_ids(hf, where, generation or {}, absent["eos_token_id"]),
+        **{field: _flag(hf, key, where) for key, field in form.flags.items()},
     )
 
 
-def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
+def config_to_hf(config: ModelConfig, dtype: str) -> dict:
     """The ``config.json`` of ``config`` with weights in ``dtype``, for transformers 4 and 5 alike.
 
-    Raises: UserError where a Hugging Face Llama cannot be what ``config`` is.
+    Raises: UserError where transformers' class cannot be what ``config`` is.
     """
-    c = config
-    if c.embed_dim % c.num_heads:
+    c, form = config.arch, family_of(config).hf
+    if form.even_width and c.embed_dim % c.num_heads:
         raise UserError(
             f"cannot export: embed_dim {c.embed_dim} is not a multiple of num_heads {c.num_heads}, "
             "which transformers refuses even where head_dim is given"
@@ -88,8 +77,8 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
         raise UserError(f"cannot export: init_std {c.init_std} is outside 0 … 1, which transformers refuses")
     scaling = _scaling_to_hf(c.rope_scaling)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [form.architecture],
+        "model_type": form.model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.embed_dim,
         "intermediate_size": c.mlp_dim,
@@ -102,8 +91,8 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
         "initializer_range": c.init_std,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
-        "attention_bias": c.attention_bias,
-        "mlp_bias": c.mlp_bias,
+        **{key: vars(c)[field] for key, field in form.flags.items()},
+        **form.written,
         # transformers 4 reads the first two, transformers 5 writes the third.
         "rope_theta": c.rope_theta,
         "rope_scaling": scaling,
@@ -115,26 +104,30 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
     }
 
 
-def generation_to_hf(config: LlamaConfig) -> dict:
+def generation_to_hf(config: ModelConfig) -> dict:
     """The ``generation_config.json``: every stop id, and sampling that suits long reasoning."""
-    return {"bos_token_id": config.bos_id, "eos_token_id": list(config.stop_ids) or None, **SAMPLING}
+    return {"bos_token_id": config.arch.bos_id, "eos_token_id": list(config.arch.stop_ids) or None, **SAMPLING}
 
 
-def _check_supported(hf: dict, where: str) -> None:
-    if hf.get("model_type") != "llama":
-        raise UserError(f"{where}: model_type is {hf.get('model_type')!r}; only llama is implemented")
-    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
-    if "LlamaForCausalLM" not in architectures:
-        raise UserError(f"{where}: architectures is {architectures}; give a LlamaForCausalLM checkpoint")
-    for key, (neutral, advice) in _NEUTRAL.items():
+def _check_supported(hf: dict, where: str) -> str:
+    """The name of the family that implements everything that ``hf`` asks for."""
+    families = {family.hf.model_type: name for name, family in FAMILIES.items()}
+    if (kind := hf.get("model_type")) not in families:
+        raise UserError(f"{where}: model_type is {kind!r}; implemented are {', '.join(families)}")
+    form = FAMILIES[families[kind]].hf
+    architectures = hf.get("architectures") or [form.architecture]
+    if form.architecture not in architectures:
+        raise UserError(f"{where}: architectures is {architectures}; give a {form.architecture} checkpoint")
+    for key, (only, advice) in form.fixed.items():
         value = hf.get(key)
-        if value is not None and value != neutral:
+        if value is not None and value != only:
             raise UserError(f"{where}: {key} is {value!r}; {advice}")
     if other := sorted(set(hf.get("layer_types") or []) - {"full_attention"}):
         raise UserError(f"{where}: layer_types has {', '.join(other)}; only full_attention is implemented")
     for key in _REQUIRED:
         if hf.get(key) is None:
-            raise UserError(f"{where}: {key} is missing; it is part of every Llama's config.json")
+            raise UserError(f"{where}: {key} is missing; it is part of every config.json")
+    return families[kind]
 
 
 def _rope(hf: dict, where: str) -> tuple[float, RopeScaling | None]:
@@ -225,15 +218,15 @@ def _token_ids(value: Any, where: str) -> list[int]:
     return ids
 
 
-def _bos(hf: dict, where: str) -> int | None:
-    ids = _token_ids(hf.get("bos_token_id", 1), f"{where}: bos_token_id")
+def _bos(hf: dict, where: str, default: int | None) -> int | None:
+    ids = _token_ids(hf.get("bos_token_id", default), f"{where}: bos_token_id")
     return ids[0] if ids else None
 
 
-def _stop_ids(hf: dict, where: str, generation: dict) -> tuple[int, ...]:
+def _stop_ids(hf: dict, where: str, generation: dict, default: int | None) -> tuple[int, ...]:
     """Every id that either file calls end-of-sequence, each once: stopping at one too few never ends."""
     first = _token_ids(generation.get("eos_token_id"), f"{where} (generation_config.json): eos_token_id")
-    return tuple(dict.fromkeys(first + _token_ids(hf.get("eos_token_id", 2), f"{where}: eos_token_id")))
+    return tuple(dict.fromkeys(first + _token_ids(hf.get("eos_token_id", default), f"{where}: eos_token_id")))
 
 
 def _eos(stop_ids: tuple[int, ...]) -> int | list[int] | None:

@@ -19,7 +19,7 @@ from jaxreason.errors import UserError
 from jaxreason.hf.config import config_from_hf
 from jaxreason.hf.hub import fetch
 from jaxreason.hf.table import DTYPES, EMBEDDING, HEAD, rows, unflatten
-from jaxreason.model import LlamaConfig
+from jaxreason.model import ModelConfig, family_of
 
 _BUFFER = "rotary_emb.inv_freq"  # old checkpoints store what rope.py computes
 _MAPPED_BYTES = 32 << 20  # of a file at once, where it holds float32
@@ -98,7 +98,7 @@ def load(
     param_dtype: str = "float32",
     compute_dtype: str = "float32",
     placement: Placement | None = None,
-) -> tuple[dict, LlamaConfig]:
+) -> tuple[dict, ModelConfig]:
     """Parameters and architecture of a Hugging Face directory or hub id.
 
     Args:
@@ -120,7 +120,7 @@ def load(
     return unflatten({path: placement(path, leaf) for path, leaf in leaves.items()}), config
 
 
-def read_config(directory: Path) -> LlamaConfig:
+def read_config(directory: Path) -> ModelConfig:
     """The architecture in ``config.json``, with the stop ids of ``generation_config.json`` where that exists."""
     where = directory / "config.json"
     if not where.is_file():
@@ -196,22 +196,23 @@ def _read_headers(directory: Path) -> dict[str, _Tensor]:
     return found
 
 
-def _match(tensors: dict[str, _Tensor], config: LlamaConfig, directory: Path) -> dict[tuple[str, ...], Leaf]:
+def _match(tensors: dict[str, _Tensor], config: ModelConfig, directory: Path) -> dict[tuple[str, ...], Leaf]:
     """Our leaves and the tensors that make them; every tensor is used, known to be redundant, or an error."""
     left, leaves = dict(tensors), {}
     for pattern, path, transposed, spec in rows(config):
         stacked = path[0] == "layers"
-        names = [pattern.format(i) for i in range(config.num_layers)] if stacked else [pattern]
+        names = [pattern.format(i) for i in range(config.arch.num_layers)] if stacked else [pattern]
         shape = spec.shape[1:] if stacked else spec.shape
         parts = tuple(_expect(left, name, shape[::-1] if transposed else shape, directory) for name in names)
         leaves[path] = Leaf(spec.shape, spec.dtype, parts, stacked, transposed)
-    if config.tie_embeddings and HEAD in left:
+    if config.arch.tie_embeddings and HEAD in left:
         _check_tied(left.pop(HEAD), tensors[EMBEDDING])
     if extra := sorted(name for name in left if not name.endswith(_BUFFER)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise UserError(
             f"{left[extra[0]].file} has {extra[0]}{more}, which {directory / 'config.json'} does not describe: check "
-            "num_hidden_layers, attention_bias and mlp_bias there, or give a plain Llama (merge adapters first)"
+            f"{', '.join(['num_hidden_layers', *family_of(config).hf.flags])} there, or give a plain "
+            f"{family_of(config).hf.architecture} (merge adapters first)"
         )
     return leaves
 

@@ -1,4 +1,4 @@
-"""The one table of names and transposes, used by import and export.
+"""Names and transposes of our parameters in Hugging Face files, used by import and export alike.
 
 Weights are [out, in] in Hugging Face files and stacked [L, in, out] here.
 """
@@ -8,38 +8,23 @@ from typing import Any
 
 import jax
 
-from jaxreason.model import LlamaConfig, init
+from jaxreason.model import ModelConfig, family_of, shapes
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+EMBEDDING, _NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 DTYPES = ("float32", "bfloat16")
-_BLOCK = "model.layers.{}."
-# (Hugging Face name, our path, transposed there?); {} counts layers, which we stack on the first axis.
-TABLE: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    (EMBEDDING, ("embedding",), False),
-    (_BLOCK + "input_layernorm.weight", ("layers", "attention_norm", "scale"), False),
-    *(
-        (f"{_BLOCK}self_attn.{name}_proj.{kind}", ("layers", "attention", name, leaf), leaf == "kernel")
-        for name in "qkvo"
-        for kind, leaf in (("weight", "kernel"), ("bias", "bias"))
-    ),
-    (_BLOCK + "post_attention_layernorm.weight", ("layers", "mlp_norm", "scale"), False),
-    *(
-        (f"{_BLOCK}mlp.{name}_proj.{kind}", ("layers", "mlp", name, leaf), leaf == "kernel")
-        for name in ("gate", "up", "down")
-        for kind, leaf in (("weight", "kernel"), ("bias", "bias"))
-    ),
-    ("model.norm.weight", ("norm", "scale"), False),
-    (HEAD, ("head",), False),
-)
+def rows(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool, jax.ShapeDtypeStruct]]:
+    """Every parameter of this architecture: (name there, path, transposed there?, shape of our leaf).
 
-
-def rows(config: LlamaConfig) -> Iterator[tuple[str, tuple[str, ...], bool, jax.ShapeDtypeStruct]]:
-    """The rows of the table that this architecture has, with the shape of our leaf."""
-    specs = flatten(jax.eval_shape(lambda: init(config, jax.random.key(0))))
-    for pattern, path, transposed in TABLE:
+    {} in the name counts layers, which we stack on the first axis. Raises ValueError for a parameter without a name there.
+    """
+    specs = flatten(shapes(config))
+    table = ((EMBEDDING, ("embedding",), False), *family_of(config).hf.table, (_NORM, ("norm", "scale"), False))
+    for pattern, path, transposed in (*table, (HEAD, ("head",), False)):
         if path in specs:
             yield pattern, path, transposed, specs.pop(path)
-    assert not specs, f"parameters without a Hugging Face name: {sorted(specs)}"
+    if specs:
+        missing = ", ".join(".".join(path) for path in sorted(specs))
+        raise ValueError(f"families: {config.arch.family} has parameters without a Hugging Face name: {missing}")
 
 
 def flatten(tree: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

@@ -20,7 +20,7 @@ from jaxreason.errors import UserError
 from jaxreason.hf.card import model_card
 from jaxreason.hf.config import config_to_hf, generation_to_hf
 from jaxreason.hf.table import DTYPES, EMBEDDING, flatten, rows
-from jaxreason.model import LlamaConfig
+from jaxreason.model import ModelConfig
 
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
 _SLACK_BYTES = 64 << 20  # tokenizer, index and file system overhead beside the weights
@@ -28,7 +28,7 @@ _SLACK_BYTES = 64 << 20  # tokenizer, index and file system overhead beside the 
 
 def save(
     params: dict,
-    config: LlamaConfig,
+    config: ModelConfig,
     path: str | os.PathLike,
     dtype: str = "bfloat16",
     tokenizer: Any = None,
@@ -77,7 +77,7 @@ class _Source:
     shape: tuple[int, ...]  # as Hugging Face stores it
 
 
-def _check_tree(params: dict, config: LlamaConfig) -> list[_Source]:
+def _check_tree(params: dict, config: ModelConfig) -> list[_Source]:
     """The tensors to write, layer by layer; raises where ``params`` is not a tree of this architecture."""
     leaves, before, layers, after = flatten(params), [], [], []
     for pattern, path, transposed, spec in rows(config):
@@ -87,7 +87,7 @@ def _check_tree(params: dict, config: LlamaConfig) -> list[_Source]:
             raise UserError(f"cannot export: parameter {'.'.join(path)} is {list(found)}, expected {list(spec.shape)}")
         if path[0] == "layers":
             shape = spec.shape[:0:-1] if transposed else spec.shape[1:]
-            layers.append([_Source(pattern.format(i), path, i, transposed, shape) for i in range(config.num_layers)])
+            layers.append([_Source(pattern.format(i), path, i, transposed, shape) for i in range(config.arch.num_layers)])
         else:
             group = before if pattern == EMBEDDING else after
             group.append(_Source(pattern, path, None, transposed, spec.shape))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +11,10 @@ import numpy as np
 from jax import Array
 
 from jaxreason.errors import UserError
-from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs
+from jaxreason.losses.inputs import FIXED, Inputs, PolicyInputs, SftInputs, only
+from jaxreason.losses.reads import reads
 from jaxreason.losses.reduce import whole_step
-from jaxreason.losses.suggest import nearest
+from jaxreason.plugins import nearest
 
 _PADDING = 3  # columns that a row may have more
 _ROWS = "microbatches of one row"
@@ -35,12 +36,10 @@ def check(loss: Any) -> None:
     Raises:
       UserError: which rule the loss breaks, with the numbers and the usual fix.
     """
-    inputs = whole_step(tiny_inputs(loss.kind))
-    # As in training: what a loss does not declare, it does not get.
-    undeclared = {key: None for key in OPTIONAL_INPUTS[loss.kind] if key not in loss.needs}
+    inputs = whole_step(tiny_inputs(loss.kind, sorted(loss.extras)))
     if loss.select is not None:
         inputs = dataclasses.replace(inputs, selected=loss.select(inputs))
-    inputs = dataclasses.replace(inputs, **undeclared)
+    inputs = only(inputs, loss.needs)
     evaluate = _evaluator(loss)
     value, metrics, grads = evaluate(inputs)
     _check_finite(loss.name, value, metrics, grads)
@@ -62,9 +61,9 @@ def check(loss: Any) -> None:
         _check_parts(loss.name, evaluate, chunks, value, metrics, flat_grads, what, axis=1)
 
 
-def tiny_inputs(kind: str) -> Inputs:
-    """Five rows of eight tokens, every optional input present: unequal lengths, two packed rows, one of padding
-    only."""
+def tiny_inputs(kind: str, extras: Iterable[str] = ()) -> Inputs:
+    """Five rows of eight tokens, every optional input and the ``extras`` present: unequal lengths, two packed rows, one of
+    padding only. An extra is drawn from a normal distribution; as an entropy it is positive."""
     rng = np.random.default_rng(0)
     mask = np.array(
         [[1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 1, 0, 0],
@@ -74,6 +73,9 @@ def tiny_inputs(kind: str) -> Inputs:
 
     def normal(scale: float = 1.0) -> Array:
         return jnp.asarray(rng.normal(scale=scale, size=mask.shape), jnp.float32)
+
+    def more() -> dict[str, Array]:
+        return {name: jnp.abs(normal()) if "entropy" in name else normal() for name in extras}
 
     logp = -jnp.abs(normal()) - 0.05
     common = {
@@ -92,6 +94,7 @@ def tiny_inputs(kind: str) -> Inputs:
             teacher_divergence=jnp.abs(normal(0.1)),
             topk_entropy=jnp.abs(normal()),
             token_weights=jnp.abs(normal()),
+            extras=more(),
         )
     old_logp = logp + normal(0.3)
     return PolicyInputs(
@@ -101,29 +104,16 @@ def tiny_inputs(kind: str) -> Inputs:
         ref_logp=old_logp + normal(0.3),
         sampler_logp=old_logp + normal(0.05),
         group_ids=jnp.asarray(ids // 2),
+        extras=more(),
     )
 
 
-def reads(name: str, function: Callable, options: Mapping[str, Any], kind: str) -> frozenset[str]:
-    """The optional inputs that a function of one's own touches when traced. Raises UserError if it fails there."""
-    inputs = whole_step(tiny_inputs(kind))
-    seen: set[str] = set()
-
-    class Recorder(type(inputs)):  # what an error in the function calls its argument
-        def __getattribute__(self, key: str) -> Any:
-            seen.add(key)
-            return super().__getattribute__(key)
-
-    Recorder.__name__ = type(inputs).__name__
-
-    def run(arrays: dict[str, Any]) -> None:
-        function(Recorder(**arrays), **options)  # what it returns is looked at later
-
+def reads_of(name: str, function: Callable, options: Mapping[str, Any], kind: str) -> frozenset[str]:
+    """The optional inputs and extras that a function of one's own touches. Raises UserError if it fails when traced."""
     try:
-        jax.eval_shape(run, dict(vars(inputs)))
+        return reads(function, whole_step(tiny_inputs(kind)), options)
     except (Exception, SystemExit) as error:
         raise _failed(name, error) from error
-    return frozenset(seen & set(OPTIONAL_INPUTS[kind]))
 
 
 def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Array, dict, dict]]:
@@ -160,6 +150,8 @@ def _failed(name: str, error: BaseException) -> UserError:
     elif isinstance(error, AttributeError) and isinstance(error.obj, PolicyInputs | SftInputs):
         fields = [f.name for f in dataclasses.fields(error.obj)]
         hint = f"{nearest(error.name, fields)}; it has {', '.join(fields)}"
+    elif isinstance(error, KeyError):
+        hint = " (extras outside its `needs` are not in inputs.extras)"
     elif isinstance(error, _OF_TRACING):
         hint = " (the function is compiled: write it in jax.numpy, without numpy, float() or `if` on values)"
     return UserError(f"loss {name} failed on a tiny batch{place}: {type(error).__name__}: {first_line}{hint}")
@@ -204,11 +196,11 @@ def _check_finite(name: str, value: Array, metrics: dict, grads: dict) -> None:
 
 def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, metrics: dict, grads: dict) -> None:
     dead = inputs.mask <= 0
-    safe = {"mask", "sequence_ids", "group_ids", "totals", "entropy_coef"}
-    fields = [f.name for f in dataclasses.fields(inputs) if f.name not in safe and getattr(inputs, f.name) is not None]
+    fields = [f.name for f in dataclasses.fields(inputs) if f.name not in FIXED and getattr(inputs, f.name) is not None]
     fix = "; begin with `inputs, sequences = losses.clean(inputs)`, which puts 0 at masked positions before any exp"
     for poison in _POISONS:
-        filled = {key: jnp.where(dead, poison, getattr(inputs, key)) for key in fields}
+        values = {key: getattr(inputs, key) for key in fields}
+        filled = jax.tree.map(lambda x, poison=poison: jnp.where(dead, poison, x), values)
         poisoned, poisoned_metrics, poisoned_grads = evaluate(dataclasses.replace(inputs, **filled))
         if not _close(value, poisoned):
             raise UserError(

@@ -4,25 +4,31 @@ Pure functions of small logits. Training hands them chunks of tokens at a time (
 ``[B, T, V]`` array never exists. ``temperature`` divides both models' logits and scales nothing else (GKD, 2306.13649).
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from pydantic import Field
 
 from jaxreason.errors import UserError
+from jaxreason.losses.inputs import Fraction
+
+Temperature = Annotated[float, Field(gt=0)]
 
 
-def forward_kl(student_logits: Array, teacher_logits: Array, *, temperature: float = 1.0) -> Array:
+def forward_kl(student_logits: Array, teacher_logits: Array, *, temperature: Temperature = 1.0) -> Array:
     """[...] KL(teacher || student) = sum_v p_T log(p_T / p_S): mass-covering."""
     return _kl(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature))
 
 
-def reverse_kl(student_logits: Array, teacher_logits: Array, *, temperature: float = 1.0) -> Array:
+def reverse_kl(student_logits: Array, teacher_logits: Array, *, temperature: Temperature = 1.0) -> Array:
     """[...] KL(student || teacher) = sum_v p_S log(p_S / p_T): mode-seeking."""
     return _kl(_log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature))
 
 
 def generalized_jsd(
-    student_logits: Array, teacher_logits: Array, *, beta: float = 0.5, temperature: float = 1.0
+    student_logits: Array, teacher_logits: Array, *, beta: Fraction = 0.5, temperature: Temperature = 1.0
 ) -> Array:
     """[...] beta KL(p_T || M) + (1 - beta) KL(p_S || M) with M = beta p_T + (1 - beta) p_S. GKD (2306.13649).
 

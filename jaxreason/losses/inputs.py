@@ -5,10 +5,14 @@ Fields are aligned: position t of every array speaks about the same target token
 """
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Annotated, Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from pydantic import Field
 
 from jaxreason.errors import UserError
 from jaxreason.losses.segments import Sequences, sequence_counts, sequences_of
@@ -35,6 +39,7 @@ class SftInputs:
     token_weights: Array | None = None  # multiplies every token's loss; the denominator stays the token count
     sequence_ids: Array | None = None  # int32, unique within the optimizer step; None: one sequence a row
     totals: Totals | None = None
+    extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # further inputs, by the names that fill them
 
 
 @jax.tree_util.register_dataclass
@@ -59,18 +64,20 @@ class PolicyInputs:
     group_tokens: Array | None = None  # supervised tokens of this position's prompt in the whole step (prompt-mean)
     selected: Array | None = None  # > 0 where the loss's step-wide rule picked the token (``Loss.select``)
     entropy_coef: Array | None = None  # replaces the option of that name (adaptive entropy bonus)
+    extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # further inputs, by the names that fill them
 
 
 Inputs = SftInputs | PolicyInputs
+Fraction = Annotated[float, Field(ge=0, le=1)]  # the type of an option
 
-# Inputs that cost the caller something to produce; ``Loss.needs`` names those that a loss reads.
+# Inputs that cost the caller something to produce; ``Loss.needs`` names those that a loss reads, and its extras.
 OPTIONAL_INPUTS = {
     "sft": (
         "entropy", "logsumexp", "mean_logp", "ref_logp", "ref_kl", "teacher_divergence", "topk_entropy", "token_weights",
     ),
     "policy": ("ref_logp", "sampler_logp", "entropy", "group_tokens", "selected"),
 }  # fmt: skip
-_NOT_PER_TOKEN = {"mask", "sequence_ids", "group_ids", "totals"}
+FIXED = frozenset({"mask", "sequence_ids", "group_ids", "totals"})  # what is no per-token value and stays as it is
 
 
 def clean(inputs: Inputs) -> tuple[Inputs, Sequences]:
@@ -80,10 +87,10 @@ def clean(inputs: Inputs) -> tuple[Inputs, Sequences]:
     sees 0 there, so neither value nor gradient can be touched by it (inf * 0 would be NaN).
     """
     live = inputs.mask > 0
-    values = dict(vars(inputs))
+    values = dict(vars(inputs)) | {"extras": dict(inputs.extras)}
     for name, value in values.items():
-        if name not in _NOT_PER_TOKEN and value is not None:
-            values[name] = jnp.where(live, value.astype(jnp.float32), 0.0)
+        if name not in FIXED and value is not None:
+            values[name] = jax.tree.map(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), value)
     return type(inputs)(**values), sequences_of(live, inputs.sequence_ids)
 
 
@@ -99,6 +106,30 @@ def totals_of(inputs: Inputs, sequences: Sequences) -> Totals:
     group_ids = getattr(inputs, "group_ids", None)
     prompts = count if group_ids is None else count_unique(group_ids, inputs.mask)
     return Totals(tokens=tokens, sequences=count, prompts=prompts)
+
+
+def only(inputs: Inputs, needs: Iterable[str]) -> Inputs:
+    """The inputs without those optional ones, and those extras, that ``needs`` does not name."""
+    kind = "sft" if isinstance(inputs, SftInputs) else "policy"
+    unread: dict[str, Any] = {name: None for name in OPTIONAL_INPUTS[kind] if name not in needs}
+    extras = {name: value for name, value in inputs.extras.items() if name in needs}
+    return dataclasses.replace(inputs, **unread, extras=extras)
+
+
+def check_shapes(inputs: Inputs) -> None:
+    """Every array is [B, T], and of one shape. Runs where a loss is traced, and costs nothing where it then runs.
+
+    Raises UserError with the shapes.
+    """
+    given = {name: x for name, x in vars(inputs).items() if name not in ("totals", "extras", "entropy_coef") and x is not None}
+    given |= {f"extras[{name!r}]": x for name, x in inputs.extras.items()}
+    arrays = list(given.values())
+    try:
+        chex.assert_rank(arrays, 2)
+        chex.assert_equal_shape(arrays)
+    except AssertionError:
+        shapes = ", ".join(f"{name} {jnp.shape(x)}" for name, x in given.items())
+        raise UserError(f"{type(inputs).__name__}: every array is [B, T], of one shape, but found {shapes}") from None
 
 
 def need(inputs: Inputs, field: str, why: str) -> Array:

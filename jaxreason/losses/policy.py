@@ -1,48 +1,27 @@
 """A policy loss: ratio x surrogate x correction x masks x KL x aggregation, composed from one function an axis."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
+from pydantic import Field
 
 from jaxreason.errors import UserError
-from jaxreason.losses.correction import DEFAULT_BOUNDS, off_policy_keep, sampler_weights
-from jaxreason.losses.inputs import PolicyInputs, clean, need, totals_of
-from jaxreason.losses.kl import kl
-from jaxreason.losses.ratio import log_ratio
-from jaxreason.losses.reduce import token_weights
+from jaxreason.losses.inputs import Fraction, PolicyInputs, clean, need, totals_of
+from jaxreason.losses.kl import KlEstimator, kl
+from jaxreason.losses.ratio import Ratio, log_ratio
+from jaxreason.losses.reduce import Reduce, reduction_weights
+from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, Correction, off_policy_keep, sampler_weights
 from jaxreason.losses.select import top_entropy_tokens
 from jaxreason.losses.surrogate import Surrogate, Tokens
 from jaxreason.types import Totals
 
 Metrics = dict[str, Array]
 
-# Options that every policy loss takes, with their defaults; a named variant changes some and adds its surrogate's own.
-OPTIONS: dict[str, Any] = {
-    "ratio": "token",
-    "log_ratio_clamp": 20.0,
-    "reduce": "seq-mean-token-mean",
-    "max_completion_tokens": None,
-    "kl_coef": 0.0,
-    "kl_estimator": "k3",
-    "kl_ratio": "token",
-    "kl_log_ratio_clamp": 20.0,
-    "kl_value_clamp": None,
-    "behaviour": "old",
-    "correction": "none",
-    "correction_min": None,
-    "correction_max": None,
-    "off_policy_threshold": None,
-    "off_policy_behaviour": "old",
-    "top_entropy": None,
-    "entropy_coef": 0.0,
-    "entropy_over": "all",
-}
-BEHAVIOURS = ("old", "sampler")
-KL_RATIOS = ("token", "surrogate")
-ENTROPY_OVER = ("all", "top")
+Behaviour = Literal["old", "sampler"]
+LOG_RATIO_CLAMP = 20.0  # e^20 is beyond any ratio that teaches, and its square is far from float32's end
 
 
 def policy_loss(
@@ -50,24 +29,24 @@ def policy_loss(
     *,
     surrogate: Callable[..., Surrogate],
     select: Callable[..., Array] | None,
-    ratio: str,
-    log_ratio_clamp: float | None,
-    reduce: str,
-    max_completion_tokens: int | None,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_ratio: str,
-    kl_log_ratio_clamp: float | None,
-    kl_value_clamp: float | None,
-    behaviour: str,
-    correction: str,
-    correction_min: float | None,
-    correction_max: float | None,
-    off_policy_threshold: float | None,
-    off_policy_behaviour: str,
-    top_entropy: float | None,
-    entropy_coef: float,
-    entropy_over: str,
+    ratio: Ratio = "token",
+    log_ratio_clamp: float | None = LOG_RATIO_CLAMP,
+    reduce: Reduce = "seq-mean-token-mean",
+    max_completion_tokens: Annotated[int, Field(gt=0)] | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
+    kl_ratio: Literal["token", "surrogate"] = "token",
+    kl_log_ratio_clamp: float | None = LOG_RATIO_CLAMP,
+    kl_value_clamp: float | None = None,
+    behaviour: Behaviour = "old",
+    correction: Correction = "none",
+    correction_min: float | None = None,
+    correction_max: float | None = None,
+    off_policy_threshold: float | None = None,
+    off_policy_behaviour: Behaviour = "old",
+    top_entropy: Fraction | None = None,
+    entropy_coef: float = 0.0,
+    entropy_over: Literal["all", "top"] = "all",
     **surrogate_options: Any,
 ) -> tuple[Array, Metrics]:
     """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t) - entropy_coef mean_t H_t.
@@ -84,7 +63,7 @@ def policy_loss(
         ``ratio`` (``surrogate``, TRL), which differs where that is of a whole sequence.
       behaviour: whose log-probs the ratio divides by: ``old`` (recomputed by the trainer) or ``sampler`` (as the
         sampler reported; verl's "bypass").
-      correction, correction_min, correction_max: rho, see ``jaxreason.losses.correction``; bounds of None: its
+      correction, correction_min, correction_max: rho, see ``jaxreason.losses.sampler_correction``; bounds of None: its
         defaults. It multiplies the surrogate, except where the surrogate takes it into its own ratio (vespo).
       off_policy_threshold, off_policy_behaviour: drop sequences with A < 0 that drifted further than this from
         ``old`` or ``sampler``, nats per token (OPSM).
@@ -151,7 +130,7 @@ def policy_loss(
         if kl_coef != 0:
             loss = loss + kl_coef * estimate
 
-    weights = token_weights(reduce, inputs, sequences, totals, max_completion_tokens)
+    weights = reduction_weights(reduce, inputs, sequences, totals, max_completion_tokens)
     value = jnp.sum(weights * loss)
 
     coef = entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
@@ -188,7 +167,7 @@ def top_entropy_rule(fraction: float) -> Callable[..., Array]:
     return rule
 
 
-def _logp_of(behaviour: str, inputs: PolicyInputs) -> Array:
+def _logp_of(behaviour: Behaviour, inputs: PolicyInputs) -> Array:
     return inputs.old_logp if behaviour == "old" else need(inputs, "sampler_logp", "behaviour sampler")
 
 
@@ -203,11 +182,10 @@ def shared_metrics(inputs: PolicyInputs) -> Metrics:
     ``sampler_gap``, ``sampler_gap_max`` and ``kl`` (k3), each where its inputs are there."""
     inputs, sequences = clean(inputs)
     totals = totals_of(inputs, sequences)
-    log_w = log_ratio(inputs.logp, inputs.old_logp, "token", OPTIONS["log_ratio_clamp"], sequences)
+    log_w = log_ratio(inputs.logp, inputs.old_logp, "token", LOG_RATIO_CLAMP, sequences)
     metrics = _ratio_metrics(log_w, sequences.live, totals) | _other_metrics(inputs, sequences.live, totals)
     if inputs.ref_logp is not None:
-        clamp = OPTIONS["kl_log_ratio_clamp"]
-        estimate = kl(inputs.logp, inputs.ref_logp, "k3", log_ratio=log_w, log_ratio_clamp=clamp)
+        estimate = kl(inputs.logp, inputs.ref_logp, "k3", log_ratio=log_w, log_ratio_clamp=LOG_RATIO_CLAMP)
         metrics["kl"] = _mean(estimate, sequences.live, totals)
     return {key: stop_gradient(metric) for key, metric in metrics.items()}
 
@@ -218,8 +196,9 @@ def _ratio_metrics(log_w: Array, live: Array, totals: Totals) -> Metrics:
         "ratio_mean": _mean(w, live, totals),
         # mean^2 / mean of squares is the effective sample size as a fraction.
         "ratio_square_mean": _mean(jnp.square(w), live, totals),
-        "ratio_max": jnp.max(jnp.where(live, w, 0.0)),
-        "ratio_min": jnp.min(jnp.where(live, w, jnp.inf)),
+        # An empty microbatch must not decide the step's extremes; of a step that trains nothing they are 1.
+        "ratio_max": jnp.where(totals.tokens > 0, jnp.max(jnp.where(live, w, 0.0)), 1.0),
+        "ratio_min": jnp.where(totals.tokens > 0, jnp.min(jnp.where(live, w, jnp.inf)), 1.0),
         "policy_kl": _mean(jnp.expm1(log_w) - log_w, live, totals),
     }
 

@@ -10,7 +10,6 @@ from jaxreason.errors import UserError
 from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
 
 Ratio = Literal["token", "sequence_mean", "sequence_sum", "gspo_token"]
-RATIOS = get_args(Ratio)
 
 
 def log_ratio(logp: Array, old_logp: Array, level: Ratio, clamp: float | None, sequences: Sequences) -> Array:
@@ -33,5 +32,5 @@ def log_ratio(logp: Array, old_logp: Array, level: Ratio, clamp: float | None, s
     elif level == "gspo_token":
         log_w = stop_gradient(sequence_mean(token, sequences)) + logp - stop_gradient(logp)
     else:
-        raise UserError(f"ratio is {level!r}; it is one of {', '.join(RATIOS)}")
+        raise UserError(f"ratio is {level!r}; it is one of {', '.join(get_args(Ratio))}")
     return log_w if clamp is None else jnp.clip(log_w, -clamp, clamp)

@@ -16,10 +16,9 @@ from jaxreason.losses.segments import Sequences, sequence_counts
 from jaxreason.types import Totals
 
 Reduce = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum/const", "prompt-mean"]
-REDUCTIONS = get_args(Reduce)
 
 
-def token_weights(
+def reduction_weights(
     name: Reduce,
     inputs: Inputs,
     sequences: Sequences,
@@ -50,7 +49,7 @@ def token_weights(
     elif name == "prompt-mean":
         weights = 1.0 / (jnp.maximum(_group_tokens(inputs), 1.0) * _at_least_one(totals.prompts))
     else:
-        raise UserError(f"reduce is {name!r}; it is one of {', '.join(REDUCTIONS)}")
+        raise UserError(f"reduce is {name!r}; it is one of {', '.join(get_args(Reduce))}")
     return jnp.where(sequences.live, weights, 0.0)
 
 

@@ -2,39 +2,25 @@
 
 import contextlib
 import functools
-import importlib
-import importlib.util
 import inspect
-import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from jax import Array
 
+from jaxreason import plugins
 from jaxreason.errors import UserError
-from jaxreason.losses import correction, kl, ratio, reduce, sft, variants
-from jaxreason.losses.check import reads
-from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs
-from jaxreason.losses.policy import BEHAVIOURS, ENTROPY_OVER, KL_RATIOS, policy_loss, shared_metrics
+from jaxreason.losses import sampler_correction, sft, variants
+from jaxreason.losses.check import reads_of
+from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs, check_shapes, only
+from jaxreason.losses.policy import policy_loss, shared_metrics
+from jaxreason.losses.reads import unnoted
 from jaxreason.losses.reduce import whole_step
-from jaxreason.losses.suggest import nearest
+from jaxreason.plugins import nearest
 
 Kind = Literal["sft", "policy"]
-
-_POLICY_CHOICES = {
-    "ratio": ratio.RATIOS,
-    "reduce": reduce.REDUCTIONS,
-    "kl_estimator": kl.ESTIMATORS,
-    "kl_ratio": KL_RATIOS,
-    "entropy_over": ENTROPY_OVER,
-    "correction": correction.CORRECTIONS,
-    "behaviour": BEHAVIOURS,
-    "off_policy_behaviour": BEHAVIOURS,
-}
-_SFT_CHOICES = {"reduce": sft.REDUCTIONS, "level": ("sequence", "token")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +35,7 @@ class Loss:
     options: Mapping[str, Any]
     kind: Kind
     tokenwise: bool  # a sum over tokens of a function of that token's inputs and the totals: any chunk may be evaluated
-    needs: frozenset[str]  # optional inputs that it reads
+    needs: frozenset[str]  # optional inputs and extras that it reads
     function: Callable[..., tuple[Array, dict[str, Array]]] = field(repr=False)
     advantage: str | None = None  # the estimator (``jaxreason.losses.advantage``) that belongs to it; sft: None
     advantage_preset: str | None = None
@@ -59,12 +45,20 @@ class Loss:
     divergence: Callable[..., Array] | None = field(default=None, repr=False)
     # divergence(student's logits [..., V], teacher's) -> [...] for ``SftInputs.teacher_divergence``
 
+    @property
+    def extras(self) -> frozenset[str]:
+        """The names that it reads ``inputs.extras`` by."""
+        return self.needs - frozenset(OPTIONAL_INPUTS[self.kind])
+
     def __call__(self, inputs: Inputs) -> tuple[Array, dict[str, Array]]:
+        """Value and metrics. Raises UserError for inputs of the other kind, or arrays that are not [B, T] of one shape."""
         expected = SftInputs if self.kind == "sft" else PolicyInputs
         if not isinstance(inputs, expected):
             raise UserError(
                 f"loss {self.name} is a {self.kind} loss: it takes {expected.__name__}, not {type(inputs).__name__}"
             )
+        inputs = unnoted(inputs, self.needs)
+        check_shapes(inputs)
         return self.function(inputs, **self.options)
 
 
@@ -75,7 +69,8 @@ def loss(
 
     Args:
       kind, tokenwise: as in ``Loss``.
-      needs: the optional inputs it reads, the others being None; None: found by tracing it.
+      needs: the optional inputs it reads, the others being None, and the names that it reads ``inputs.extras`` by, the
+        others not being there; None: found by tracing it.
       advantage: the estimator that belongs to it; None: grpo, if it is a policy loss.
     """
 
@@ -95,10 +90,14 @@ def names(kind: Kind | None = None) -> list[str]:
 
 def defaults(name: str) -> dict[str, Any]:
     """Every option of a built-in loss with its default."""
+    return {key: parameter.default for key, parameter in _declared(name).items()}
+
+
+def _declared(name: str) -> variants.Options:
     if name in variants.VARIANTS:
-        return variants.VARIANTS[name].defaults()
+        return variants.VARIANTS[name].declared()
     per_token, changed, _ = sft.SFT_LOSSES[name]
-    return sft.OPTIONS | variants.keyword_defaults(per_token) | _divergence_options(name) | changed
+    return variants.options_of(sft.sft_loss, per_token, sft.DIVERGENCES.get(name), changed=changed)
 
 
 def get(name: str, *, kind: Kind | None = None, preset: str | None = None, **options: Any) -> Loss:
@@ -131,9 +130,8 @@ def _find(name: str, kind: Kind | None, preset: str | None, options: dict[str, A
             f"loss.name {name!r} is unknown{nearest(name, names())}; built-in: {', '.join(names())}; "
             "your own: package.module:function or path/to/file.py:function"
         )
+    options = plugins.check_values(options, _declared(name), "loss.options", name)
     known = defaults(name)
-    for key, value in options.items():
-        _check_option(name, key, value, known)
     if name in sft.SFT_LOSSES:
         if preset is not None:
             raise UserError(f"loss.preset {preset} applies to policy losses; {name} is a supervised loss")
@@ -144,13 +142,9 @@ def _find(name: str, kind: Kind | None, preset: str | None, options: dict[str, A
     return _policy(name, known | conventions | options, preset)
 
 
-def _divergence_options(name: str) -> dict[str, Any]:
-    return variants.keyword_defaults(sft.DIVERGENCES[name]) if name in sft.DIVERGENCES else {}
-
-
 def _sft(name: str, options: dict[str, Any]) -> Loss:
     per_token, _, needs = sft.SFT_LOSSES[name]
-    apart = {key: options[key] for key in _divergence_options(name)}
+    apart = {key: options[key] for key in variants.options_of(sft.DIVERGENCES.get(name), changed={})}
 
     def function(inputs: SftInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
         return sft.sft_loss(inputs, per_token=per_token, **{k: v for k, v in bound.items() if k not in apart})
@@ -168,7 +162,7 @@ def _sft(name: str, options: dict[str, Any]) -> Loss:
 
 def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
     variant = variants.VARIANTS[name]
-    correction.check_bounds(options["correction"], options["correction_min"], options["correction_max"])
+    sampler_correction.check_bounds(options["correction"], options["correction_min"], options["correction_max"])
     if options["reduce"] == "token-sum/const" and options["max_completion_tokens"] is None:
         raise UserError(
             f"loss {name}: reduce token-sum/const divides by a constant; set loss.options.max_completion_tokens"
@@ -181,7 +175,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
             f"{options['correction']}; use tis or icepop"
         )
     rule = variants.step_rule(variant, options)
-    rule_keys = variants.keyword_defaults(variant.select) if variant.select else {}
+    rule_keys = variants.options_of(variant.select, changed={})
     needs = {
         "ref_logp": options["kl_coef"] != 0,
         "sampler_logp": options["correction"] != "none"
@@ -211,25 +205,18 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
 
 
 def _custom(name: str, wanted: Kind | None, options: dict[str, Any]) -> Loss:
-    function = _load(name)
-    _check_signature(name, function, options)
+    function = plugins.load(name, "loss.name")
+    bound = plugins.check_options(function, options, "loss.options")
     kind = getattr(function, "kind", None) or _annotated_kind(function) or wanted or "policy"
     if kind not in OPTIONAL_INPUTS:
         raise UserError(f"loss {name}: kind is {kind!r}; it is sft or policy")
-    bound = dict(options)
-    needs = getattr(function, "needs", None)
-    if needs is None:
-        needs = reads(name, function, bound, kind)
-    needs = frozenset(needs)
-    if unknown := needs - set(OPTIONAL_INPUTS[kind]):
-        raise UserError(
-            f"loss {name} needs {sorted(unknown)}; a {kind} loss can need {', '.join(OPTIONAL_INPUTS[kind])}"
-        )
+    declared = getattr(function, "needs", None)
+    needs = reads_of(name, function, bound, kind) if declared is None else _declared_needs(name, declared, kind)
 
     def whole(inputs: Inputs, **given: Any) -> tuple[Array, dict[str, Array]]:
         inputs = whole_step(inputs)
-        found = function(inputs, **given)
-        # Beside a policy loss's own metrics stand those of every policy, so that losses compare; its own names win.
+        found = function(only(inputs, needs), **given)
+        # In addition to a policy loss's own metrics there are those of every policy, so that losses compare; its own win.
         return (found[0], shared_metrics(inputs) | found[1]) if kind == "policy" and _is_pair(found) else found
 
     return Loss(
@@ -243,52 +230,33 @@ def _custom(name: str, wanted: Kind | None, options: dict[str, Any]) -> Loss:
     )
 
 
+def _declared_needs(name: str, declared: Iterable[str], kind: Kind) -> frozenset[str]:
+    fields = set(SftInputs.__dataclass_fields__ if kind == "sft" else PolicyInputs.__dataclass_fields__)
+    if isinstance(declared, str):
+        raise UserError(f"loss {name}: needs is the text {declared!r}; write needs=({declared!r},)")
+    for need in declared:
+        if need in fields - set(OPTIONAL_INPUTS[kind]):
+            raise UserError(f"loss {name} needs {need}, which every {kind} loss is given if there is one; leave it out of needs")
+    return frozenset(declared)
+
+
+def check_filled(loss: Loss, fills: Mapping[str, str]) -> None:
+    """Whether something fills every extra that ``loss`` reads; ``fills``: its name -> who fills it, in words.
+
+    Raises UserError with the extra that nothing fills, what is filled and by whom, and the nearest name there is.
+    """
+    for name in sorted(loss.extras - set(fills)):
+        known = ", ".join(f"{extra} by {who}" for extra, who in fills.items()) or "none"
+        near = nearest(name, [*OPTIONAL_INPUTS[loss.kind], *fills])
+        raise UserError(
+            f"loss {loss.name} reads {name}, which is no input of a {loss.kind} loss and no extra that anything fills{near}; "
+            f"extras filled: {known}. A reward or an advantage estimator fills it that declares fills=({name!r},)"
+        )
+
+
 def _is_pair(found: Any) -> bool:
     """Whether a loss returned (value, metrics); ``check`` says what is wrong with anything else."""
     return isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)
-
-
-def _load(name: str) -> Callable:
-    place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser()
-            if not path.is_file():
-                raise UserError(f"loss.name {name}: no such file {path.resolve()}")
-            spec = importlib.util.spec_from_file_location(f"jaxreason_custom_{path.stem}", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is theirs to read
-        raise UserError(f"loss.name {name}: importing {place} failed: {type(error).__name__}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        found = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise UserError(
-            f"loss.name {name}: {place} has no function {attribute}{nearest(attribute, found)}; "
-            f"it has {', '.join(found) or 'none'}"
-        )
-    return function
-
-
-def _check_signature(name: str, function: Callable, options: dict[str, Any]) -> None:
-    parameters = list(inspect.signature(function).parameters.values())
-    if not parameters:
-        raise UserError(f"loss {name} takes no arguments; a loss takes (inputs, **options)")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    known = {p.name: p.default for p in parameters[1:]}
-    for key in options:
-        if key not in known:
-            raise UserError(
-                f"loss {name} has no option {key}{nearest(key, known)}; it has: {', '.join(known) or 'none'}"
-            )
-    missing = [key for key, default in known.items() if default is inspect.Parameter.empty and key not in options]
-    if missing:
-        raise UserError(f"loss {name} needs loss.options.{missing[0]}")
 
 
 def _annotated_kind(function: Callable) -> Kind | None:
@@ -299,25 +267,3 @@ def _annotated_kind(function: Callable) -> Kind | None:
         annotation = typing.get_type_hints(function).get(first.name, annotation)
     name = getattr(annotation, "__name__", str(annotation)).rpartition(".")[2]
     return {"SftInputs": "sft", "PolicyInputs": "policy"}.get(name)
-
-
-def _check_option(name: str, key: str, value: Any, known: Mapping[str, Any]) -> None:
-    if key not in known:
-        raise UserError(f"loss {name} has no option {key}{nearest(key, known)}; it has: {', '.join(known)}")
-    choices = (_SFT_CHOICES if name in sft.SFT_LOSSES else _POLICY_CHOICES).get(key)
-    if choices is not None:
-        if value not in choices:
-            raise UserError(
-                f"loss {name}: {key} is {value!r}{nearest(str(value), choices)}; it is one of {', '.join(choices)}"
-            )
-        return
-    if value is None and known[key] is None:
-        return
-    if value is None and key.endswith(("clamp", "threshold", "_min", "_max", "_cap", "clip", "top_entropy")):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"loss {name}: {key} is {value!r}, which is not a finite number")
-    if key in ("top_entropy", "cov_fraction", "epsilon", "beta") and not 0 <= value <= 1:
-        raise UserError(f"loss {name}: {key} is {value}; it is a fraction, 0 to 1")
-    if key == "temperature" and value <= 0:
-        raise UserError(f"loss {name}: {key} is {value}; it is greater than 0")

@@ -4,7 +4,7 @@ Weights are detached, so the gradient is weight x grad NLL. p is the probability
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,18 @@ from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError
 from jaxreason.losses import distill as divergences
-from jaxreason.losses.inputs import SftInputs, clean, need, totals_of
+from jaxreason.losses.inputs import Fraction, SftInputs, clean, need, totals_of
 from jaxreason.losses.segments import Sequences, sequence_counts, sequence_mean
 
-# Options that every supervised loss takes.
-OPTIONS: dict[str, Any] = {"reduce": "token-mean", "z_loss_coef": 0.0}
-REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-sqrt")
+SftReduce = Literal["token-mean", "seq-mean-token-mean", "seq-sqrt"]
 
 
 def sft_loss(
     inputs: SftInputs,
     *,
     per_token: Callable[..., Array],
-    reduce: str,
-    z_loss_coef: float,
+    reduce: SftReduce = "token-mean",
+    z_loss_coef: float = 0.0,
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """sum_t token_weights_t (per_token_t + z_loss_coef logsumexp_t^2) * reduce_t.
@@ -51,12 +49,12 @@ def sft_loss(
         loss = loss * inputs.token_weights
     if reduce == "token-mean":
         weights = 1.0 / jnp.maximum(totals.tokens, 1.0)
-    elif reduce in REDUCTIONS:
+    elif reduce in get_args(SftReduce):
         counts = jnp.maximum(sequence_counts(sequences), 1.0)
         counts = jnp.sqrt(counts) if reduce == "seq-sqrt" else counts
         weights = 1.0 / (counts * jnp.maximum(totals.sequences, 1.0))
     else:
-        raise UserError(f"reduce is {reduce!r}; it is one of {', '.join(REDUCTIONS)}")
+        raise UserError(f"reduce is {reduce!r}; it is one of {', '.join(get_args(SftReduce))}")
     value = jnp.sum(jnp.where(sequences.live, weights * loss, 0.0))
 
     tokens = jnp.maximum(totals.tokens, 1.0)
@@ -81,7 +79,7 @@ def power(x: SftInputs, sequences: Sequences, *, a: float = 0.0, b: float = 0.0)
     return -weight * x.logp
 
 
-def label_smoothing(x: SftInputs, sequences: Sequences, *, epsilon: float = 0.1) -> Array:
+def label_smoothing(x: SftInputs, sequences: Sequences, *, epsilon: Fraction = 0.1) -> Array:
     """-(1 - epsilon) log p - epsilon mean_v log p_v (1512.00567)."""
     return -(1.0 - epsilon) * x.logp - epsilon * need(x, "mean_logp", "label_smoothing")
 
@@ -100,7 +98,7 @@ def iw_sft(
     x: SftInputs,
     sequences: Sequences,
     *,
-    level: str = "sequence",
+    level: Literal["sequence", "token"] = "sequence",
     tau: float = 1.0,
     weight_min: float | None = None,
     weight_max: float | None = None,

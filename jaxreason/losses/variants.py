@@ -10,9 +10,11 @@ from jax import Array
 
 from jaxreason.errors import UserError
 from jaxreason.losses import surrogate as s
-from jaxreason.losses.inputs import PolicyInputs, clean
-from jaxreason.losses.policy import OPTIONS, top_entropy_rule
+from jaxreason.losses.inputs import Fraction, PolicyInputs, clean
+from jaxreason.losses.policy import policy_loss, top_entropy_rule
 from jaxreason.losses.select import covariance, largest_covariance, random_in_band
+
+Options = dict[str, inspect.Parameter]
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,22 @@ class Variant:
     select: Callable[..., Callable[..., Array]] | None = None  # options of the rule -> rule(inputs, key)
     kl_placement: str = "loss"  # where the paper has its KL: ``loss`` or ``reward``
 
-    def defaults(self) -> dict[str, Any]:
-        """Every option of the variant with its default."""
-        found = dict(OPTIONS)
-        for function in (self.surrogate, self.select):
-            if function is not None:
-                found |= keyword_defaults(function)
-        return found | dict(self.options)
+    def declared(self) -> Options:
+        """Every option of the variant, with its default and its type."""
+        return options_of(policy_loss, self.surrogate, self.select, changed=self.options)
 
 
-def keyword_defaults(function: Callable) -> dict[str, Any]:
-    """The keyword-only parameters of a function and their defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+def options_of(*functions: Callable | None, changed: Mapping[str, Any]) -> Options:
+    """The keyword-only parameters with a default of several functions; the defaults that are ``changed``."""
+    found: Options = {}
+    for function in functions:
+        if function is not None:
+            parameters = inspect.signature(function).parameters.values()
+            found |= {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    return {name: p.replace(default=changed.get(name, p.default)) for name, p in found.items()}
 
 
-def _clip_cov_rule(*, cov_fraction: float = 2e-4, cov_low: float = 1.0, cov_high: float = 5.0) -> Callable[..., Array]:
+def _clip_cov_rule(*, cov_fraction: Fraction = 2e-4, cov_low: float = 1.0, cov_high: float = 5.0) -> Callable[..., Array]:
     def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
         cov = covariance(inputs.advantages, inputs.logp, inputs.mask)
         # The training loop passes a key of the step; without one the batch is a test or a single evaluation.
@@ -51,7 +53,7 @@ def _clip_cov_rule(*, cov_fraction: float = 2e-4, cov_low: float = 1.0, cov_high
     return rule
 
 
-def _kl_cov_rule(*, cov_fraction: float = 2e-4) -> Callable[..., Array]:
+def _kl_cov_rule(*, cov_fraction: Fraction = 2e-4) -> Callable[..., Array]:
     def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
         del key
         return largest_covariance(covariance(inputs.advantages, inputs.logp, inputs.mask), inputs.mask, cov_fraction)
@@ -121,7 +123,7 @@ VARIANTS: dict[str, Variant] = {
     "gdpo": Variant(s.ppo_clip, advantage="gdpo"),
 }
 
-# Conventions of other frameworks (ALGORITHMS.md, 13): options set where a variant has them.
+# Conventions of other frameworks: options set where a variant has them.
 _TRL = {
     "log_ratio_clamp": None,
     "kl_log_ratio_clamp": None,
@@ -164,7 +166,7 @@ def step_rule(variant: Variant, options: Mapping[str, Any]) -> Callable[..., Arr
     needed."""
     own = None
     if variant.select is not None:
-        own = variant.select(**{key: options[key] for key in keyword_defaults(variant.select)})
+        own = variant.select(**{key: options[key] for key in options_of(variant.select, changed={})})
     if options["top_entropy"] is None:
         return own
     if own is not None:

@@ -1,20 +1,42 @@
-"""Llama in Flax Linen, its attention, and its vocabulary head."""
+"""The network: decoders of several families in Flax Linen, their attention, and their vocabulary head."""
 
-from jaxreason.model.config import PRESETS, LlamaConfig, RopeScaling, param_count, preset
-from jaxreason.model.llama import head_kernel, hidden, init, logits, next_logits, prefill, step_cached, unstack
+from jaxreason.model.config import Architecture, Execution, ModelConfig, RopeScaling
+from jaxreason.model.decoder import (
+    head_kernel,
+    hidden,
+    init,
+    logits,
+    next_logits,
+    param_count,
+    prefill,
+    shapes,
+    step_cached,
+    unstack,
+)
+from jaxreason.model.families import FAMILIES, Family, HfFormat, family_of, make_config
+from jaxreason.model.presets import HUB, PRESETS, preset
 
 __all__ = [
+    "FAMILIES",
+    "HUB",
     "PRESETS",
-    "LlamaConfig",
+    "Architecture",
+    "Execution",
+    "Family",
+    "HfFormat",
+    "ModelConfig",
     "RopeScaling",
+    "family_of",
     "head_kernel",
     "hidden",
     "init",
     "logits",
+    "make_config",
     "next_logits",
     "param_count",
     "prefill",
     "preset",
+    "shapes",
     "step_cached",
     "unstack",
 ]

@@ -5,19 +5,25 @@ causal attention to its own segment only, 6·L·N·H·Σs²/Σs over segments of
 that MFU is useful work over peak.
 """
 
+import math
+from collections.abc import Sequence
+
+import jax
 import numpy as np
 
-from jaxreason.model.config import LlamaConfig, param_count
+from jaxreason.model.config import ModelConfig
+from jaxreason.model.decoder import shapes
 
 
-def matmul_weights(config: LlamaConfig) -> int:
-    """Weights that each token is multiplied with."""
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
-    return param_count(config) - lookup - config.embed_dim * (2 * config.num_layers + 1)
+def matmul_weights(config: ModelConfig) -> int:
+    """Weights that each token is multiplied with: every Dense kernel, and the head's table once."""
+    leaves = jax.tree.leaves_with_path(shapes(config))
+    kernels = sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "kernel")
+    return kernels + config.arch.vocab_size * config.arch.embed_dim
 
 
-def train_flops_per_token(config: LlamaConfig, segment_lengths) -> float:
+def train_flops_per_token(config: ModelConfig, segment_lengths: Sequence[int] | np.ndarray) -> float:
     """Forward and backward, averaged over the tokens of segments of these lengths."""
-    s = np.asarray(segment_lengths, np.float64)
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim * (s**2).sum() / s.sum()
+    s, c = np.asarray(segment_lengths, np.float64), config.arch
+    attention = 6 * c.num_layers * c.num_heads * c.head_dim * (s**2).sum() / s.sum()
     return 6 * matmul_weights(config) + attention

@@ -6,19 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreason.model.config import LlamaConfig
+from jaxreason.model.config import Architecture
 
 
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+def inverse_frequencies(arch: Architecture) -> np.ndarray:
     """Angular step per position of each channel pair, [H/2] float32.
 
     Default rope: theta^(-2i/H). ``llama3`` divides low frequencies (wavelength above original/low_freq_factor) by
     ``factor``, keeps high ones (below original/high_freq_factor) and interpolates between.
     """
     # float32 throughout, in the order transformers uses: angles at position 10^5 magnify the last bit.
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
-    scaling = config.rope_scaling
+    exponent = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
+    frequencies = (1.0 / np.float32(arch.rope_theta) ** exponent).astype(np.float32)
+    scaling = arch.rope_scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
@@ -35,9 +35,9 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     return scaled.astype(np.float32)
 
 
-def rope_tables(positions: Array, config: LlamaConfig) -> tuple[Array, Array]:
+def rope_tables(positions: Array, arch: Architecture) -> tuple[Array, Array]:
     """Cosines and sines of the angles, each [B, T, 1, H/2] float32, for positions [B, T]."""
-    angles = positions.astype(jnp.float32)[:, :, None, None] * inverse_frequencies(config)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * inverse_frequencies(arch)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -4,19 +4,10 @@ from pathlib import Path
 
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
-from jaxreason.model import PRESETS, LlamaConfig, preset
-
-# Hub id → preset of the same shape.
-HUB = {
-    **{f"meta-llama/Llama-3.2-1B{kind}": "llama3.2-1b" for kind in ("", "-Instruct")},
-    **{f"meta-llama/Llama-3.2-3B{kind}": "llama3.2-3b" for kind in ("", "-Instruct")},
-    **{f"meta-llama/Llama-3.1-8B{kind}": "llama3.1-8b" for kind in ("", "-Instruct")},
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "llama3.1-8b",
-    **{f"HuggingFaceTB/SmolLM2-135M{kind}": "smollm2-135m" for kind in ("", "-Instruct")},
-}
+from jaxreason.model import HUB, PRESETS, ModelConfig, preset
 
 
-def resolve(model: cfg.Model) -> tuple[LlamaConfig, str]:
+def resolve(model: cfg.Model) -> tuple[ModelConfig, str]:
     """The architecture and where it was found, without network and weights. Raises UserError if it is unknown."""
     if model.weights is None:
         found, source = preset(model.preset, model.overrides), f"preset {model.preset}"
@@ -28,7 +19,7 @@ def resolve(model: cfg.Model) -> tuple[LlamaConfig, str]:
         name = HUB.get(model.weights) or _named_after(model.weights)
         if name is None:
             raise UserError(
-                f"model.weights {model.weights} is not here and its architecture is unknown: add the words "
+                f"model.weights {model.weights} is not here and its architecture is unknown: add "
                 f"model.weights=null model.preset=NAME, with one of {', '.join(PRESETS)}"
             )
         found, source = PRESETS[name], f"preset {name}, for {model.weights}, which is not here"
@@ -36,7 +27,7 @@ def resolve(model: cfg.Model) -> tuple[LlamaConfig, str]:
     return found.replace(**run_as), source
 
 
-def teacher(model: cfg.Model, weights: str) -> LlamaConfig:
+def teacher(model: cfg.Model, weights: str) -> ModelConfig:
     """The architecture of a teacher, run as the model is. Raises UserError if it is unknown."""
     return resolve(model.model_copy(update={"weights": weights, "preset": None, "overrides": {}}))[0]
 

@@ -8,11 +8,14 @@ import jax
 from jaxreason import config as cfg
 from jaxreason import targets
 from jaxreason.errors import UserError
-from jaxreason.plan import architecture, compile, programs
+from jaxreason.plan import architecture, compile
 from jaxreason.plan.phases import Place
 from jaxreason.plan.programs import Shape
+from jaxreason.rl import shapes
+from jaxreason.rl.objective import objective_of
 from jaxreason.sharding import BATCH_AXES
-from jaxreason.train.minibatch import default_microbatch
+
+_PHRASE_TOKENS = 64  # of a second turn's phrase and template, which no tokenizer is here to count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,15 @@ def shape_of(config: cfg.RunConfig, options: Options) -> Shape:
     target = targets.load(options.target)
     model, _ = architecture.resolve(config.model)
     mesh = compile.mesh_of(target, options.hosts, options.devices, config.mesh)
-    rows, least = rows_of(config), ways(config.mesh, options.hosts * options.devices)
-    length = config.data.max_length if config.algorithm == "sft" else programs.grpo_row(config)
     place = Place(target, mesh, config.run.deterministic)
-    return Shape(config, model, place, options.hosts, rows, length, rows // microbatch(config, least))
+    if config.algorithm == "sft":
+        rows = config.data.batch_size
+        micro = config.train.microbatch_size or rows
+        return Shape(config, model, place, options.hosts, rows, config.data.max_length, rows // micro)
+    loss = objective_of(config).loss
+    longest = shapes.longest_prompt(config, config.data.max_prompt_tokens, _PHRASE_TOKENS)
+    found = shapes.shapes_of(config, loss, longest, mesh, options.hosts)
+    return Shape(config, model, place, options.hosts, found.rows, found.row_length, found.microbatches, loss, found)
 
 
 def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunConfig, list[str]]:
@@ -55,7 +63,7 @@ def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunCon
     if rows % wanted:
         rows = math.ceil(rows / wanted) * wanted
         if config.algorithm == "grpo":
-            group = config.rollout.group_size * (1 + config.correction.samples)
+            group = config.rollout.group_size * (1 + config.second_turn.samples)
             prompts = rows * config.train.minibatches / group
             if prompts != int(prompts) or int(prompts) % options.hosts:
                 raise UserError(
@@ -77,10 +85,7 @@ def ways(mesh: cfg.Mesh, devices: int) -> int:
 
 def rows_of(config: cfg.RunConfig) -> int:
     """Rows of one optimizer step."""
-    if config.algorithm == "sft":
-        return config.data.batch_size
-    layers = 1 + config.correction.samples
-    return config.rollout.prompts_per_step * config.rollout.group_size * layers // config.train.minibatches
+    return config.data.batch_size if config.algorithm == "sft" else shapes.rows_of(config)
 
 
 def microbatch(config: cfg.RunConfig, least: int) -> int:
@@ -88,4 +93,4 @@ def microbatch(config: cfg.RunConfig, least: int) -> int:
     rows = rows_of(config)
     if config.train.microbatch_size or config.algorithm == "sft":
         return config.train.microbatch_size or rows
-    return default_microbatch(rows, jax.sharding.AbstractMesh((least, 1), BATCH_AXES))
+    return shapes.default_microbatch(rows, jax.sharding.AbstractMesh((least, 1), BATCH_AXES))

@@ -1,6 +1,7 @@
 """The programs of a run, built from the functions that the run itself jits, over shapes in place of arrays."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import losses
-from jaxreason.model import LlamaConfig, init, unstack
+from jaxreason.model import ModelConfig, shapes, unstack
 from jaxreason.plan.compile import Program, compile_program
-from jaxreason.rollout import Engine, cache
-from jaxreason.rollout.steps import empty_slots
+from jaxreason.sampler import Engine
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.steps import empty_slots
 from jaxreason.sharding import batch_sharding, replicated, shardings
 from jaxreason.targets import Target
 from jaxreason.train import optimizer as opt
@@ -34,52 +36,44 @@ class Place:
         return compile_program(name, jitted, *arguments, loops=loops, **vars(self))
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh, floats: tuple[str, ...] = ()) -> Batch:
-    """A batch of shapes; ``floats`` names the float fields that it has beside the mask."""
-    place = batch_sharding(mesh)
-    ints = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
-    real = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=place)
-    extra = {name: real for name in floats} | ({"group_ids": ints} if "advantages" in floats else {})
-    return Batch(ints, ints, ints, ints, real, sequence_ids=ints, **extra)
-
-
-def abstract_state(config: LlamaConfig, optimizer: cfg.Optimizer, mesh: Mesh) -> TrainState:
-    return states.abstract(config, opt.make(optimizer, _SCHEDULE_STEPS), mesh)
+def abstract_state(config: ModelConfig, optimizer: cfg.Optimizer, mesh: Mesh, freeze: Sequence[str] = ()) -> TrainState:
+    """The train state as shapes."""
+    return states.abstract(config, opt.make(optimizer, _SCHEDULE_STEPS), mesh, freeze)
 
 
 def update(
     place: Place,
-    config: LlamaConfig,
+    config: ModelConfig,
     optimizer: cfg.Optimizer,
     loss: losses.Loss,
     batch: Batch,
     microbatches: int,
     temperature: float = 1.0,
-    frozen: LlamaConfig | None = None,
+    second: ModelConfig | None = None,
     noise: Noise | None = None,
+    freeze: Sequence[str] = (),
 ) -> Program:
-    """One optimizer step, state donated. ``frozen``: the model that a supervised loss compares with."""
+    """One optimizer step, state donated. ``second``: the model that a supervised loss compares with."""
     transformation = opt.make(optimizer, _SCHEDULE_STEPS)
     schedule = opt.schedule(optimizer, _SCHEDULE_STEPS)
-    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, frozen, noise)
-    state = states.abstract(config, transformation, place.mesh)
+    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, second, noise)
+    state = abstract_state(config, optimizer, place.mesh, freeze)
     out = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-    other = frozen and abstract_params(frozen, place.mesh, frozen.compute_dtype)
+    other = second and abstract_params(second, place.mesh, second.execution.compute_dtype)
     return place.compile("update", jitted, state, batch, other, loops=microbatches)
 
 
-def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str):
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str):
     """Sharded parameters in ``dtype``."""
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    stored = jnp.dtype(dtype)
+    wanted, stored = shapes(config), jnp.dtype(dtype)
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, stored, sharding=place), shapes, shardings(shapes, mesh)
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, stored, sharding=place), wanted, shardings(wanted, mesh)
     )
 
 
 def score(
-    place: Place, name: str, config: LlamaConfig, dtype: str, batch: Batch, microbatches: int, temperature: float
+    place: Place, name: str, config: ModelConfig, dtype: str, batch: Batch, microbatches: int, temperature: float
 ) -> Program:
     """Log-probs under parameters in ``dtype``: the policy's own before an update, a reference's, or a teacher's."""
     function = jax.jit(make_score(config, microbatches, temperature), out_shardings=batch_sharding(place.mesh))
@@ -87,22 +81,22 @@ def score(
     return place.compile(name, function, *arguments, loops=microbatches)
 
 
-def held_out_loss(place: Place, name: str, config: LlamaConfig, batch: Batch) -> Program:
+def held_out_loss(place: Place, name: str, config: ModelConfig, batch: Batch) -> Program:
     """The nll of held-out rows, all of a batch at once."""
     nll, one = losses.get("nll"), Totals(*(jnp.ones(()),) * 3)
     function = jax.jit(lambda params, batch: batch_loss(params, config, nll, batch, one)[0])
-    return place.compile(name, function, abstract_params(config, place.mesh, config.param_dtype), batch)
+    return place.compile(name, function, abstract_params(config, place.mesh, config.execution.param_dtype), batch)
 
 
-def weights(place: Place, name: str, config: LlamaConfig) -> Program:
+def weights(place: Place, name: str, config: ModelConfig) -> Program:
     """The copy of the parameters that decoding reads, whole on every device."""
     function = jax.jit(lambda params: unstack(params, config), out_shardings=replicated(place.mesh))
-    return place.compile(name, function, abstract_params(config, place.mesh, config.param_dtype))
+    return place.compile(name, function, abstract_params(config, place.mesh, config.execution.param_dtype))
 
 
-def rollout_params(config: LlamaConfig, mesh: Mesh):
+def rollout_params(config: ModelConfig, mesh: Mesh):
     """Per-layer weights in the compute dtype, whole on every device, as decoding reads them."""
-    return _whole(jax.eval_shape(lambda: unstack(init(config, jax.random.key(0)), config)), mesh)
+    return _whole(jax.eval_shape(lambda params: unstack(params, config), shapes(config)), mesh)
 
 
 def prefill(place: Place, engine: Engine, prompts: int, length: int, name: str = "prefill") -> Program:

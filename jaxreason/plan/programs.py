@@ -5,18 +5,20 @@ import math
 from collections.abc import Callable
 
 from jaxreason import config as cfg
-from jaxreason.model import LlamaConfig
+from jaxreason.losses import Loss
+from jaxreason.model import ModelConfig
 from jaxreason.plan import architecture, phases
 from jaxreason.plan.compile import Program, device_bytes
 from jaxreason.plan.phases import Place
-from jaxreason.rollout import Engine, Sampling, cache, sampling_of
-from jaxreason.rollout.run import prefill_rows
-from jaxreason.rollout.spread import devices_for
-from jaxreason.train import grpo, sft
-from jaxreason.train.rollouts import row_length
-from jaxreason.train.step import OF_FROZEN, Noise
+from jaxreason.rl.shapes import Shapes, keeps_reference, scores_old
+from jaxreason.sampler import Engine, Sampling, sampling_of
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.generation import prefill_rows
+from jaxreason.sampler.engine.spread import devices_for
+from jaxreason.train import sft
+from jaxreason.train.setup import abstract_batch
+from jaxreason.train.step import COMPARED
 
-_PHRASE_TOKENS = 64  # of a correction's guiding phrase and template
 _PROBLEM_TOKENS = 512  # of a held-out problem's prompt in SFT, which has no limit of its own
 
 
@@ -25,12 +27,14 @@ class Shape:
     """What all programs need to know of a config."""
 
     config: cfg.RunConfig
-    model: LlamaConfig
+    model: ModelConfig
     place: Place
     hosts: int  # each runs one process
     rows: int  # of one optimizer step
     length: int  # of a row
     microbatches: int
+    loss: Loss | None = None  # of a GRPO config
+    rl: Shapes | None = None  # of a GRPO config
 
     @property
     def devices(self) -> int:
@@ -68,52 +72,36 @@ def of(s: Shape) -> Run:
     return _sft(s) if s.config.algorithm == "sft" else _grpo(s)
 
 
-def longest_sequence(config: cfg.GrpoConfig) -> int:
-    """Tokens of a prompt and its completion; with a second layer, of the longer of the two."""
-    return longest_prompt(config) + config.rollout.max_completion_tokens
-
-
-def longest_prompt(config: cfg.GrpoConfig) -> int:
-    first = config.data.max_prompt_tokens
-    # The second layer's prompt holds the first, its completion and a phrase.
-    return first + config.rollout.max_completion_tokens + _PHRASE_TOKENS if config.correction.samples else first
-
-
-def grpo_row(config: cfg.GrpoConfig) -> int:
-    """Tokens of a row of a GRPO update."""
-    return row_length(longest_sequence(config))
-
-
 def _state(s: Shape) -> tuple[dict[str, int], dict[str, int]]:
     """The train state, and what of it is beside a program that is given the parameters."""
-    state = phases.abstract_state(s.model, s.config.optimizer, s.place.mesh)
+    state = phases.abstract_state(s.model, s.config.optimizer, s.place.mesh, s.config.train.freeze)
     return {"train state": device_bytes(state)}, {"optimizer state": device_bytes(state.opt_state)}
 
 
-def _bytes_of(s: Shape, model: LlamaConfig) -> int:
-    return device_bytes(phases.abstract_params(model, s.place.mesh, model.compute_dtype))
+def _bytes_of(s: Shape, model: ModelConfig) -> int:
+    return device_bytes(phases.abstract_params(model, s.place.mesh, model.execution.compute_dtype))
 
 
 def _sft(s: Shape) -> Run:
     c = s.config
     loss = sft.find_loss(c)
     weighted = (c.data.think_weight, c.data.answer_weight) != (1.0, 1.0)
-    batch = phases.abstract_batch(s.rows, s.length, s.place.mesh, ("token_weights",) if weighted else ())
+    batch = abstract_batch(s.rows, s.length, s.place.mesh, ("token_weights",) if weighted else ())
     other = name = None
     if "teacher_divergence" in loss.needs:
         other, name = architecture.teacher(c.model, c.teacher.weights), "teacher model"
-    elif not loss.needs.isdisjoint(OF_FROZEN):
+    elif not loss.needs.isdisjoint(COMPARED):
         other, name = s.model, "reference model"
     frozen = {name: _bytes_of(s, other)} if other else {}
-    noise = None if c.train.neftune_alpha is None else Noise(c.train.neftune_alpha, c.run.seed)
 
     def update() -> Program:
-        return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, frozen=other, noise=noise)
+        extra = {"second": other, "noise": sft.noise_of(c), "freeze": c.train.freeze}
+        return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, **extra)
 
     planned, decoding = {"update": Planned(update, {})}, None  # the frozen model is among the update's arguments
     state, moments = _state(s)
     if c.data.eval_rows or c.data.eval_source:
-        whole = phases.abstract_batch(s.rows, s.length, s.place.mesh)
+        whole = abstract_batch(s.rows, s.length, s.place.mesh)
         held_out = Planned(lambda: phases.held_out_loss(s.place, "held-out loss", s.model, whole), moments | frozen)
         planned["held-out loss"] = held_out
     if c.eval.problems:
@@ -127,16 +115,8 @@ def _sft(s: Shape) -> Run:
 
 def _grpo(s: Shape) -> Run:
     c = s.config
-    loss, reference = grpo.find_loss(c), c.kl.coef > 0
-    old = c.train.updates_per_rollout > 1 or loss.select is not None
-    present = {
-        "advantages": True, "sampler_logp": True, "group_tokens": True, "ref_logp": reference, "old_logp": old,
-        "selected": loss.select is not None, "entropy_coef": c.entropy.target is not None,
-    }  # fmt: skip
-    floats = tuple(name for name, there in present.items() if there)
-    batch = phases.abstract_batch(s.rows, s.length, s.place.mesh, floats)
-    temperature = c.rollout.temperature
-    models = {"reference": s.model} if reference else {}
+    loss, batch, temperature = s.loss, s.rl.batch(s.place.mesh), c.rollout.temperature
+    models = {"reference": s.model} if keeps_reference(c, loss) else {}
     if c.teacher.weights:
         models["teacher"] = architecture.teacher(c.model, c.teacher.weights)
     offloaded = {"reference": c.kl.offload, "teacher": c.teacher.offload}
@@ -145,24 +125,25 @@ def _grpo(s: Shape) -> Run:
     state, moments = _state(s)
 
     def update() -> Program:
-        return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature)
+        return phases.update(
+            s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature, freeze=c.train.freeze
+        )
 
-    def scored(name: str, model: LlamaConfig, dtype: str) -> Callable[[], Program]:
+    def scored(name: str, model: ModelConfig, dtype: str) -> Callable[[], Program]:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
 
     planned = {"update": Planned(update, frozen), "decoding weights": _weights(s, moments | frozen)}
-    sampling = sampling_of(c.rollout)
     slots = math.ceil(c.rollout.slots / s.hosts)
-    found, decoding = _decoding(s, "", slots, longest_prompt(c), sampling, state | frozen)
+    found, decoding = _decoding(s, "", slots, s.rl.longest_prompt, sampling_of(c.rollout), state | frozen)
     planned |= found
     for name, model in models.items():
         beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
-        planned[name] = Planned(scored(name, model, model.compute_dtype), state | beside)
-    if old:
-        planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.param_dtype), moments | frozen)
+        planned[name] = Planned(scored(name, model, model.execution.compute_dtype), state | beside)
+    if scores_old(c, loss):
+        planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.execution.param_dtype), moments | frozen)
     if c.eval.problems:
         greedy = Sampling(temperature=0.0, max_completion_tokens=c.eval.max_completion_tokens)
-        found, graded = _decoding(s, "evaluation: ", c.eval.slots, longest_prompt(c), greedy, state | frozen)
+        found, graded = _decoding(s, "evaluation: ", c.eval.slots, s.rl.longest_prompt, greedy, state | frozen)
         planned |= found if graded.cache_bytes > decoding.cache_bytes else {}
     return Run(planned, frozen, decoding, head_again=True)
 
@@ -177,7 +158,7 @@ def _decoding(s: Shape, prefix: str, slots: int, prompt: int, sampling: Sampling
     length = cache.longest(prompt + sampling.max_completion_tokens)
     rows, padded = prefill_rows(prompt, share, devices=1), cache.prompt_bucket(max(prompt - 1, 1), length)
     buffers, prompts = cache.num_bytes(s.model, share, length), cache.num_bytes(s.model, rows, padded)
-    engine = Engine(s.model, s.model.stop_ids or (0,), sampling, share)
+    engine = Engine(s.model, s.model.arch.stop_ids or (0,), sampling, share)
     first, second = f"{prefix}prefill", f"{prefix}decode"
     planned = {
         first: Planned(lambda: phases.prefill(s.place, engine, rows, padded, first), beside | {"decoding caches": buffers}),

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxreason.model import LlamaConfig
+from jaxreason.model import ModelConfig
 from jaxreason.model.flops import matmul_weights
 from jaxreason.plan.hlo import Collective
 from jaxreason.targets import Target
@@ -25,20 +25,21 @@ def train_speed(flops_per_token: float, tokens: int, target: Target, devices: in
     return [Speed(mfu, seconds, tokens / seconds) for mfu, seconds in times.items()]
 
 
-def kv_bytes_per_token(config: LlamaConfig) -> int:
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * np.dtype(_np(config.compute_dtype)).itemsize
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    c = config.arch
+    return c.num_layers * 2 * c.num_kv_heads * c.head_dim * np.dtype(_np(config.execution.compute_dtype)).itemsize
 
 
 def _np(dtype: str) -> str:
     return {"bfloat16": "uint16"}.get(dtype, dtype)
 
 
-def weight_bytes(config: LlamaConfig) -> int:
+def weight_bytes(config: ModelConfig) -> int:
     """Bytes of weights that a decoding step reads."""
-    return matmul_weights(config) * np.dtype(_np(config.compute_dtype)).itemsize
+    return matmul_weights(config) * np.dtype(_np(config.execution.compute_dtype)).itemsize
 
 
-def decode_tokens_per_second(config: LlamaConfig, target: Target, slots: int, context: float) -> float:
+def decode_tokens_per_second(config: ModelConfig, target: Target, slots: int, context: float) -> float:
     """Bound by memory bandwidth: every step reads all weights and each sequence's keys and values."""
     step = weight_bytes(config) + slots * context * kv_bytes_per_token(config)
     return slots * target.memory_bytes_per_s / step

@@ -43,20 +43,21 @@ def report_of(s: Shape, run: Run, made: dict[str, compile.Program], options: Opt
     """What the compiled programs say."""
     target, config = s.place.target, s.config
     with assume_capability(target.capability):
-        backend = resolve_attention(s.model.attention, s.model.compute_dtype, s.model.head_dim)
+        run_as = s.model.execution
+        backend = resolve_attention(run_as.attention, run_as.compute_dtype, s.model.arch.head_dim)
     price = target.usd_per_hour if options.price is None else options.price
     return {
         "target": options.target, "card": target.name, "hosts": options.hosts, "devices_per_host": options.devices,
         "mesh": dict(s.place.mesh.shape), "algorithm": config.algorithm,
         "model": {
             "source": architecture.resolve(config.model)[1], "parameters": param_count(s.model), "attention": backend,
-            "remat": s.model.remat,
+            "remat": run_as.remat,
         },
         "batch": {"rows": s.rows, "tokens_per_row": s.length, "microbatches": s.microbatches},
         "xla_options": compile.xla.compile_options(s.devices, config.run.deterministic),
         "recompute": _recompute(made["update"], s),
         "recompute_head": _head_share(s) if run.head_again else 0.0,
-        "attention_per_layer": [n / (s.model.num_layers * s.microbatches) for n in made["update"].attention_calls],
+        "attention_per_layer": [n / (s.model.arch.num_layers * s.microbatches) for n in made["update"].attention_calls],
         "programs": [_program(p, run.planned[p.name].beside, s, options) for p in made.values()],
         "memory": _memory(made, run, s),
         "speed": _speed(s, run, options, price) | {"roofline_seconds": _roofline(s, made["update"], options, backend)},
@@ -74,7 +75,7 @@ def _recompute(update: compile.Program, s: Shape) -> float:
 
 def _head_share(s: Shape) -> float:
     """The logits made once more, 2·V·D FLOPs a token, over the convention's."""
-    return s.model.vocab_size * s.model.embed_dim / (3 * matmul_weights(s.model))
+    return s.model.arch.vocab_size * s.model.arch.embed_dim / (3 * matmul_weights(s.model))
 
 
 def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Options) -> dict:
@@ -90,7 +91,7 @@ def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Opti
 
 
 def _memory(made: dict[str, compile.Program], run: Run, s: Shape) -> dict:
-    target, state = s.place.target, phases.abstract_state(s.model, s.config.optimizer, s.place.mesh)
+    target, state = s.place.target, phases.abstract_state(s.model, s.config.optimizer, s.place.mesh, s.config.train.freeze)
     params, optimizer = compile.device_bytes(state.params), compile.device_bytes(state.opt_state)
     weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     temporary = made["update"].temp_bytes
@@ -128,7 +129,7 @@ def _speed(s: Shape, run: Run, options: Options, price: float) -> dict:
             "kv_bytes_per_token": roofline.kv_bytes_per_token(s.model),
         }  # fmt: skip
     if c.algorithm == "grpo":
-        drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.correction.samples) * c.rollout.max_completion_tokens
+        drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.second_turn.samples) * c.rollout.max_completion_tokens
         rollout = record["decode"]["rollout_seconds"] = drawn / (rate * s.devices)
         # Forward passes over every row of a rollout: the frozen models', and the policy's own where updates repeat.
         forwards = len(run.planned.keys() & {"reference", "teacher", "old log-probs"}) * c.train.minibatches / 3

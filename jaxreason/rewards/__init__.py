@@ -4,6 +4,6 @@ The pool needs numpy and is imported from its module, so that worker processes s
 """
 
 from jaxreason.rewards.registry import ALIASES, REWARDS, Reward, get
-from jaxreason.rewards.sample import Sample, batch
+from jaxreason.rewards.sample import Sample, Scored, reward
 
-__all__ = ["ALIASES", "REWARDS", "Reward", "Sample", "batch", "get"]
+__all__ = ["ALIASES", "REWARDS", "Reward", "Sample", "Scored", "get", "reward"]

@@ -4,31 +4,11 @@ import re
 from typing import Literal
 
 from jaxreason.rewards import values
-from jaxreason.rewards.sample import ANSWER_CLOSE, ANSWER_OPEN, Sample, final_span
+from jaxreason.rewards.sample import Sample, final_span
+from jaxreason.text import ANSWER_CLOSE, ANSWER_OPEN, boxed, has_box, last_boxed, unwrap
 
 AnswerIn = Literal["auto", "boxed", "tag", "text"]
-_BOX_TOKEN = re.compile(r"(?P<box>\\f?boxed\s*\{)|\\.|[{}]", re.DOTALL)
-_BOX = re.compile(r"\\f?boxed(?![A-Za-z])")
-_WHOLE_BOX = re.compile(r"\\f?boxed\s*\{(.*)\}", re.DOTALL)
 _LEAD_IN = re.compile(r"(?:(?:so,?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?|####)\s*", re.IGNORECASE)
-
-
-def boxed(text: str) -> list[str] | None:
-    r"""Contents of the outermost ``\boxed{...}`` in order, braces balanced; None if any box is left open.
-
-    One pass, so nothing is quadratic. Escaped braces do not count, unmatched braces outside of boxes are ignored.
-    """
-    found, stack, boxes_open = [], [], 0
-    for token in _BOX_TOKEN.finditer(text):
-        if token["box"] or token[0] == "{":
-            stack.append((bool(token["box"]), token.end()))
-            boxes_open += bool(token["box"])
-        elif token[0] == "}" and stack:
-            is_box, start = stack.pop()
-            boxes_open -= is_box
-            if is_box and not boxes_open:
-                found.append(text[start : token.start()].strip())
-    return None if boxes_open else found
 
 
 def extract(sample: Sample, *, answer_in: AnswerIn = "auto") -> list[str]:
@@ -41,8 +21,8 @@ def extract(sample: Sample, *, answer_in: AnswerIn = "auto") -> list[str]:
     span = final_span(sample)
     if span is None:
         return []
-    if answer_in == "boxed" or (answer_in == "auto" and _BOX.search(span)):
-        return [_unwrap(content) for content in boxed(span) or []]
+    if answer_in == "boxed" or (answer_in == "auto" and has_box(span)):
+        return [unwrap(content) for content in boxed(span) or []]
     if answer_in == "tag" or (answer_in == "auto" and (ANSWER_OPEN in span or ANSWER_CLOSE in span)):
         return _tagged(span)
     text = span.strip()
@@ -88,16 +68,6 @@ def _alike(one: values.Value | None, other: values.Value) -> bool:
     return one is not None and bool(values.same(other, one, "never"))
 
 
-def _unwrap(content: str) -> str:
-    r"""``\boxed{\boxed{5}}`` is 5; a text too long to be read is left, since each layer costs a pass."""
-    while len(content) <= values.MAX_CHARS:
-        match = _WHOLE_BOX.fullmatch(content)
-        if match is None or len(boxed(content) or []) != 1:
-            break
-        content = match[1].strip()
-    return content
-
-
 def _tagged(span: str) -> list[str]:
     opened, *rest = span.split(ANSWER_OPEN)
     parts = [part.split(ANSWER_CLOSE) for part in rest]
@@ -108,7 +78,4 @@ def _tagged(span: str) -> list[str]:
 
 def _gold_text(gold: str) -> str:
     """The answer in a gold that may be a whole solution, as in MATH (last box) or GSM8K (after ``####``)."""
-    if _BOX.search(gold):
-        found = boxed(gold)
-        return _unwrap(found[-1]) if found else ""
-    return gold.rpartition("####")[2].strip()
+    return (last_boxed(gold) or "") if has_box(gold) else gold.rpartition("####")[2].strip()

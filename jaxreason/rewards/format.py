@@ -3,7 +3,8 @@
 import re
 from typing import Literal
 
-from jaxreason.rewards.sample import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, Sample
+from jaxreason.rewards.sample import Sample
+from jaxreason.text import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 Template = Literal["think", "r1"]
 _TAGS: dict[str, tuple[str, ...]] = {

@@ -48,6 +48,7 @@ class Graded:
     rewards: np.ndarray  # [n, F] float64, NaN where the function had no reward or failed
     total: list[float | None]  # [n] weighted sums, see RewardPool
     errors: list[GradeError]  # ordered by sample, then function
+    extras: list[dict[str, np.ndarray]]  # [n] by name: [tokens] float32; a sample with an error may lack some
     seconds: float
 
     @property
@@ -101,7 +102,11 @@ class RewardPool:
         names = [reward.name for reward, _ in functions]
         if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
             raise UserError(f"reward {twice[0]!r} is given twice; give it once, with the sum of the weights")
+        filled: dict[str, str] = {}
         for reward, weight in functions:
+            for name in reward.fills:
+                if filled.setdefault(name, reward.name) != reward.name:
+                    raise UserError(f"extras[{name!r}] is filled by reward {filled[name]!r} and by {reward.name!r}; keep one")
             if not math.isfinite(weight):
                 raise UserError(f"reward {reward.name!r}: weight is {weight}; it must be finite")
         if workers < 0 or not (math.isfinite(timeout_s) and timeout_s > 0):
@@ -136,20 +141,23 @@ class RewardPool:
             raise ValueError("the reward pool is closed")
         start = time.perf_counter()
         rewards = np.full((len(samples), len(self.names)), np.nan)
+        extras: list[dict[str, np.ndarray]] = [{} for _ in samples]
         errors = []
         with contextlib.closing(self._outcomes(samples)) as outcomes:
             for item, results in outcomes:
-                for sample, (kind, value) in zip(item.samples, results, strict=True):
+                for sample, (kind, value, filled) in zip(item.samples, results, strict=True):
                     if kind != "reward":
                         errors.append((sample, item.function, kind, value))
                         if self._stop:
                             raise UserError(str(self._error(*errors[-1])))
-                    elif value is not None:
+                        continue
+                    extras[sample] |= {name: np.array(values, np.float32) for name, values in filled.items()}
+                    if value is not None:
                         rewards[sample, item.function] = value
         failed = {sample for sample, *_ in errors}
         total = [None if i in failed else self._total(row) for i, row in enumerate(rewards)]
         records = [self._error(*error) for error in sorted(errors, key=lambda error: error[:2])]
-        return Graded(self.names, rewards, total, records, time.perf_counter() - start)
+        return Graded(self.names, rewards, total, records, extras, time.perf_counter() - start)
 
     def _total(self, row: np.ndarray) -> float | None:
         terms = [weight * value for weight, value in zip(self._weights, row.tolist()) if not math.isnan(value)]
@@ -222,8 +230,8 @@ class RewardPool:
         if worker.calls:  # else it died idle, at no sample's cost
             item, *others = worker.calls
             queue.extendleft(reversed(others))
-            late = ("timeout", f"took more than {self._timeout_s} s")
-            yield item, [late if timed_out else ("crashed", end)] * len(item.samples)
+            late = Outcome("timeout", f"took more than {self._timeout_s} s")
+            yield item, [late if timed_out else Outcome("crashed", end)] * len(item.samples)
 
     def _replace(self, worker: "_Worker") -> str:
         end = worker.kill()

@@ -1,11 +1,10 @@
-"""What a reward function is given."""
+"""What a reward function is given, and what it may return besides a number."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+from jaxreason.text import THINK_CLOSE, THINK_OPEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +18,7 @@ class Sample:
     max_completion_tokens: int
     truncated: bool  # the completion ran into max_completion_tokens before a stop token
     row: dict[str, Any] | None = None  # further columns of the prompt's row
+    tokens: tuple[int, ...] = ()  # the completion's ids, the stop token included
 
     @property
     def transcript(self) -> str:
@@ -27,10 +27,27 @@ class Sample:
         return f"{THINK_OPEN}\n{self.completion}" if opened else self.completion
 
 
-def batch(function: Callable) -> Callable:
-    """Marks a reward function that takes a list of samples and returns as many rewards, in their order."""
-    function.batch = True
-    return function
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A reward together with numbers for every token, which a loss reads as ``inputs.extras[name]``."""
+
+    value: float | None  # None: no reward
+    extras: Mapping[str, Sequence[float]]  # name -> one finite number for each of ``sample.tokens``
+
+
+def reward(*, fills: Iterable[str] = (), batch: bool = False) -> Callable[[Callable], Callable]:
+    """Declares a reward function of your own.
+
+    Args:
+      fills: the extras that it returns in ``Scored`` for every sample that it has a reward for.
+      batch: it takes a list of samples and returns as many results, in their order.
+    """
+
+    def declare(function: Callable) -> Callable:
+        function.fills, function.batch = tuple(fills), batch
+        return function
+
+    return declare
 
 
 def final_span(sample: Sample) -> str | None:

@@ -9,9 +9,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from jaxreason.errors import UserError
-
-MAX_CHARS = 2000
-"""A longer text is not an answer: it is not read, so that 100 kB in a box cost nothing."""
+from jaxreason.text import MAX_ANSWER_CHARS
 
 Kind = Literal["number", "words", "expression"]
 
@@ -85,13 +83,13 @@ _WORDS = re.compile(r"[A-Za-z](?:[A-Za-z' -]*[A-Za-z])?")
 
 
 def read(raw: str) -> Value | None:
-    """The value of a written answer, without its box; None for nothing, for over ``MAX_CHARS``, for foreign digits.
+    """The value of a written answer, without its box; None for nothing, for over ``MAX_ANSWER_CHARS``, for foreign digits.
 
     Numbers are integers, decimals, thousands commas, fractions, mixed numbers and scientific notation with exponents
     of at most three digits, with an optional currency sign before and a percent sign or a known unit behind. Digits
     are ASCII: a text with any other script's digits is not an answer. Words are letters only and ignore case.
     """
-    if len(raw) > MAX_CHARS or any(c.isdigit() and not c.isascii() and c not in "²³" for c in raw):
+    if len(raw) > MAX_ANSWER_CHARS or any(c.isdigit() and not c.isascii() and c not in "²³" for c in raw):
         return None
     text = _normalise(raw)
     if not text:

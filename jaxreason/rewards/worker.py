@@ -1,5 +1,6 @@
 """Calls reward functions, and is the process that does so for ``pool``: it imports neither jax nor numpy."""
 
+import array
 import contextlib
 import math
 import numbers
@@ -8,18 +9,26 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxreason.errors import UserError
+from jaxreason.plugins import nearest
 from jaxreason.rewards import registry
 from jaxreason.rewards.registry import Reward
-from jaxreason.rewards.sample import Sample
+from jaxreason.rewards.sample import Sample, Scored
 
-Kind = Literal["raised", "timeout", "crashed", "not_finite", "wrong_type", "wrong_length"]
-Outcome = tuple[Literal["reward"] | Kind, float | str | None]
-"""("reward", value or None), or (kind of error, message)."""
+Kind = Literal["raised", "timeout", "crashed", "not_finite", "wrong_type", "wrong_length", "wrong_extras"]
+
+
+class Outcome(NamedTuple):
+    """What came of one sample: its reward or None, with its extras; or a kind of error with a message."""
+
+    kind: Literal["reward"] | Kind
+    value: float | str | None
+    extras: dict[str, array.array] = {}  # noqa: RUF012  (name -> [n] float32)
+
 
 MAX_MESSAGE_CHARS = 500
 
@@ -35,23 +44,60 @@ def call(reward: Reward, samples: Sequence[Sample]) -> list[Outcome]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        return [("raised", _describe(error))] * len(samples)
+        return [Outcome("raised", _describe(error))] * len(samples)
     if not reward.batch:
-        return [_outcome(value)]
+        return [_outcome(value, samples[0], reward.fills)]
     if not isinstance(value, list | tuple):
-        return [("wrong_type", f"returned a {type(value).__name__}, not a list of rewards")] * len(samples)
+        return [Outcome("wrong_type", f"returned a {type(value).__name__}, not a list of rewards")] * len(samples)
     if len(value) != len(samples):
-        return [("wrong_length", f"returned {len(value)} rewards for {len(samples)} samples")] * len(samples)
-    return [_outcome(item) for item in value]
+        return [Outcome("wrong_length", f"returned {len(value)} rewards for {len(samples)} samples")] * len(samples)
+    return [_outcome(item, sample, reward.fills) for item, sample in zip(value, samples)]
 
 
-def _outcome(value: object) -> Outcome:
-    if value is None:
-        return "reward", None
-    if not isinstance(value, numbers.Real):
-        return "wrong_type", f"returned a {type(value).__name__}, not a number or None"
-    value = float(value)
-    return ("reward", value) if math.isfinite(value) else ("not_finite", f"returned {value}")
+def _outcome(result: object, sample: Sample, fills: frozenset[str]) -> Outcome:
+    value, given = (result.value, result.extras) if isinstance(result, Scored) else (result, None)
+    if value is not None:
+        if not isinstance(value, numbers.Real):
+            return Outcome("wrong_type", f"returned a {type(value).__name__}, not a number, None or Scored")
+        value = float(value)
+        if not math.isfinite(value):
+            return Outcome("not_finite", f"returned {value}")
+    if given is None:
+        if fills and value is not None:
+            return Outcome("wrong_extras", f"declares fills={sorted(fills)} but returned a number without extras; use Scored")
+        # No reward, and nothing by token either.
+        given = {name: [0.0] * len(sample.tokens) for name in fills}
+    try:
+        return Outcome("reward", value, _checked(given, len(sample.tokens), fills))
+    except _WrongExtras as error:
+        return Outcome("wrong_extras", str(error))
+
+
+class _WrongExtras(ValueError):
+    pass
+
+
+def _checked(given: Mapping[str, Sequence[float]], tokens: int, fills: frozenset[str]) -> dict[str, array.array]:
+    """The extras as float32 arrays, whatever sequences they were. Raises _WrongExtras."""
+    if not isinstance(given, Mapping):
+        raise _WrongExtras(f"extras is a {type(given).__name__}, not a dict of sequences")
+    for name in given:
+        if name not in fills:
+            raise _WrongExtras(f"filled extras[{name!r}], which it does not declare in fills{nearest(str(name), fills)}")
+    found = {}
+    for name in sorted(fills):
+        if name not in given:
+            raise _WrongExtras(f"declares that it fills {name} and returned no extras[{name!r}]")
+        try:
+            values = array.array("f", map(float, given[name]))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _WrongExtras(f"extras[{name!r}] is no sequence of numbers: {error}") from None
+        if len(values) != tokens:
+            raise _WrongExtras(f"extras[{name!r}] holds {len(values)} numbers for {tokens} tokens")
+        if bad := [i for i, x in enumerate(values) if not math.isfinite(x)]:
+            raise _WrongExtras(f"extras[{name!r}] is {values[bad[0]]} at token {bad[0]}")
+        found[name] = values
+    return found
 
 
 def _describe(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxreason import targets
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig
+from jaxreason.model import ModelConfig
 from jaxreason.model.flops import train_flops_per_token
 
 
@@ -21,7 +21,7 @@ class Meter:
     ``memory_peak_gib`` is the most that any device had allocated since the process started; a CPU keeps no such count.
     """
 
-    def __init__(self, model: LlamaConfig, devices: Sequence[Any]):
+    def __init__(self, model: ModelConfig, devices: Sequence[Any]):
         self._model, self._devices = model, devices
         found = targets.find(devices[0].device_kind)
         self._peak = found.bf16_flops_per_s * len(devices) if found else None

@@ -1,9 +1,12 @@
-"""What a run starts from: the architecture, the tokenizer, and where the weights come from."""
+"""What a run starts from: the architecture, the tokenizer, where the weights come from, and a teacher."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxreason import config as cfg
@@ -13,40 +16,94 @@ from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig, preset
-from jaxreason.sharding import batch_sharding
-from jaxreason.types import Batch
-from jaxreason.weights import Source, locate
+from jaxreason.model import ModelConfig, init, preset
+from jaxreason.sharding import batch_sharding, shardings
+from jaxreason.train import state as states
+from jaxreason.train.folder import RunFolder
+from jaxreason.train.state import start_key
+from jaxreason.types import Batch, TrainState
+from jaxreason.weights import WeightSource, locate
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    config: LlamaConfig
+    """What training starts from; nothing is on a device yet."""
+
+    config: ModelConfig
     tokenizer: Tokenizer
-    source: Source | None  # None: random weights
+    source: WeightSource | None  # None: random weights
+    seed: int  # of the random weights
+    resolved: cfg.Resolved  # where the weights were found, and their digest
+
+    def reference_params(self, mesh: Mesh) -> dict:
+        """The run's true starting weights in the compute dtype, also where the run is resumed. Raises UserError.
+
+        Random weights are drawn in the parameters' dtype and rounded: drawn in another dtype they would be others.
+        """
+        half = self.config.replace(param_dtype=self.config.execution.compute_dtype)
+        if self.resolved.weights:
+            return _pinned(self.resolved.weights, self.resolved.weights_digest, "its reference").params(half, mesh)
+
+        def draw(key: jax.Array) -> dict:
+            return jax.tree.map(lambda w: w.astype(half.execution.compute_dtype), init(self.config, key))
+
+        shapes = jax.eval_shape(draw, start_key(self.seed))
+        return jax.jit(draw, out_shardings=shardings(shapes, mesh))(start_key(self.seed))
 
 
-def open_model(model: cfg.Model) -> Setup:
-    """Reads architecture and tokenizer, no weights. Raises UserError."""
+def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
+    """Reads architecture and tokenizer, no weights. Raises UserError.
+
+    ``folder``: of a run. One that is resumed goes on with the weights that its name meant when it started, not with what it
+    means today; if they are gone, the run's own newest checkpoint says what the architecture is.
+    """
+    model = config.model
+    resolved = folder.resolved if folder else cfg.Resolved()
     if model.weights is None:
         source = None
-        config = preset(model.preset, model.overrides)
-        config = config.replace(param_dtype=model.param_dtype, compute_dtype=model.compute_dtype)
+        found = preset(model.preset, model.overrides).replace(param_dtype=model.param_dtype, compute_dtype=model.compute_dtype)
     else:
-        source = locate(model.weights)
-        config = source.config(model.param_dtype, model.compute_dtype)
+        source = _source(model.weights, folder, resolved)
+        found = source.config(model.param_dtype, model.compute_dtype)
+        if resolved.weights is None:
+            resolved = cfg.Resolved(weights=str(source.path), weights_digest=source.digest())
     name = model.tokenizer or (source.tokenizer if source else "embedded")
     tokenizer = load(name)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > found.arch.vocab_size:
         raise UserError(
-            f"tokenizer {name} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; "
+            f"tokenizer {name} has {tokenizer.vocab_size} tokens and the model {found.arch.vocab_size}; "
             "set model.tokenizer to the one that belongs to the model"
         )
     # What generation stops at is what training taught it to stop with, and what the export lists.
-    stops = tuple(sorted({*config.stop_ids, *tokenizer.stop_ids}))
-    bos_id = tokenizer.bos_id if config.bos_id is None else config.bos_id
-    config = config.replace(attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=bos_id)
-    return Setup(config, tokenizer, source)
+    stops = tuple(sorted({*found.arch.stop_ids, *tokenizer.stop_ids}))
+    bos_id = tokenizer.bos_id if found.arch.bos_id is None else found.arch.bos_id
+    found = found.replace(attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=bos_id)
+    return Setup(found, tokenizer, source, config.run.seed, resolved)
+
+
+def start_state(config: cfg.RunConfig, setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state of step 0: loaded, or random."""
+    model, freeze = setup.config, config.train.freeze
+    if setup.source:
+        return states.adopt(setup.source.params(model, mesh), model, optimizer, mesh, freeze)
+    return states.create(model, optimizer, mesh, config.run.seed, freeze)
+
+
+def _pinned(path: str, digest: str | None, needed_for: str) -> WeightSource:
+    """The weights that a run found when it started. Raises UserError if they are others now."""
+    source = WeightSource.at(path)
+    if not source.path.exists() or source.digest() != digest:
+        raise UserError(
+            f"{path}: the weights that this run found when it started are no longer there (moved, deleted or trained again), "
+            f"and {needed_for} is made of them: put them back, or start again under another run.name"
+        )
+    return source
+
+
+def _source(weights: str, folder: RunFolder | None, resolved: cfg.Resolved) -> WeightSource:
+    if folder is None or resolved.weights is None:
+        return locate(weights)
+    return WeightSource.at(resolved.weights) if Path(resolved.weights).exists() else locate(str(folder.path))
 
 
 def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompts | None:
@@ -62,20 +119,61 @@ def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompt
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows, placed as its part of the global batch."""
+    """This process's rows, placed as its part of the global batch; what is on the devices already stays."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def place(x: np.ndarray | jax.Array) -> jax.Array:
+        return x if isinstance(x, jax.Array) else jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
 
 
-def open_teacher(weights: str, setup: Setup) -> tuple[LlamaConfig, Source]:
-    """A teacher with the student's tokenizer, in the student's compute dtype; reads no weights. Raises UserError."""
-    source = locate(weights)
-    dtype = setup.config.compute_dtype
-    config = source.config(dtype, dtype).replace(attention=setup.config.attention)
-    if config.vocab_size != setup.config.vocab_size or load(source.tokenizer).hf.get_vocab() != setup.tokenizer.hf.get_vocab():
+def abstract_batch(
+    rows: int, length: int, mesh: Mesh, floats: Sequence[str] = (), extras: Sequence[str] = (), grouped: bool = False
+) -> Batch:
+    """A batch [rows, length] of shapes, as a step is compiled for.
+
+    ``floats``: the optional float fields that it has in addition to the mask; ``extras``: names of a loss's own inputs;
+    ``grouped``: it has ``group_ids``.
+    """
+    place = batch_sharding(mesh)
+    ints = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=place)
+    real = jax.ShapeDtypeStruct((rows, length), np.float32, sharding=place)
+    optional = dict.fromkeys(floats, real) | ({"group_ids": ints} if grouped else {})
+    return Batch(ints, ints, ints, ints, real, sequence_ids=ints, extras=dict.fromkeys(extras, real), **optional)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model that is learned from; its weights are read once they are used."""
+
+    name: str  # as the config says it
+    config: ModelConfig
+    source: WeightSource
+
+    def params(self, mesh: Mesh) -> dict:
+        """Its weights, on the devices."""
+        return self.source.params(self.config, mesh)
+
+
+def open_teacher(weights: str, setup: Setup) -> tuple[Teacher, cfg.Resolved]:
+    """A teacher with the student's tokenizer, in the student's compute dtype, and where it was found; reads no weights.
+
+    Of a resumed run it is the teacher that the run found when it started. Raises UserError.
+    """
+    resolved = setup.resolved
+    if resolved.teacher:
+        source = _pinned(resolved.teacher, resolved.teacher_digest, "its teacher")
+    else:
+        source = locate(weights)
+        resolved = resolved.model_copy(update={"teacher": str(source.path), "teacher_digest": source.digest()})
+    dtype = setup.config.execution.compute_dtype
+    config = source.config(dtype, dtype).replace(attention=setup.config.execution.attention)
+    theirs, ours = config.arch.vocab_size, setup.config.arch.vocab_size
+    if theirs != ours or load(source.tokenizer).hf.get_vocab() != setup.tokenizer.hf.get_vocab():
         raise UserError(
-            f"teacher.weights {weights}: its vocabulary ({config.vocab_size} entries) is not the model's "
-            f"({setup.config.vocab_size}); log-probs of tokens compare only where both have the same tokenizer: choose "
+            f"teacher.weights {weights}: its vocabulary ({theirs} entries) is not the model's "
+            f"({ours}); log-probs of tokens compare only where both have the same tokenizer: choose "
             "a teacher of the same family, or train on its text (SFT)"
         )
-    return config, source
+    return Teacher(weights, config, source), resolved

@@ -11,11 +11,11 @@ from jax import Array, lax
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
 from jaxreason.losses.segments import sequences_of
 from jaxreason.losses.sft import neftune_noise
-from jaxreason.model import LlamaConfig, head_kernel, hidden
+from jaxreason.model import ModelConfig, head_kernel, hidden
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.train import optimizer as opt
-from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics
+from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics, merge
 
 
 def totals_of(batch: Batch) -> Totals:
@@ -46,48 +46,51 @@ def _occupied(pieces: Batch) -> Array:
 
 
 STATS = ("entropy", "logsumexp", "mean_logp")  # of the head's own pass
-OF_FROZEN = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss compares with a model that does not train
-_WHOLE_LOGITS = frozenset({*OF_FROZEN, "topk_entropy"})
+COMPARED = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss compares with a second model
+_WHOLE_LOGITS = frozenset({*COMPARED, "topk_entropy"})
 
-Frozen = tuple[LlamaConfig, dict]  # a model that does not train: its architecture and its parameters
+Second = tuple[ModelConfig, dict]  # the model that a supervised loss compares with: its architecture and its parameters
 
 
 def batch_loss(
     params: dict,
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     batch: Batch,
     totals: Totals,
     temperature: float = 1.0,
-    frozen: Frozen | None = None,
+    second: Second | None = None,
     noise: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """This (micro)batch's part of the step's loss and of its metrics; parts add up to the whole.
 
-    ``frozen``: the reference or teacher that a supervised loss compares with. ``noise`` [B, T, D] goes on the embeddings.
+    ``params``: of the whole model. ``second``: the reference or teacher that a supervised loss compares with. ``noise``
+    [B, T, D] is added to the embeddings.
     """
     x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids, noise)
     head = head_kernel(params, config)
     ids = _sequence_ids(batch)
     if loss.kind == "sft":
-        return _supervised(x, head, loss, batch, ids, totals, frozen)
+        return _supervised(x, head, loss, batch, ids, totals, second)
     stats = head_stats(x, head, batch.targets, temperature, needs=loss.needs)
     # Without stored log-probs the policy that sampled is the one being updated, and the ratio is exactly 1.
     old = lax.stop_gradient(stats.logp) if batch.old_logp is None else batch.old_logp
     inputs = PolicyInputs(
         stats.logp, old, batch.advantages, batch.loss_mask, ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp,
         entropy=stats.entropy, sequence_ids=ids, group_ids=batch.group_ids, totals=totals,
-        group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef,
+        group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, extras=batch.extras,
     )  # fmt: skip
     return loss(inputs)
 
 
-def _supervised(x: Array, head: Array, loss: Loss, batch: Batch, ids: Array, totals: Totals, frozen: Frozen | None):
+def _supervised(
+    x: Array, head: Array, loss: Loss, batch: Batch, ids: Array, totals: Totals, second: Second | None
+) -> tuple[Array, dict[str, Array]]:
     """One of three ways through the head: what the loss needs decides, and the numbers are the same."""
     wanted = [name for name in STATS if name in loss.needs]
     weights = {} if batch.token_weights is None else {"token_weights": batch.token_weights}
     if loss.needs & _WHOLE_LOGITS:
-        found = from_logits(_whole_logits(loss, wanted), batch.targets, ((x, head), *_frozen_head(frozen, batch)))
+        found = from_logits(_whole_logits(loss, wanted), batch.targets, ((x, head), *_second_head(second, batch)))
         return loss(SftInputs(mask=batch.loss_mask, sequence_ids=ids, totals=totals, **found, **weights))
     if not loss.tokenwise:
         stats = head_stats(x, head, batch.targets, needs=loss.needs)
@@ -102,15 +105,15 @@ def _supervised(x: Array, head: Array, loss: Loss, batch: Batch, ids: Array, tot
     return token_loss(x.reshape(-1, x.shape[-1]), head, batch.targets.reshape(-1), aux, totals, piece, loss.needs)
 
 
-def _frozen_head(frozen: Frozen | None, batch: Batch) -> tuple:
-    if frozen is None:
+def _second_head(second: Second | None, batch: Batch) -> tuple:
+    if second is None:
         return ()
-    config, params = frozen[0], lax.stop_gradient(frozen[1])
+    config, params = second[0], lax.stop_gradient(second[1])
     return ((hidden(params, config, batch.tokens, batch.positions, batch.segment_ids), head_kernel(params, config)),)
 
 
 def _whole_logits(loss: Loss, wanted: list[str]) -> Callable:
-    """What ``loss`` reads, from logits [n, V] of the model and, where there is one, of the frozen model."""
+    """What ``loss`` reads, from logits [n, V] of the model and, where there is one, of the second model."""
 
     def found(targets: Array, logits: Array, other: Array | None = None) -> dict[str, Array]:
         stats = dense_stats(logits, targets)
@@ -145,28 +148,34 @@ class Noise:
 
 
 def make_gradient(
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     count: int,
     temperature: float = 1.0,
-    frozen_config: LlamaConfig | None = None,
+    second_config: ModelConfig | None = None,
     noise: Noise | None = None,
 ) -> Callable:
-    """``(params, batch, frozen_params=None, step=0) -> (value, metrics, gradient in float32, totals)``.
+    """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
 
-    Accumulated over ``count`` microbatches by a loop. ``frozen_config``: of the model whose parameters are passed;
-    ``step`` decides the noise.
+    Accumulated over ``count`` microbatches by a loop. ``second_config``: of the model whose parameters are passed as
+    ``second_params``; ``step`` decides the noise; ``frozen`` holds the parameters of the model that get no gradient.
     """
 
-    def gradient(params, batch, frozen_params=None, step=0):
+    def gradient(
+        params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None
+    ) -> tuple[Array, dict[str, Array], dict, Totals]:
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
-        frozen = None if frozen_config is None else (frozen_config, frozen_params)
+        second = None if second_config is None else (second_config, second_params)
 
-        def one(micro):
-            added = None if noise is None else noise.of(step, micro, config.embed_dim)
-            f = lambda p: batch_loss(p, config, loss, micro, totals, temperature, frozen, added)  # noqa: E731
-            (value, metrics), grads = jax.value_and_grad(f, has_aux=True)(params)
+        def one(micro: Batch):
+            added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
+
+            def value_of(trained: dict):
+                whole = merge(trained, frozen or {})
+                return batch_loss(whole, config, loss, micro, totals, temperature, second, added)
+
+            (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(params)
             return value, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         if count == 1:
@@ -188,28 +197,28 @@ def make_gradient(
 
 
 def make_train_step(
-    config: LlamaConfig,
+    config: ModelConfig,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: Callable,
     count: int,
     temperature: float = 1.0,
-    frozen_config: LlamaConfig | None = None,
+    second_config: ModelConfig | None = None,
     noise: Noise | None = None,
     seed: int = 0,
 ) -> Callable:
-    """``step(state, batch, frozen_params=None) -> (state, metrics)``; jit it with the state donated.
+    """``step(state, batch, second_params=None) -> (state, metrics)``; jit it with the state donated.
 
     ``seed`` is that of the rounding of bfloat16 parameters (:func:`jaxreason.train.optimizer.apply`).
 
-    Metrics: the loss's own, ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (trained), and
-    ``leaf_norms``, the gradient norm of every parameter in the order of ``jax.tree.leaves``, by which a step that is
-    not finite names what was not.
+    Metrics: the loss's own, ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (supervised; 0 where
+    nothing was), and ``leaf_norms``, the gradient norm of every trained parameter in the order of ``jax.tree.leaves``, by
+    which a step that is not finite names what was not.
     """
-    gradient = make_gradient(config, loss, count, temperature, frozen_config, noise)
+    gradient = make_gradient(config, loss, count, temperature, second_config, noise)
 
-    def step(state: TrainState, batch: Batch, frozen_params: dict | None = None) -> tuple[TrainState, dict]:
-        value, metrics, grads, totals = gradient(state.params, batch, frozen_params, state.step)
+    def step(state: TrainState, batch: Batch, second_params: dict | None = None) -> tuple[TrainState, dict]:
+        value, metrics, grads, _ = gradient(state.params, batch, second_params, state.step, state.frozen)
         squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = opt.apply(state.params, updates, state.step, seed)
@@ -218,14 +227,14 @@ def make_train_step(
             "grad_norm": jnp.sqrt(jnp.sum(squares)),
             "leaf_norms": jnp.sqrt(squares),
             "learning_rate": schedule(state.step),
-            "tokens": totals.tokens,
+            "tokens": jnp.sum(batch.loss_mask),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step
 
 
-def make_score(config: LlamaConfig, count: int, temperature: float) -> Callable:
+def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
     """``score(params, batch) -> HeadStats [B, T]`` of the batch's targets: the training graph's forward pass alone."""
 
     def one(params, micro):

@@ -5,14 +5,14 @@
 """
 
 import dataclasses
-import difflib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxreason.data.embedded import arithmetic
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
+from jaxreason.plugins import nearest
 
 __all__ = ["SPLITS", "TASKS", "Task", "examples", "parse"]
 
@@ -58,7 +58,7 @@ def parse(name: str) -> tuple[Task, Any]:
     """The task and its parameters that ``NAME?key=value&key=value`` means. Raises UserError."""
     base, _, query = name.partition("?")
     if base not in TASKS:
-        raise UserError(f"embedded:{name}: no task {base!r}{_nearest(base, TASKS)}; known: {', '.join(sorted(TASKS))}")
+        raise UserError(f"embedded:{name}: no task {base!r}{nearest(base, TASKS)}; known: {', '.join(sorted(TASKS))}")
     task = TASKS[base]
     fields = {field.name: field for field in dataclasses.fields(task.parameters)}
     values = {}
@@ -67,7 +67,7 @@ def parse(name: str) -> tuple[Task, Any]:
         if not equals or key in values:
             raise UserError(f"embedded:{name}: {word!r} is not one key=value for each key, e.g. {base}?operations=3")
         if key not in fields:
-            raise UserError(f"embedded:{name}: no parameter {key}{_nearest(key, fields)}; known: {', '.join(fields)}")
+            raise UserError(f"embedded:{name}: no parameter {key}{nearest(key, fields)}; known: {', '.join(fields)}")
         kind = fields[key].type
         try:
             values[key] = kind(text)
@@ -75,8 +75,3 @@ def parse(name: str) -> tuple[Task, Any]:
             wanted = "a whole number" if kind is int else "a number"
             raise UserError(f"embedded:{name}: {key} is {text!r}; give {wanted}") from None
     return task, task.parameters(**values)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""

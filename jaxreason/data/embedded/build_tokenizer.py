@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from jaxreason.data.chat import TEMPLATES
 from jaxreason.data.embedded.arithmetic import Arithmetic, generate
 from jaxreason.data.tokenizer import EMBEDDED
+from jaxreason.text import THINK_CLOSE, THINK_OPEN
 
 MAX_LENGTH = 8192  # max_positions of the preset embedded-tiny
 SPECIAL = (
@@ -25,7 +26,7 @@ SPECIAL = (
     "<|eot_id|>",
     "<|finetune_right_pad_id|>",
 )
-THINK = ("<think>", "</think>")  # not special: decoding with skip_special_tokens keeps them for the graders
+THINK = (THINK_OPEN, THINK_CLOSE)  # not special: decoding with skip_special_tokens keeps them for the graders
 # A space before a number goes to the word or the mark before it, so that a digit is the same token everywhere and the
 # word that says what to do with a number ("buys ") stands right before its first digit.
 PIECES = r"\\boxed\{|[0-9]| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9]+(?: (?=[0-9]))?|\s+"

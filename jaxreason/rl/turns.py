@@ -1,53 +1,53 @@
-"""MGRPO's second layer (arXiv 2506.04746): the policy is shown its own answer and a doubt, and answers again."""
+"""MGRPO's second turn (arXiv 2506.04746): the policy is shown its own answer and a doubt, and answers again."""
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-from jaxreason import config as cfg
 from jaxreason.data.chat import Chat
 from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.data.tokenizer import Tokenizer
-from jaxreason.train.rollouts import Sequence
+from jaxreason.rl.sequence import Sequence as Sampled
+from jaxreason.text import THINK_CLOSE, THINK_OPEN
 
 _SPARE = 32  # tokens by which a completion's text may grow when it is tokenized again as part of a prompt
 
 
 def again(prompt: Prompt, completion: str, phrase: str, chat: Chat, tokenizer: Tokenizer) -> Prompt:
-    """The second layer's prompt: the user's turn is ``{q}<think>{o}</think>{phrase}``; gold and columns stay.
+    """The second turn's prompt: the user's turn is ``{q}<think>{o}</think>{phrase}``; gold and columns stay.
 
     Control tokens that the policy wrote are left out of it: they would end the user's turn.
     """
-    user = f"{prompt.user}\n<think>\n{_without_control(completion, tokenizer)}\n</think>\n{phrase}"
+    user = f"{prompt.user}\n{THINK_OPEN}\n{_without_control(completion, tokenizer)}\n{THINK_CLOSE}\n{phrase}"
     text = chat.render_prompt(Example(user))
     return dataclasses.replace(prompt, ids=tuple(tokenizer.encode(text)), text=text)
 
 
-def longest_prompt(config: cfg.GrpoConfig, longest: int, chat: Chat, tokenizer: Tokenizer) -> int:
-    """Most tokens of a second-layer prompt that is corrected; one that comes out longer is left as it is."""
+def phrase_tokens(phrases: Sequence[str], chat: Chat, tokenizer: Tokenizer) -> int:
+    """Most tokens by which the second turn's prompt is longer than the first turn's and its completion together."""
     blank = Prompt((), "", "", "", 0)
-    phrases = max(len(again(blank, "", phrase, chat, tokenizer).ids) for phrase in config.correction.phrases)
-    return longest + config.rollout.max_completion_tokens + phrases + _SPARE
+    return max(len(again(blank, "", phrase, chat, tokenizer).ids) for phrase in phrases) + _SPARE
 
 
-def phrase_of(phrases: list[str], seed: int, step: int, index: int) -> str:
+def phrase_of(phrases: Sequence[str], seed: int, step: int, index: int) -> str:
     """The phrase of completion ``index`` of a step, a function of these numbers alone."""
     return phrases[int(np.random.default_rng([seed, step, index]).integers(len(phrases)))]
 
 
-def is_right(sequence: Sequence) -> bool:
+def is_right(sequence: Sampled) -> bool:
     """Whether the first reward function gave 1 (or more)."""
     return _graded(sequence) >= 1.0
 
 
-def is_trained(sequence: Sequence, train: str) -> bool:
-    """Whether a correction is trained under ``correction.train``; one that confirms a right answer is as right as any."""
+def is_trained(sequence: Sampled, train: str) -> bool:
+    """Whether a correction is trained under ``second_turn.train``; one that confirms a right answer is as right as any."""
     return train == "all" or (train == "verified" and is_right(sequence))
 
 
-def metrics(firsts: list[Sequence], corrections: list[list[Sequence]]) -> dict[str, float]:
+def metrics(firsts: Sequence[Sampled], corrections: Sequence[Sequence[Sampled]]) -> dict[str, float]:
     """The paper's Acc.t1, Acc.t2, their difference, and the shares of answers that were mended and that were broken.
 
     ``corrections[i]`` are those of ``firsts[i]``; each is one trial, unless one of the two could not be graded.
@@ -70,7 +70,7 @@ def changes(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     }
 
 
-def _graded(sequence: Sequence) -> float:
+def _graded(sequence: Sampled) -> float:
     """What the first reward function gave; NaN: it could not grade."""
     return next(iter(sequence.rewards.values()))
 

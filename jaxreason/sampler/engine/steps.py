@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from jaxreason.model import LlamaConfig, next_logits, prefill, step_cached
-from jaxreason.rollout import cache
-from jaxreason.rollout.sampling import Sampling, sample, sequence_key
-from jaxreason.rollout.spread import COLUMNS, SPLIT, WHOLE, over, placed
+from jaxreason.model import ModelConfig, next_logits, prefill, step_cached
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.spread import COLUMNS, SPLIT, WHOLE, over, placed
+from jaxreason.sampler.sampling import Sampling, sample, sequence_key
 
 
 @jax.tree_util.register_dataclass
@@ -36,13 +36,13 @@ class Programs(NamedTuple):
     decode: Callable  # (params, slots, caches, idle_at) -> slots, caches, what was drawn
 
 
-def programs(config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Programs:
+def programs(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Programs:
     """Jitted, and shared by all engines with these settings."""
     return Programs(_prefill_of(config, mesh), _decode_of(config, sampling, stop_ids, chunk, mesh))
 
 
 @functools.cache
-def _prefill_of(config: LlamaConfig, mesh: Mesh | None) -> Callable:
+def _prefill_of(config: ModelConfig, mesh: Mesh | None) -> Callable:
     def fill(params, tokens, segment_ids):
         return prefill(params, config, tokens, segment_ids)
 
@@ -50,7 +50,7 @@ def _prefill_of(config: LlamaConfig, mesh: Mesh | None) -> Callable:
 
 
 @functools.cache
-def _decode_of(config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Callable:
+def _decode_of(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Callable:
     settings = {"config": config, "sampling": sampling, "stop_ids": stop_ids, "chunk": chunk}
     results = SPLIT, SPLIT, (COLUMNS, COLUMNS, COLUMNS, SPLIT)
     decode = over(mesh, functools.partial(_decode, **settings), (WHOLE, SPLIT, SPLIT, WHOLE), results)
@@ -87,13 +87,13 @@ def _decode(
 ) -> tuple[Slots, cache.Caches, tuple[Array, Array, Array, Array]]:
     """Up to ``chunk`` steps; fewer once no more than ``idle_at`` slots are live.
 
-    Returns the slots, the caches, and tokens, sampler_logp, full_logp [chunk, N] with the number [N] of valid entries.
+    Returns the slots, the caches, and tokens, behaviour_logp, policy_logp [chunk, N] with the number [N] of valid entries.
     """
     size, length = slots.token.shape[0], caches[0][0].shape[2]
     stops = np.array(stop_ids, np.int32)
 
     def body(carry):
-        i, slots, caches, (tokens, sampler_logp, full_logp, counts) = carry
+        i, slots, caches, (tokens, behaviour_logp, policy_logp, counts) = carry
         # A slot that is not live attends to one entry: what reads a cache by its length then reads no more of it.
         position = jnp.where(slots.live, slots.position, 0)
         visible = jnp.arange(length) <= position[:, None, None]
@@ -103,7 +103,7 @@ def _decode(
         new, sampler, full = sample(next_logits(params, config, x[:, 0]), slots.key, slots.drawn, sampling)
         drawn = slots.drawn + slots.live
         ended = jnp.any(new[:, None] == stops, axis=-1) | (drawn >= sampling.max_completion_tokens)
-        columns = zip((tokens, sampler_logp, full_logp), (new, sampler, full))
+        columns = zip((tokens, behaviour_logp, policy_logp), (new, sampler, full))
         outputs = (*(column.at[i].set(row) for column, row in columns), counts + slots.live)
         slots = Slots(
             token=jnp.where(slots.live, new, slots.token),

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxreason.rollout import cache
-from jaxreason.rollout.spread import count
-from jaxreason.rollout.steps import admit, empty_slots, take
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.spread import count
+from jaxreason.sampler.engine.steps import admit, empty_slots, take
 
 if TYPE_CHECKING:
-    from jaxreason.rollout.engine import Engine
+    from jaxreason.sampler.engine.engine import Engine
 
 _PREFILL_TOKENS = 4096  # padded prompt tokens of one prefill call on a device: enough to fill a GPU, little memory
 
@@ -46,10 +46,10 @@ class Running:
         return sum(len(part[0]) for part in self.parts)
 
 
-class Run:
+class Generation:
     """The queue, the slots and what is in them.
 
-    ``params`` and ``mesh`` are from :func:`jaxreason.rollout.spread.spread`, ``slots`` is a multiple of the devices.
+    ``params`` and ``mesh`` are from :func:`jaxreason.sampler.engine.spread.spread`, ``slots`` is a multiple of the devices.
     """
 
     def __init__(
@@ -104,13 +104,13 @@ class Run:
         share = len(self.running) // self.devices
         idle = max(1, share // 4) if self.waiting else share
         self.slots, self.caches, drawn = self.programs.decode(self.params, self.slots, self.caches, np.int32(share - idle))
-        tokens, sampler_logp, full_logp, counts, live = jax.device_get((*drawn, self.slots.live))
+        tokens, behaviour_logp, policy_logp, counts, live = jax.device_get((*drawn, self.slots.live))
         for slot, sequence in enumerate(self.running):
             if sequence is None:
                 continue
             number = counts[slot]
             self.tokens += int(number)
-            sequence.parts.append(tuple(column[:number, slot] for column in (tokens, sampler_logp, full_logp)))
+            sequence.parts.append(tuple(column[:number, slot] for column in (tokens, behaviour_logp, policy_logp)))
             if not live[slot]:
                 self.running[slot] = None
             yield sequence, not live[slot]

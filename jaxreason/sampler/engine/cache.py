@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from jaxreason.model import LlamaConfig
-from jaxreason.rollout.spread import AXIS, SPLIT, over, placed
+from jaxreason.model import ModelConfig
+from jaxreason.sampler.engine.spread import AXIS, SPLIT, over, placed
 
 Caches = list[tuple[Array, Array]]  # per layer k and v, each [slots, K, C, H]
 
@@ -49,16 +49,18 @@ def longest(length: int) -> int:
     return -(-length // step) * step
 
 
-def allocate(config: LlamaConfig, slots: int, length: int, mesh: Mesh | None = None) -> Caches:
+def allocate(config: ModelConfig, slots: int, length: int, mesh: Mesh | None = None) -> Caches:
     """Empty buffers."""
-    shape, place = (slots, config.num_kv_heads, length, config.head_dim), placed(mesh)
-    return [tuple(jnp.zeros(shape, config.compute_dtype, device=place) for _ in "kv") for _ in range(config.num_layers)]
+    c, place = config.arch, placed(mesh)
+    shape, dtype = (slots, c.num_kv_heads, length, c.head_dim), config.execution.compute_dtype
+    return [tuple(jnp.zeros(shape, dtype, device=place) for _ in "kv") for _ in range(c.num_layers)]
 
 
-def num_bytes(config: LlamaConfig, slots: int, length: int) -> int:
+def num_bytes(config: ModelConfig, slots: int, length: int) -> int:
     """Bytes of ``slots`` buffers of ``length`` positions over all layers."""
-    entry = 2 * config.num_kv_heads * config.head_dim * np.dtype(jnp.dtype(config.compute_dtype)).itemsize
-    return config.num_layers * slots * length * entry
+    c = config.arch
+    entry = 2 * c.num_kv_heads * c.head_dim * np.dtype(jnp.dtype(config.execution.compute_dtype)).itemsize
+    return c.num_layers * slots * length * entry
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -7,8 +7,8 @@ import jax
 _HOST = "pinned_host"
 
 
-class Frozen:
-    """A scoring function and its parameters.
+class ScoringModel:
+    """A scoring function and the parameters of the model that it is called with.
 
     Args:
       score: jitted ``(params, batch) -> HeadStats``.

@@ -7,7 +7,6 @@ Decoding runs in jitted chunks; between chunks the host hands out finished seque
 several devices each decodes its share of the slots with its own copy of the weights.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -15,25 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason.errors import UserError
-from jaxreason.model import LlamaConfig
-from jaxreason.rollout import cache
-from jaxreason.rollout.run import Run, Running, prefill_rows
-from jaxreason.rollout.sampling import Sampling
-from jaxreason.rollout.spread import devices_for, padded, spread
-from jaxreason.rollout.steps import Programs, programs
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One sample of one prompt."""
-
-    prompt_index: int
-    sample_index: int
-    tokens: np.ndarray  # [n] int32; the stop token, if one was drawn, is the last
-    sampler_logp: np.ndarray  # [n] float32, under the distribution that was sampled (greedy: 0)
-    full_logp: np.ndarray  # [n] float32, under softmax(logits / temperature) without truncation (greedy: temperature 1)
-    truncated: bool  # ended by max_completion_tokens, not by a stop token
-    params_step: int | None  # optimizer step of the weights that drew it, as the caller said
+from jaxreason.model import ModelConfig
+from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine.generation import Generation, Running, prefill_rows
+from jaxreason.sampler.engine.spread import devices_for, padded, spread
+from jaxreason.sampler.engine.steps import Programs, programs
+from jaxreason.sampler.protocol import Completion
+from jaxreason.sampler.sampling import Sampling
 
 
 class Engine:
@@ -53,7 +40,7 @@ class Engine:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: ModelConfig,
         stop_ids: Iterable[int],
         sampling: Sampling,
         slots: int,
@@ -66,8 +53,8 @@ class Engine:
             if value < 1:
                 raise UserError(f"{name} is {value}; it is at least 1")
         for token in (*self.stop_ids, pad_id):
-            if not 0 <= token < config.vocab_size:
-                raise UserError(f"token id {token} (stop or padding) is outside the vocabulary of {config.vocab_size}")
+            if not 0 <= token < config.arch.vocab_size:
+                raise UserError(f"token id {token} (stop or padding) is outside the vocabulary of {config.arch.vocab_size}")
         self._programs: dict[Mesh | None, Programs] = {}
 
     def programs(self, mesh: Mesh | None = None) -> Programs:
@@ -83,7 +70,7 @@ class Engine:
         slots, prompts = padded(self.slots, devices), cache.prompt_bucket(max_prompt_tokens, limit)
         rows = prefill_rows(max_prompt_tokens, slots, devices)
         # One layer's prompts are on every device while they are copied into slots.
-        copied = cache.num_bytes(self.config, devices * rows, prompts) // (2 * self.config.num_layers) if devices > 1 else 0
+        copied = cache.num_bytes(self.config, devices * rows, prompts) // (2 * self.config.arch.num_layers) if devices > 1 else 0
         return cache.num_bytes(self.config, slots, limit) + cache.num_bytes(self.config, rows, prompts) + copied
 
     def compiles(self) -> int:
@@ -119,7 +106,7 @@ class Engine:
         self._check(prompts, group_size)
         params, mesh = spread(params, self.slots)
         slots = padded(self.slots, 1 if mesh is None else mesh.size)
-        run = Run(self, params, mesh, slots, prompts, group_size, seed, step, first_prompt)
+        run = Generation(self, params, mesh, slots, prompts, group_size, seed, step, first_prompt)
         finished: dict[tuple[int, int], Completion] = {}
         while run.refill():
             for sequence, ended in run.advance():
@@ -132,16 +119,16 @@ class Engine:
         return [finished[key] for key in sorted(finished)]
 
     def _completion(self, sequence: Running, params_step: int | None) -> Completion:
-        tokens, sampler_logp, full_logp = (np.concatenate(column) for column in zip(*sequence.parts))
+        tokens, behaviour_logp, policy_logp = (np.concatenate(column) for column in zip(*sequence.parts))
         return Completion(
-            sequence.prompt_index, sequence.sample_index, tokens, sampler_logp, full_logp,
+            sequence.prompt_index, sequence.sample_index, tokens, behaviour_logp, policy_logp,
             truncated=int(tokens[-1]) not in self.stop_ids, params_step=params_step,
         )  # fmt: skip
 
     def _check(self, prompts: Sequence[Sequence[int]], group_size: int) -> None:
         if group_size < 1:
             raise UserError(f"group_size is {group_size}; it is at least 1")
-        room = self.config.max_positions - self.sampling.max_completion_tokens
+        room = self.config.arch.max_positions - self.sampling.max_completion_tokens
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise UserError(f"prompt {index} has no tokens; a prompt has at least one, e.g. the BOS token")
@@ -149,12 +136,12 @@ class Engine:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens and max_completion_tokens is "
                     f"{self.sampling.max_completion_tokens}, together more than the model's "
-                    f"{self.config.max_positions} positions; shorten the prompt to {max(room, 0)} tokens "
+                    f"{self.config.arch.max_positions} positions; shorten the prompt to {max(room, 0)} tokens "
                     "or lower max_completion_tokens"
                 )
             low, high = min(prompt), max(prompt)
-            if low < 0 or high >= self.config.vocab_size:
+            if low < 0 or high >= self.config.arch.vocab_size:
                 raise UserError(
                     f"prompt {index} has the token id {low if low < 0 else high}; the model's vocabulary has "
-                    f"{self.config.vocab_size} entries: is this its tokenizer?"
+                    f"{self.config.arch.vocab_size} entries: is this its tokenizer?"
                 )

@@ -1,9 +1,10 @@
-"""Corrections for a sampler that is not quite the policy, and masks that drop sequences or tokens.
- rho = pi_old / pi_sampler, both at the rollout's parameters: 1 if sampler and trainer compute the same numbers. All
+"""Weights that correct for a sampler that is not quite the policy, and masks that drop sequences or tokens.
+
+rho = pi_old / pi_sampler, both at the rollout's parameters: 1 if sampler and trainer compute the same numbers. All
 results are detached weights [B, T] that multiply the policy term (not the KL term).
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,7 +14,6 @@ from jaxreason.errors import UserError
 from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
 
 Correction = Literal["none", "tis", "tis_sequence", "icepop", "mis", "geo_rs"]
-CORRECTIONS = get_args(Correction)
 
 # (min, max) where the literature or its code states them.
 DEFAULT_BOUNDS = {

@@ -1,0 +1,228 @@
+"""From graded completions to the batches that updates train.
+
+Sequences are packed once for each minibatch and put on the devices once. What scores them (reference, teacher, the policy
+itself) does so there, and what the host then decides (advantages, inputs of a loss of one's own) is added field by field.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from jaxreason import config as cfg
+from jaxreason import plugins
+from jaxreason.data.pack import plan
+from jaxreason.errors import UserError
+from jaxreason.losses import Loss, PolicyInputs
+from jaxreason.rl.advantages import advantages_of, fill
+from jaxreason.rl.objective import Objective
+from jaxreason.rl.sequence import Groups, Sequence
+from jaxreason.rl.shapes import OLD_ENTROPY, Shapes
+from jaxreason.train import hosts
+from jaxreason.train.scoring import ScoringModel
+from jaxreason.train.setup import put
+from jaxreason.types import Batch
+
+Place = tuple[int, slice, slice]  # row, columns of the whole sequence, columns whose targets are the completion
+
+
+def order(seed: int, step: int, count: int, parts: int) -> np.ndarray:
+    """Sequences in the order in which minibatches take them: as drawn for one, else shuffled."""
+    return np.arange(count) if parts == 1 else np.random.default_rng([seed, step, parts]).permutation(count)
+
+
+def row_layout(lengths: Many[int], row_length: int, rows: int, microbatches: int) -> list[tuple[int, int]]:
+    """(row, start) of every sequence, packed in their order into at most ``rows`` rows of ``row_length`` tokens.
+
+    As many rows as sequences always suffice. Packed row k is put where microbatch k // m finds it (row r belongs to
+    microbatch r mod count), so that full rows fill the first microbatches and the step skips the empty ones.
+    """
+    packed = plan(np.array(lengths), row_length, packing=True, shuffle=False, seed=0, epoch=0)
+    if len(packed) > rows:
+        raise ValueError(f"{len(lengths)} sequences fill {len(packed)} rows of {row_length} tokens, and there are {rows}")
+    size = rows // microbatches
+    places: list[tuple[int, int]] = [(0, 0)] * len(lengths)
+    for k in range(len(packed)):
+        start = 0
+        for index in packed.row(k):
+            places[index] = ((k % size) * microbatches + k // size, start)
+            start += lengths[index]
+    return places
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Sequences of one minibatch with their places in rows [rows, row_length], of this process."""
+
+    sequences: list[Sequence]
+    places: list[Place]
+    rows: int
+    row_length: int
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], row_length: int, rows: int, microbatches: int) -> "Packed":
+        """Packs them in their order."""
+        starts = row_layout([s.length for s in sequences], row_length, rows, microbatches)
+        places = [
+            (row, slice(start, start + s.length), slice(start + len(s.prompt.ids) - 1, start + s.length))
+            for s, (row, start) in zip(sequences, starts)
+        ]
+        return cls(sequences, places, rows, row_length)
+
+    def field(self, value: Callable[[Sequence], float | np.ndarray]) -> np.ndarray:
+        """[rows, row_length] float32: a value of every sequence, or of each token, where its completion is predicted."""
+        out = np.zeros((self.rows, self.row_length), np.float32)
+        for s, (row, _, answer) in zip(self.sequences, self.places):
+            out[row, answer] = value(s)
+        return out
+
+    def read(self, array: Array) -> list[np.ndarray]:
+        """What a field [B, T] on the devices holds for every sequence, [n] each."""
+        found = hosts.rows(array)
+        return [found[row, answer] for row, _, answer in self.places]
+
+    def batch(self, pad_id: int, mask_truncated: bool, first: int = 0) -> Batch:
+        """What the completions alone decide, numpy; position t predicts token t + 1, and the mask covers completions.
+
+        ``first``: the number of the first sequence in the whole step, where other processes have others.
+        """
+        shape = (self.rows, self.row_length)
+        ints = {n: np.zeros(shape, np.int32) for n in ("positions", "segment_ids", "sequence_ids", "group_ids")}
+        tokens, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
+        segments = np.zeros(self.rows, np.int32)
+        for number, (s, (row, whole, _)) in enumerate(zip(self.sequences, self.places), first + 1):
+            ids = np.concatenate([np.asarray(s.prompt.ids, np.int32), s.completion.tokens])
+            segments[row] += 1
+            tokens[row, whole], targets[row, whole] = ids[:-1], ids[1:]
+            ints["positions"][row, whole], ints["segment_ids"][row, whole] = np.arange(s.length), segments[row]
+            ints["sequence_ids"][row, whole], ints["group_ids"][row, whole] = number, s.group
+        live = {id(s): s.trained and not (mask_truncated and s.completion.truncated) for s in self.sequences}
+        group_tokens: dict[int, int] = {}
+        for s in self.sequences:
+            group_tokens[s.group] = group_tokens.get(s.group, 0) + live[id(s)] * len(s.completion.tokens)
+        return Batch(
+            tokens, targets, loss_mask=self.field(lambda s: live[id(s)]), **ints,
+            sampler_logp=self.field(lambda s: s.completion.behaviour_logp),
+            group_tokens=self.field(lambda s: group_tokens[s.group]),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Batcher:
+    """Makes a step's batches. ``score``: jitted ``(params, batch) -> HeadStats`` of the policy; ``others``: what else scores,
+    by the field of a sequence that it fills (``ref_logp``, ``teacher_logp``)."""
+
+    config: cfg.GrpoConfig
+    objective: Objective
+    shapes: Shapes
+    mesh: Mesh
+    pad_id: int
+    score: Callable
+    others: Mapping[str, ScoringModel]
+
+    def __call__(
+        self, groups: Groups, second: Groups, params: dict, step: int, entropy_coef: float | None = None
+    ) -> tuple[list[Sequence], list[Batch]]:
+        """(sequences of both turns with what they earned, the minibatches on the devices).
+
+        ``params``: the policy's before the step's first update; ``entropy_coef``: this step's adaptive coefficient.
+        """
+        sequences = [s for group in [*groups, *second] for s in group]
+        count = self.shapes.minibatches
+        parts = np.array_split(order(self.config.run.seed, step, len(sequences), count), count)
+        rows = self.shapes.rows // jax.process_count()
+        packed = [
+            Packed.of([sequences[i] for i in part], self.shapes.row_length, rows, self.shapes.microbatches) for part in parts
+        ]
+        masked, first = self.config.train.truncated == "mask", jax.process_index() * rows
+        batches = [put(p.batch(self.pad_id, masked, first), self.mesh) for p in packed]
+        batches, scored = self._scored(batches, packed, parts, sequences)
+        finished = self._decided(scored, groups, second)
+        done = [
+            self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, entropy_coef)
+            for batch, p, part in zip(batches, packed, parts)
+        ]
+        return finished, done
+
+    def _scored(
+        self, batches: list[Batch], packed: list[Packed], parts: list[np.ndarray], sequences: list[Sequence]
+    ) -> tuple[list[Batch], list[Sequence]]:
+        """Adds the log-probs of the reference to the batches, and those of all other models to the sequences."""
+        columns: dict[str, list] = {}
+        for field, model in self.others.items():
+            params, column = model.params(), [None] * len(sequences)
+            for k, (p, part) in enumerate(zip(packed, parts)):
+                logp = model.score(params, batches[k]).logp
+                if field == "ref_logp":
+                    batches[k] = dataclasses.replace(batches[k], ref_logp=logp)
+                for i, values in zip(part, p.read(logp)):
+                    column[i] = values
+            columns[field] = column
+        return batches, [
+            dataclasses.replace(s, **{field: column[i] for field, column in columns.items()}) for i, s in enumerate(sequences)
+        ]
+
+    def _decided(self, scored: list[Sequence], groups: Groups, second: Groups) -> list[Sequence]:
+        """The sequences with their advantages and with the inputs that hooks and the estimator fill."""
+        rest = iter(scored)
+        first, after = ([[next(rest) for _ in group] for group in turn] for turn in (groups, second))
+        for name, hook in self.objective.hooks:
+            for extra, values in run_hook(name, hook, [*first, *after]).items():
+                fill([*first, *after], extra, values, f"hook {name}")
+        turns = advantages_of(first, after, self.objective, self.config)
+        return [s for turn in turns for group in turn for s in group]
+
+    def _completed(self, batch: Batch, packed: Packed, params: dict, step: int, entropy_coef: float | None) -> Batch:
+        """The batch with every field that the loss reads."""
+        loss = self.objective.loss
+        added: dict[str, np.ndarray] = {"advantages": packed.field(lambda s: s.advantage)}
+        if entropy_coef is not None:
+            added["entropy_coef"] = np.full((packed.rows, packed.row_length), entropy_coef, np.float32)
+        extras = {name: packed.field(lambda s, n=name: _extra(s, n, loss)) for name in loss.extras - {OLD_ENTROPY}}
+        batch = put(dataclasses.replace(batch, **added, extras=extras), self.mesh)
+        if "old_logp" in self.shapes.fields:
+            stats = self.score(params, batch)
+            old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}
+            batch = dataclasses.replace(batch, old_logp=stats.logp, extras=batch.extras | old)
+            if loss.select is not None:
+                batch = dataclasses.replace(batch, selected=_selected(loss, stats, batch, self.config.run.seed, step))
+        return batch
+
+
+def _selected(loss: Loss, stats: object, batch: Batch, seed: int, step: int) -> Array:
+    """What the loss's step-wide rule picks."""
+    inputs = PolicyInputs(
+        stats.logp, stats.logp, batch.advantages, batch.loss_mask, entropy=stats.entropy,
+        sequence_ids=batch.sequence_ids, group_ids=batch.group_ids, extras=batch.extras,
+    )  # fmt: skip
+    return loss.select(inputs, jax.random.fold_in(jax.random.key(seed), step))
+
+
+def _extra(sequence: Sequence, name: str, loss: Loss) -> np.ndarray | float:
+    if name in sequence.extras:
+        return sequence.extras[name]
+    if not sequence.trained:  # what could not be graded has no per-token reward either, and is masked
+        return 0.0
+    raise UserError(
+        f"loss {loss.name} reads extras[{name!r}], and nothing filled it for a completion of {sequence.prompt.user!r}; what "
+        "declares that it fills it has to do so for every sample"
+    )
+
+
+def run_hook(name: str, hook: Callable, groups: Groups) -> Mapping[str, Many]:
+    """What a hook returns: name → [P][G] of [n]. Raises UserError, which names the hook, for whatever goes wrong in it."""
+    try:
+        found = hook(groups)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"rollout.hooks {name}: {type(error).__name__}: {error}") from error
+    declared = plugins.fills(hook)
+    if not isinstance(found, Mapping) or set(found) != set(declared):
+        got = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+        raise UserError(f"rollout.hooks {name}: it declares that it fills {sorted(declared)} and returned {got}")
+    return found

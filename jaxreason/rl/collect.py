@@ -1,0 +1,168 @@
+"""One step's rollout: prompts, completions, rewards; resampling of groups that teach nothing; the second turn."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence as Many
+
+import jax
+import numpy as np
+
+from jaxreason import config as cfg
+from jaxreason.data.chat import Chat
+from jaxreason.data.prompts import Prompt, PromptStream
+from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.evaluate.accuracy import sample_of
+from jaxreason.losses import advantage
+from jaxreason.rewards.pool import RewardPool
+from jaxreason.rl import turns
+from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, metrics_of
+from jaxreason.sampler import ROUNDS, Job, Sampler, sampling_of
+from jaxreason.terminal import console
+from jaxreason.train import hosts
+
+_SPEAK_S = 15.0  # a long rollout says so this often
+
+
+@dataclasses.dataclass
+class Rollout:
+    """What one step drew, in groups that share a prompt."""
+
+    groups: Groups
+    second: Groups  # the corrections of each completion, in their order; [] without a second turn
+    seconds: dict[str, float]
+    cursor: int  # prompts of the stream used so far
+    metrics: dict[str, float]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Of both turns, in the order of ``groups`` and ``second``."""
+        return [s for group in [*self.groups, *self.second] for s in group]
+
+
+def rollout_job(config: cfg.GrpoConfig) -> Job:
+    """How completions are drawn; every process decodes its share of the slots."""
+    slots = math.ceil(config.rollout.slots / jax.process_count())
+    return Job(sampling_of(config.rollout), config.rollout.group_size, config.run.seed, slots=slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """Draws and grades. With several processes each takes its share of a step's prompts.
+
+    ``longest_prompt``: most tokens of a prompt of either turn; a correction whose prompt is longer is left out.
+    """
+
+    config: cfg.GrpoConfig
+    sampler: Sampler
+    prompts: PromptStream
+    tokenizer: Tokenizer
+    chat: Chat
+    pool: RewardPool
+    longest_prompt: int
+
+    def __call__(self, step: int, cursor: int, params_step: int) -> Rollout:
+        """Both turns of one step, from the sampler's weights, which are those of optimizer step ``params_step``."""
+        rollout = self._first_turn(step, cursor, params_step)
+        rollout.metrics |= metrics_of([s for group in rollout.groups for s in group], labels(self.pool.names))
+        if self.config.second_turn.samples:
+            self._second_turn(rollout, step, params_step)
+            rollout.metrics |= turns.metrics([s for group in rollout.groups for s in group], rollout.second)
+        return rollout
+
+    def _first_turn(self, step: int, cursor: int, params_step: int) -> Rollout:
+        rollout = self.config.rollout
+        wanted = rollout.prompts_per_step // jax.process_count()
+        useful: Groups = []
+        spare: Groups = []  # groups without a gradient: they fill the step if rounds run out
+        seconds, failed = {"rollout": 0.0, "reward": 0.0}, 0
+        for attempt in range(rollout.resample_rounds + 1):
+            missing = wanted - len(useful)
+            first, together = _numbers(missing)
+            if together == 0:
+                break
+            chosen = [self.prompts.at(cursor + first + i) for i in range(missing)]
+            cursor += together
+            job = dataclasses.replace(rollout_job(self.config), draw=step * ROUNDS + attempt, first_prompt=first)
+            groups, errors = self._draw(chosen, job, step, params_step, len(useful) + len(spare), seconds)
+            failed += errors
+            if rollout.resample_rounds == 0:
+                useful = groups
+                break
+            rewards = np.array([[s.reward for s in g] for g in groups]).reshape(len(groups), rollout.group_size)
+            informative = advantage.informative_groups(rewards)
+            useful += [g for g, ok in zip(groups, informative) if ok]
+            spare += [g for g, ok in zip(groups, informative) if not ok]
+        metrics = {"resampled_groups": float(max(0, len(useful) + len(spare) - wanted)), "reward_errors": float(failed)}
+        if rollout.resample_rounds:
+            # The step's own metrics are those of the groups that were kept; these are of everything that was drawn.
+            metrics |= drawn_metrics(useful + spare)
+        first = jax.process_index() * wanted
+        kept = [[dataclasses.replace(s, group=first + p) for s in g] for p, g in enumerate((useful + spare)[:wanted])]
+        return Rollout(kept, [], seconds, cursor, metrics)
+
+    def _second_turn(self, rollout: Rollout, step: int, params_step: int) -> None:
+        """MGRPO: adds the corrections of every completion, in its order; none of one whose prompt is too long."""
+        settings, seed = self.config.second_turn, self.config.run.seed
+        sources = [s for group in rollout.groups for s in group]
+        numbers = [s.group * len(group) + i for group in rollout.groups for i, s in enumerate(group)]
+        again = [
+            turns.again(s.prompt, s.text, turns.phrase_of(settings.phrases, seed, step, number), self.chat, self.tokenizer)
+            for s, number in zip(sources, numbers)
+        ]
+        fits = [i for i, prompt in enumerate(again) if len(prompt.ids) <= self.longest_prompt]
+        job = dataclasses.replace(
+            rollout_job(self.config), samples=settings.samples, draw=step * ROUNDS + ROUNDS - 1,
+            first_prompt=_numbers(len(fits))[0],
+        )  # fmt: skip
+        drawn, errors = self._draw([again[i] for i in fits], job, step, params_step, 0, rollout.seconds)
+        rollout.metrics["reward_errors"] += errors
+        rollout.metrics["uncorrected"] = float(len(again) - len(fits))
+        found: Groups = [[] for _ in again]
+        base = self.config.rollout.prompts_per_step + jax.process_index() * len(sources)
+        for i, group in zip(fits, drawn):
+            number = sources[i].group if settings.compare == "prompt" else i
+            kept = [turns.is_trained(s, settings.train) for s in group]
+            found[i] = [dataclasses.replace(s, group=base + number, kept=k) for s, k in zip(group, kept)]
+        rollout.second = found
+
+    def _draw(
+        self, prompts: Many[Prompt], job: Job, step: int, params_step: int, offset: int, seconds: dict[str, float]
+    ) -> tuple[Groups, int]:
+        """Graded groups of completions of ``prompts``, numbered from ``offset``, and how many samples no grader could grade."""
+        if not prompts:
+            return [], 0
+        clock = spoke = time.monotonic()
+
+        def progress(finished: int, total: int, tokens: int) -> None:
+            nonlocal spoke
+            if jax.process_index() == 0 and (now := time.monotonic()) - spoke > _SPEAK_S:
+                spoke = now
+                console.print(f"step {step}: rollout {finished}/{total} completions, {tokens / (now - clock):.0f} tokens/s")
+
+        completions = self.sampler.generate([p.ids for p in prompts], job, progress)
+        if any(c.params_step != params_step for c in completions):
+            raise RuntimeError("the rollout used weights of another step")
+        seconds["rollout"] += time.monotonic() - clock
+        clock = time.monotonic()
+        limit = job.sampling.max_completion_tokens
+        inputs = [sample_of(prompts[c.prompt_index], c, self.tokenizer, limit) for c in completions]
+        graded = self.pool.grade(inputs)
+        for error in graded.errors[:3]:
+            console.print(f"step {step}: {error}", markup=False)
+        seconds["reward"] += time.monotonic() - clock
+        names = labels(self.pool.names)
+        sequences = [
+            Sequence(
+                prompts[c.prompt_index], c, sample.completion, offset + c.prompt_index, dict(zip(names, map(float, row))),
+                math.nan if total is None else float(total), extras=dict(extras),
+            )
+            for c, sample, row, total, extras in zip(completions, inputs, graded.rewards, graded.total, graded.extras)
+        ]  # fmt: skip
+        return [sequences[i : i + job.samples] for i in range(0, len(sequences), job.samples)], len(graded.errors)
+
+
+def _numbers(count: int) -> tuple[int, int]:
+    """Of ``count`` things a process, numbered over all processes in turn: the first one's number here, and how many in all."""
+    counts = hosts.gather(np.array([count]))
+    return int(counts[: jax.process_index()].sum()), int(counts.sum())

@@ -1,0 +1,298 @@
+"""GRPO: prompts, completions, rewards, advantages, updates; from config to summary.json."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxreason import config as cfg
+from jaxreason import sampler as samplers
+from jaxreason.data import chat as chats
+from jaxreason.data.chat import Chat
+from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
+from jaxreason.losses.policy import adapt_entropy_coef
+from jaxreason.model import ModelConfig, param_count
+from jaxreason.rewards.pool import RewardPool
+from jaxreason.rl import turns
+from jaxreason.rl.batch import Batcher
+from jaxreason.rl.collect import Collector, rollout_job
+from jaxreason.rl.held_out import HeldOut
+from jaxreason.rl.objective import Objective, objective_of
+from jaxreason.rl.sequence import Sequence
+from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, shapes_of
+from jaxreason.sharding import batch_sharding, make_mesh, replicated, within
+from jaxreason.terminal import console, gib, show_table
+from jaxreason.train import optimizer as opt
+from jaxreason.train import state as states
+from jaxreason.train.folder import RunFolder
+from jaxreason.train.loop import Loop, Span
+from jaxreason.train.measure import Meter
+from jaxreason.train.scoring import ScoringModel
+from jaxreason.train.setup import Setup, Teacher, held_out_problems, open_model, open_teacher, start_state
+from jaxreason.train.step import make_score, make_train_step
+from jaxreason.types import Batch, TrainState, combine_metrics
+
+SHOWN = ("reward", "eval_accuracy", "completion_tokens", "entropy", "sampler_gap_max", "drawn_tokens_per_second")
+_PATIENCE = 5  # steps in a row before a warning
+
+
+def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
+    """Runs the config, or resumes it, and returns its summary; None where it was stopped. Raises UserError."""
+    # ---- inputs: nothing here starts a device
+    folder = RunFolder(config)
+    inputs = open_inputs(config, folder)
+    setup, objective, model = inputs.setup, inputs.objective, inputs.setup.config
+    problems = held_out_problems(config, setup, inputs.chat)
+    updates, per_step = config.train.updates_per_rollout, config.rollout.prompts_per_step
+    total = config.train.steps or math.ceil(config.train.epochs * len(inputs.prompts) / per_step)
+    if done := folder.finished(total * updates):
+        console.print(f"{folder.path} is finished ({total} steps); delete it or set run.name to train again")
+        return done
+
+    # ---- devices
+    mesh = make_mesh(config.mesh)
+    folder.agree(total)
+    shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh, jax.process_count())
+    optimizer = opt.make(config.optimizer, total * updates, config.run.seed)
+    abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
+    sampler = samplers.make(config.rollout.sampler, model, setup.tokenizer.stop_ids, mesh)
+    show_table("grpo", [
+        *inputs.rows(config, shapes, problems, total),
+        ("KV cache", gib(sampler.memory_bytes(inputs.longest_prompt, rollout_job(config)))),
+        ("mesh", " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
+        ("state", gib(sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(abstract)))),
+    ])  # fmt: skip
+    if dry_run:
+        console.print(f"first prompt: {inputs.prompts[0].text!r}, gold {inputs.prompts[0].gold!r}", markup=False)
+        return None
+    train_step = compile_step(config, objective, setup, shapes, optimizer, abstract, mesh, total * updates)
+    score = compile_score(model, shapes, config.rollout.temperature, mesh)
+    held_out = HeldOut(config, sampler, problems, setup.tokenizer, inputs.chat) if problems else None
+    reward = config.reward
+    with (
+        Loop(folder, config, Span(total, updates, SHOWN), model, held_out, evaluate_first=True) as loop,
+        RewardPool(objective.graders, reward.workers, reward.timeout_s, reward.on_error) as pool,
+        Samples(folder.path) as samples,
+    ):
+        if jax.process_index() == 0:
+            setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
+        state, carried = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
+        others = scoring_models(config, inputs, score, shapes, mesh)
+        stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
+        collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt)
+        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others)
+        cursor, bonus, watch, meter = 0, Bonus(config.entropy), Watch(config), Meter(model, jax.local_devices())
+        if carried is not None:
+            cursor = carried["cursor"]
+            bonus.restore(carried)
+        for step in loop:
+            clock, at = time.monotonic(), int(state.step)
+            sampler.load(state.model_params, at)
+            rollout = collect(step, cursor, at)
+            sampler.release()  # the rollout's copy is freed before the update needs the memory
+            cursor, update_clock = rollout.cursor, time.monotonic()
+            sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, bonus.now)
+            state, record = update(train_step, state, batches, updates, loop)
+            del batches
+            times = rollout.seconds | {"update": time.monotonic() - update_clock}
+            record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
+            record |= meter(np.array([s.length for s in sequences]), times["update"], passes=updates / shapes.minibatches)
+            record |= bonus.after(record.get("entropy"))
+            samples.write(step, sequences)
+            watch(step, record)
+            loop.end(state, record, {"cursor": cursor} | bonus.state())
+        return loop.finish(state)
+
+
+# ---- the pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads before it starts a device."""
+
+    setup: Setup
+    objective: Objective
+    chat: Chat
+    prompts: Prompts
+    longest_prompt: int  # tokens, of either turn
+    teacher: Teacher | None
+
+    def rows(self, config: cfg.GrpoConfig, shapes: Shapes, problems: Prompts | None, total: int) -> list[tuple[str, str]]:
+        """The table at the start."""
+        model, rollout, again = self.setup.config, config.rollout, config.second_turn
+        dropped = "".join(f", {n} {reason}" for reason, n in self.prompts.dropped.items())
+        return [
+            ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
+            ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
+            ("problems", f"{len(self.prompts)} of {self.prompts.rows} rows{dropped}"),
+            ("held out", f"{len(problems)} problems" if problems else "none"),
+            ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most "
+                        f"{rollout.max_completion_tokens} tokens, {rollout.slots} slots"),
+            *([("second turn", f"{again.samples} corrections of each completion, {again.train} trained")] * (again.samples > 0)),
+            ("update", f"{config.train.updates_per_rollout} of {shapes.rows} sequences packed in rows of {shapes.row_length} "
+                       f"tokens, microbatches of {shapes.microbatch} rows"),
+            ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {config.kl.coef:g} in the "
+                     f"{self.objective.placement}"),
+            *([("teacher", f"{self.teacher.name} x {config.teacher.coef:g}")] if self.teacher else []),
+            ("rewards", ", ".join(f"{reward.name} x {weight:g}" for reward, weight in self.objective.graders)),
+            ("steps", f"{total} ({total * config.train.updates_per_rollout} updates)"),
+        ]  # fmt: skip
+
+
+def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inputs:
+    """Model, data and objective of a config; with a run's folder, as that run found them when it started. Raises UserError."""
+    setup, objective, teacher = open_model(config, folder), objective_of(config), None
+    resolved = setup.resolved
+    if config.teacher.weights:
+        teacher, resolved = open_teacher(config.teacher.weights, setup)
+    chat = chats.resolve(setup.tokenizer, config.data.template, config.data.system_prompt)
+    prompts = load_prompts(
+        config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat
+    )
+    if folder:
+        folder.settle(resolved.model_copy(update={"data": prompts.fingerprint}))
+    phrases = turns.phrase_tokens(config.second_turn.phrases, chat, setup.tokenizer)
+    longest = longest_prompt(config, max(len(p.ids) for p in prompts.prompts), phrases)
+    return Inputs(setup, objective, chat, prompts, longest, teacher)
+
+
+def compile_step(
+    config: cfg.GrpoConfig, objective: Objective, setup: Setup, shapes: Shapes, optimizer: optax.GradientTransformation,
+    abstract: TrainState, mesh: Mesh, updates: int,
+) -> Callable:  # fmt: skip
+    """The jitted step; the state is donated."""
+    schedule = opt.schedule(config.optimizer, updates)
+    step = make_train_step(
+        setup.config, objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
+        seed=config.run.seed,
+    )
+    out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
+    return within(mesh, jax.jit(step, donate_argnums=0, out_shardings=out))
+
+
+def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
+    """The jitted ``(params, batch) -> HeadStats`` of a model."""
+    return within(mesh, jax.jit(make_score(model, shapes.microbatches, temperature), out_shardings=batch_sharding(mesh)))
+
+
+def scoring_models(
+    config: cfg.GrpoConfig, inputs: Inputs, score: Callable, shapes: Shapes, mesh: Mesh
+) -> dict[str, ScoringModel]:
+    """The reference and the teacher, as far as the config has them, by the field of a sequence that each fills."""
+    found = {}
+    if keeps_reference(config, inputs.objective.loss):
+        found["ref_logp"] = ScoringModel(score, inputs.setup.reference_params(mesh), config.kl.offload)
+    if inputs.teacher:
+        judge = compile_score(inputs.teacher.config, shapes, config.rollout.temperature, mesh)
+        found["teacher_logp"] = ScoringModel(judge, inputs.teacher.params(mesh), config.teacher.offload)
+    return found
+
+
+def update(train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop) -> tuple[TrainState, dict]:
+    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``."""
+    merged: dict[str, float] = {}
+    for number in range(updates):
+        state, metrics = train_step(state, batches[number % len(batches)])
+        for name, value in loop.fetch(metrics, state).items():
+            value = value if name.endswith(("_max", "_min")) else value / updates
+            merged[name] = float(combine_metrics(name, merged[name], value)) if name in merged else value
+    return state, merged
+
+
+def speeds(seconds: float, times: dict[str, float], trained: float, sequences: list[Sequence]) -> dict[str, float]:
+    """``seconds`` of the step and of its parts; supervised tokens and drawn tokens (trained or not) a second of the step."""
+    drawn = sum(len(s.completion.tokens) for s in sequences) * jax.process_count()
+    return {
+        **{f"seconds_{name}": value for name, value in times.items()},
+        "seconds": seconds,
+        "trained_tokens_per_second": trained / seconds,
+        "drawn_tokens_per_second": drawn / seconds,
+    }
+
+
+class Bonus:
+    """The entropy bonus's coefficient from step to step (``losses.policy.adapt_entropy_coef``); None: not adaptive.
+
+    A step's own entropy is known once it has run, so the one before it decides.
+    """
+
+    def __init__(self, settings: cfg.Entropy):
+        self._settings, self._carried = settings, settings.coef
+        self.now = None if settings.target is None else settings.coef
+
+    def after(self, entropy: float | None) -> dict[str, float]:
+        """Takes this step's entropy; returns the coefficient that the step used, as a metric."""
+        if self.now is None:
+            return {}
+        used = self.now
+        target = self._settings.target
+        _, self._carried = adapt_entropy_coef(self._carried, entropy, target, self._settings.delta)
+        self.now = self._carried if entropy <= target else 0.0
+        return {"entropy_coef": used}
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {} if self.now is None else {"entropy_now": self.now, "entropy_carried": self._carried}
+
+    def restore(self, state: dict) -> None:
+        """From a checkpoint."""
+        if self.now is not None:
+            self.now, self._carried = state["entropy_now"], state["entropy_carried"]
+
+
+class Samples:
+    """samples.jsonl: every completion of process 0 with what it earned."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / "samples.jsonl"
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "Samples":
+        self._file = open(self._path, "a") if jax.process_index() == 0 else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def write(self, step: int, sequences: list[Sequence]) -> None:
+        """One line a completion."""
+        if not self._file:
+            return
+        for s in sequences:
+            line = {
+                "step": step, "group": s.group, "prompt": s.prompt.user, "gold": s.prompt.gold, "completion": s.text,
+                "tokens": len(s.completion.tokens), "truncated": s.completion.truncated,
+                "advantage": float(np.mean(s.advantage)), "reward": None if math.isnan(s.reward) else s.reward,
+                "rewards": {k: None if math.isnan(v) else v for k, v in s.rewards.items()},
+            }  # fmt: skip
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+class Watch:
+    """Says so when steps teach nothing for a while: completions too short, or groups that all earn the same."""
+
+    def __init__(self, config: cfg.GrpoConfig):
+        self._limits = {
+            "truncated_fraction": (0.5, f"raise rollout.max_completion_tokens ({config.rollout.max_completion_tokens})"),
+            "zero_std_fraction": (
+                0.9, "use easier or harder problems, a larger rollout.group_size, or rollout.resample_rounds"
+            ),
+        }  # fmt: skip
+        self._streaks = dict.fromkeys(self._limits, 0)
+
+    def __call__(self, step: int, record: dict[str, float]) -> None:
+        for name, (limit, fix) in self._limits.items():
+            self._streaks[name] = self._streaks[name] + 1 if record[name] > limit else 0
+            if self._streaks[name] == _PATIENCE:
+                console.print(f"warning: {name} was above {limit} for {_PATIENCE} steps up to {step}: {fix}")

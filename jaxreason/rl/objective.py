@@ -1,0 +1,74 @@
+"""What a GRPO config optimizes: its loss, its advantage estimator, its rewards and hooks, checked together at the start."""
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxreason import config as cfg
+from jaxreason import losses, plugins, rewards
+from jaxreason.errors import UserError
+from jaxreason.rl.shapes import OLD_ENTROPY
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Everything between completions and a gradient that a config chooses by name."""
+
+    loss: losses.Loss
+    estimator: losses.Estimator
+    graders: tuple[tuple[rewards.Reward, float], ...]  # with their weights
+    hooks: tuple[tuple[str, Callable], ...]  # by name
+    placement: str  # of the KL: ``loss`` or ``reward``
+
+
+def objective_of(config: cfg.GrpoConfig) -> Objective:
+    """Finds and checks all of it. Raises UserError for unknown names and for choices that exclude each other."""
+    loss = find_loss(config)
+    name = config.advantage.name or loss.advantage or "grpo"
+    estimator = losses.advantage.get(name, preset=loss.advantage_preset, **config.advantage.options)
+    placement = config.kl.placement or loss.kl_placement
+    if config.kl.coef and placement == "reward" and "rewards_F_P_G" in estimator.reads:
+        raise UserError(f"kl.placement=reward: advantage {name} reads each reward by itself; use kl.placement=loss")
+    graders = tuple((rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions)
+    hooks = tuple((name, plugins.load(name, "rollout.hooks")) for name in config.rollout.hooks)
+    fills = {OLD_ENTROPY: "the policy before its update"}
+    fills |= {extra: f"reward {reward.name}" for reward, _ in graders for extra in reward.fills}
+    fills |= {extra: f"advantage {name}" for extra in estimator.fills}
+    fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}
+    losses.check_filled(loss, fills)
+    return Objective(loss, estimator, graders, hooks, placement)
+
+
+def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
+    """The policy loss of the config, with the KL section's and the rollout's values as its options."""
+    options = dict(config.loss.options)
+    if ":" not in config.loss.name and config.loss.name in losses.names("policy"):
+        options |= _options_from_sections(config)
+    elif config.entropy.target is not None:
+        raise UserError(f"entropy.target: {config.loss.name} is your own loss and adds its own bonus; leave it null")
+    elif config.kl.coef and config.kl.placement != "reward":
+        raise UserError(
+            f"kl.coef: {config.loss.name} is your own loss and adds its own KL; set kl.coef=0 (a loss that reads ref_logp gets "
+            "it all the same), or kl.placement=reward"
+        )
+    loss = losses.get(config.loss.name, kind="policy", preset=config.loss.preset, **options)
+    losses.check(loss)
+    return loss
+
+
+def _options_from_sections(config: cfg.GrpoConfig) -> dict[str, float | str]:
+    """Options of a built-in loss that other sections of the config decide."""
+    given, found = config.loss.options, {}
+    known = losses.defaults(config.loss.name)
+    placement = config.kl.placement or losses.get(config.loss.name).kl_placement
+    for name in ("kl_coef", "kl_estimator"):
+        if name in given:
+            raise UserError(f"loss.options.{name}: set kl.{name.removeprefix('kl_')} instead")
+    if config.kl.coef and placement == "loss":
+        found["kl_coef"] = config.kl.coef
+        if config.kl.estimator:
+            found["kl_estimator"] = config.kl.estimator
+    if config.entropy.target is not None:
+        found["entropy_coef"] = config.entropy.delta  # not 0: the loss then reads the entropy; each step sets it
+    if given.get("reduce", known["reduce"]) == "token-sum/const" and "max_completion_tokens" not in given:
+        found["max_completion_tokens"] = config.rollout.max_completion_tokens
+    return found

@@ -1,0 +1,133 @@
+"""A run's folder: what is in it, what it resumes from, and whether it may be written."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import yaml
+
+from jaxreason import config as cfg
+from jaxreason.checkpoint import steps as checkpoint_steps
+from jaxreason.checkpoint import write_json
+from jaxreason.errors import UserError
+from jaxreason.train import hosts
+
+_FILES_APPEAR = 60.0  # seconds: NFS remembers that long that there was no such file
+
+
+class RunFolder:
+    """``runs/NAME``: config.yaml, metrics.jsonl, checkpoints/, data_report.json, summary.json, tokenizer/.
+
+    Raises UserError, when it is made, if the folder belongs to another config.
+    """
+
+    def __init__(self, config: cfg.RunConfig):
+        self.path = Path(config.run.dir) / config.run.name
+        self.checkpoints = self.path / "checkpoints"
+        self._config = config
+        self.resolved = cfg.Resolved()
+        self.resume = self._resumable()  # optimizer step of the newest checkpoint, or None
+
+    def _resumable(self) -> int | None:
+        found = checkpoint_steps(self.checkpoints)
+        saved = self.path / "config.yaml"
+        if not found:
+            return None
+        if not saved.is_file():
+            raise UserError(f"{self.path} has checkpoints but no config.yaml; set run.name to a new name, or delete it")
+        old, new = yaml.safe_load(saved.read_text()), yaml.safe_load(cfg.dump(self._config))
+        changed = {k: v for k, v in cfg.differences(old, new).items() if not cfg.may_change(k)}
+        if changed:
+            lines = "\n".join(f"  {key}: {was!r} there, {now!r} now" for key, (was, now) in changed.items())
+            raise UserError(
+                f"{self.path} holds a run of another config:\n{lines}\n"
+                "set run.name to a new name, restore these keys to resume it, or delete the folder to start again"
+            )
+        self.resolved = cfg.Resolved.model_validate(old.get("resolved") or {})
+        return found[-1]
+
+    def settle(self, resolved: cfg.Resolved) -> None:
+        """Takes what the config's names mean now, for config.yaml. Raises UserError if a run to be resumed had other data."""
+        if self.resume is None:
+            self.resolved = resolved
+        elif self.resolved.data not in (None, resolved.data):
+            raise UserError(
+                f"{self.path}: data.source {self._config.data.source} is not what this run was trained on so far (its content, "
+                "or what the tokenizer and the template make of it, changed): restore it to resume, or set run.name to a new name"
+            )
+
+    def summary(self) -> dict | None:
+        """The summary of a finished run."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finished(self, updates: int) -> dict | None:
+        """The summary, if nothing of a run of ``updates`` optimizer steps is left to do."""
+        return self.summary() if self.resume is not None and self.resume >= updates else None
+
+    def agree(self, total: int) -> None:
+        """Raises UserError on all processes if they have not found the same: what to resume from, and where to end."""
+        if not hosts.alike(np.array([self.resume or 0, total])):
+            raise UserError(
+                f"the processes differ: this one finds checkpoint {self.resume or 'none'} and {total} steps to do; all of "
+                f"them need the same data, and the same {self.path} on storage that they share"
+            )
+
+    def start(self, step: int | None) -> None:
+        """Creates the folder, writes config.yaml, and drops the lines of steps after ``step``; None: of every step.
+
+        Raises UserError on all processes if one does not see what process 0 writes: a checkpoint would be parts.
+        """
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.path / "config.yaml.tmp"
+            temporary.write_text(cfg.dump(self._config.model_copy(update={"resolved": self.resolved})))
+            os.replace(temporary, self.path / "config.yaml")
+            (self.path / "summary.json").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                keep_lines(self.path / name, -1 if step is None else step)
+        hosts.largest(0)  # process 0 has written
+        if not hosts.alike(np.array([self._sees_config()])):
+            raise UserError(f"{self.path}: not all processes see what process 0 writes; set run.dir to storage that they share")
+
+    def _sees_config(self) -> bool:
+        """Whether config.yaml is here; a network file system may show it to other hosts a while later."""
+        until = time.monotonic() + _FILES_APPEAR
+        while not (self.path / "config.yaml").is_file():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def lines(self) -> list[dict]:
+        """What metrics.jsonl holds."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().split("\n") if line] if path.is_file() else []
+
+    def finish(self, summary: dict) -> None:
+        """Writes summary.json, which says that the run is done."""
+        if jax.process_index() == 0:
+            write_json(self.path / "summary.json", summary)
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Keeps the whole lines of a JSONL file up to ``step``; a line that a kill cut short goes too."""
+    if not path.exists():
+        return
+    kept = []
+    # Only a newline ends a line: text may hold other characters that end one for str.splitlines.
+    for line in path.read_text().split("\n"):
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (ValueError, KeyError):
+            continue
+        kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+

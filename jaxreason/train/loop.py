@@ -1,0 +1,179 @@
+"""What every training loop has around its steps: folder, resume, log, interrupt, trace, checkpoints, evaluation, summary.
+
+A loop is then its own steps and nothing else:
+
+    with Loop(folder, config, plan, meter) as loop:
+        state, data = loop.restore(abstract, fresh)
+        for step in loop:
+            state, metrics = train_step(state, batch)
+            loop.end(state, loop.fetch(metrics, state) | {...}, data_state)
+        return loop.finish(state)
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreason import config as cfg
+from jaxreason.checkpoint import Checkpoints
+from jaxreason.errors import UserError
+from jaxreason.model import ModelConfig, param_count
+from jaxreason.terminal import console
+from jaxreason.train.folder import RunFolder
+from jaxreason.train.interrupt import Interrupt
+from jaxreason.train.log import Log
+from jaxreason.train.measure import Trace
+from jaxreason.types import TrainState
+
+Evaluate = Callable[[TrainState], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """How long a run is, and what of it is shown."""
+
+    total: int  # steps of the loop
+    updates: int  # optimizer updates in one of them
+    shown: tuple[str, ...]  # metrics of the progress line, in order
+
+
+class Loop:
+    """The frame of one run.
+
+    Args:
+      folder: the run's; ``folder.resume`` says where it goes on.
+      model: the architecture, for checkpoints and the summary.
+      evaluate: what is measured of a state every ``train.eval_every`` steps and at the end; None: nothing.
+      evaluate_first: also before the first step, as step 0.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: cfg.RunConfig, span: Span, model: ModelConfig, evaluate: Evaluate | None = None,
+        evaluate_first: bool = False,
+    ):  # fmt: skip
+        self._folder, self._config, self._span, self._model = folder, config, span, model
+        self._evaluate, self._evaluate_first = evaluate, evaluate_first
+        self._start = 0 if folder.resume is None else folder.resume // span.updates
+        self._trace = Trace(folder.path / "profile", config.train.profile_steps, span.total)
+        self._counters: dict[str, float] = {"trained_tokens": 0.0, "train_seconds": 0.0}
+        self._step, self._stopped = self._start, False
+
+    # ---- around the loop
+
+    def __enter__(self) -> "Loop":
+        self._folder.start(None if self._folder.resume is None else self._start)
+        self._checkpoints = Checkpoints(self._folder.checkpoints, self._config.train.keep_checkpoints)
+        for path in self._checkpoints.remove_unfinished():
+            console.print(f"removed {path}: its writing was cut off, so it was never a checkpoint")
+        self._log = Log(self._folder.path, self._config, self._span.total, self._start, self._span.shown)
+        self._interrupt = Interrupt()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._trace.close()
+        self._log.close()
+        self._interrupt.restore()
+        # Whatever happened since, what was being saved is saved whole: the run goes on from there.
+        self._checkpoints.wait()
+
+    def restore(
+        self, abstract: TrainState, fresh: Callable[[], TrainState]
+    ) -> tuple[TrainState, Any]:
+        """The state to go on from, and the loop's own part of its checkpoint; from ``fresh``, with None, for a new run."""
+        if self._folder.resume is None:
+            state, data = fresh(), None
+        else:
+            console.print(f"resuming {self._folder.path} from step {self._start}")
+            state, saved = self._checkpoints.restore(self._folder.resume, abstract)
+            data = saved["data"]
+            self._counters |= saved["counters"]
+        if self._start == 0 and self._evaluate and self._evaluate_first:
+            self._log.write(0, self._evaluate(state))
+        self._clock = time.monotonic()
+        return state, data
+
+    # ---- one step
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the steps that are left, until the last or until the run is told to stop."""
+        for step in range(self._start + 1, self._span.total + 1):
+            self._step = step
+            self._trace.before(step)
+            yield step
+            if self._stopped:
+                return
+
+    def fetch(self, metrics: dict, state: TrainState) -> dict[str, float]:
+        """A train step's metrics on the host, with their gradient norms by parameter checked and left out.
+
+        A maximum or minimum over nothing is left out too. Raises UserError where the loss or a gradient is not finite.
+        """
+        found = jax.device_get(metrics)
+        check_finite(self._step, found, state.params)
+        del found["leaf_norms"]
+        return {
+            name: float(value)
+            for name, value in found.items()
+            if not (name.endswith(("_max", "_min")) and math.isinf(value))
+        }
+
+    def end(self, state: TrainState, record: dict[str, float], data: Any) -> None:
+        """Ends a step: log, checkpoint, evaluation, in this order, so that an evaluation that fails loses nothing.
+
+        ``record``: of the step; its ``tokens`` are added up. ``data``: the loop's own part of a checkpoint, plain values.
+        """
+        step, every = self._step, self._config.train
+        self._trace.after(step)
+        now = time.monotonic()
+        self._counters["train_seconds"] += now - self._clock
+        self._clock = now
+        self._counters["trained_tokens"] += record["tokens"] * self._span.updates
+        self._log.write(step, record)
+        self._checkpoints.check()
+        self._stopped = self._interrupt.agreed() or step == self._span.total
+        if self._stopped or (every.save_every and step % every.save_every == 0):
+            self._checkpoints.save(state, {"data": data, "counters": dict(self._counters)}, self._model)
+        if step == self._span.total or (every.eval_every and step % every.eval_every == 0):
+            self._measure(state)
+
+    def _measure(self, state: TrainState) -> None:
+        if self._evaluate:
+            self._log.amend(self._evaluate(state))
+
+    # ---- the end
+
+    def finish(self, state: TrainState) -> dict | None:
+        """Writes the summary and returns it; None if the run was told to stop before its last step.
+
+        A run whose last step was saved and not evaluated, since that failed, is evaluated now.
+        """
+        self._checkpoints.wait()
+        if self._step < self._span.total:
+            console.print(f"stopped at step {self._step} and saved it; the same command goes on")
+            return None
+        if self._start == self._span.total and not any(name.startswith("eval_") for name in self._log.record):
+            self._measure(state)
+        first = self._folder.lines()[0] if jax.process_index() == 0 else {"step": -1}
+        before = {f"before_{k}": v for k, v in first.items() if k.startswith("eval_accuracy")} if first["step"] == 0 else {}
+        summary = {"step": self._span.total, **self._log.record, **self._counters, "parameters": param_count(self._model)}
+        self._folder.finish(summary | before)
+        return summary | before
+
+
+def check_finite(step: int, metrics: dict, params: Any) -> None:
+    """Raises UserError if the loss or a gradient of this step is not finite, naming the parameters concerned."""
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    bad = [path for path, norm in zip(paths, np.asarray(metrics["leaf_norms"])) if not np.isfinite(norm)]
+    raise UserError(
+        f"step {step}: loss is {metrics['loss']}, gradient norm is {metrics['grad_norm']}; not finite: "
+        f"{', '.join(bad[:4]) or 'the loss alone'}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}; "
+        "nothing of this step was saved; lower optimizer.learning_rate or optimizer.max_grad_norm, or look at the batch"
+    )
