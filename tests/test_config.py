@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jsonschema
 import pytest
 import yaml
@@ -70,6 +71,7 @@ def test_a_word_for_a_text_key_stays_as_typed():
         (["run.name=a/b"], ["run.name"]),
         (["mesh.fsdp=0"], ["mesh axes are positive"]),
         (["data.batch_size=2.5"], ["data.batch_size", "2.5"]),
+        (["run.seed=4294967296"], ["run.seed is 4294967296", "less than 4294967296"]),
     ],
 )
 def test_errors_name_key_and_fix(words, parts):
@@ -77,6 +79,18 @@ def test_errors_name_key_and_fix(words, parts):
     for part in parts:
         assert part in text
     assert len(text.splitlines()) == 1
+
+
+def test_the_largest_seed_makes_a_key():
+    config = cfg.build(MINIMAL, ["run.seed=4294967295"])
+    assert jax.random.bits(jax.random.key(config.run.seed)) != jax.random.bits(jax.random.key(0))
+
+
+def test_resampling_rounds_and_corrections_have_keys_of_their_own():
+    """A step has 64 keys: 1 + 62 rounds and the corrections' last one; the next round would be the next step's first."""
+    assert cfg.load("grpo", ["rollout.resample_rounds=62"]).rollout.resample_rounds == 62
+    with pytest.raises(UserError, match=r"rollout\.resample_rounds=63.*less than or equal to 62"):
+        cfg.load("grpo", ["rollout.resample_rounds=63"])
 
 
 def test_error_in_a_file_names_its_line(tmp_path):

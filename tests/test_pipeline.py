@@ -13,8 +13,8 @@ from jaxreason.config import Data
 from jaxreason.data import files, sources
 from jaxreason.data.batches import loader
 from jaxreason.data.example import Example
-from jaxreason.data.pipeline import prepare
-from jaxreason.data.prompts import load_prompts
+from jaxreason.data.pipeline import held_out_source, prepare
+from jaxreason.data.prompts import PromptStream, load_prompts
 from jaxreason.errors import UserError
 
 TRACES = [helpers.trace(i, words=1 + i % 7) for i in range(24)]
@@ -322,3 +322,182 @@ def test_openr1_rows_without_a_usable_trace_are_still_prompts(tmp_path, config):
     row = {"problem": "q", "answer": "4", "generations": ["<think>cut"], "is_reasoning_complete": [False]}
     path = helpers.write_jsonl(tmp_path / "rows.jsonl", [row])
     assert load_prompts(config(path), helpers.llama(), 0)[0].gold == "4"
+
+
+# --- what a run's data is --------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_the_examples_not_of_their_files(tmp_path, config, monkeypatch):
+    """The same rows under another spelling, time, folder or format are the same data; one other letter is not."""
+    path = tmp_path / "rows.jsonl"
+    helpers.write_jsonl(path, TRACES)
+    sft = lambda at, **options: run(config(at, **options)).fingerprint  # noqa: E731
+    grpo = lambda at, **options: load_prompts(config(at), helpers.llama(), 0, **options).fingerprint  # noqa: E731
+    first = sft(path), grpo(path)
+    os.utime(path, ns=(1, 1))
+    pa.parquet.write_table(pa.Table.from_pylist(TRACES), tmp_path / "rows.parquet")
+    (tmp_path / "folder").mkdir()
+    helpers.write_jsonl(tmp_path / "folder" / "a.jsonl", TRACES[:9])
+    helpers.write_jsonl(tmp_path / "folder" / "b.jsonl", TRACES[9:])
+    monkeypatch.chdir(tmp_path)
+    for same in (path, "rows.jsonl", tmp_path / "folder" / ".." / "rows.jsonl", "rows.parquet", "folder"):
+        assert (sft(same), grpo(same)) == first, same
+    helpers.write_jsonl(tmp_path / "folder" / "b.jsonl", TRACES[9:-1])
+    for changed in ("folder", helpers.write_jsonl(tmp_path / "order.jsonl", TRACES[::-1])):
+        assert sft(changed) != first[0] and grpo(changed) != first[1]
+    longest = max(len(run(config(path)).train._store.example(i)) for i in range(24))
+    assert sft(path, max_length=longest) == first[0] != sft(path, max_length=longest - 1)  # which leaves examples out
+    assert sft(path, eval_rows=3) != first[0] != sft(path, template="r1_zero", max_length=1024)
+    assert grpo(path, max_prompt_tokens=10**6) == first[1]
+
+
+def test_a_change_of_content_is_seen_under_the_same_size_and_time(tmp_path, config):
+    """The tokens come from a cache whose key is cheap; a file rewritten at its old size and time is tokenized again."""
+    path = tmp_path / "rows.jsonl"
+    helpers.write_jsonl(path, TRACES)
+    before, prompts, stat = run(config(path)), load_prompts(config(path), helpers.llama(), 0), path.stat()
+    path.write_text(path.read_text().replace("add 3", "add 4"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    after = run(config(path))
+    assert texts(after.train) != texts(before.train) and after.fingerprint != before.fingerprint
+    assert load_prompts(config(path), helpers.llama(), 0).fingerprint == prompts.fingerprint  # no prompt has changed
+    path.write_text(path.read_text().replace('"gold": 4', '"gold": 5'))
+    assert load_prompts(config(path), helpers.llama(), 0).fingerprint != prompts.fingerprint
+
+
+def test_the_fingerprint_of_a_program_is_of_its_parameters_and_seed(config):
+    found = {
+        (name, seed): load_prompts(config(f"embedded:{name}", max_rows=20), helpers.llama(), seed).fingerprint
+        for name in ("arithmetic", "arithmetic?operations=3")
+        for seed in (0, 1)
+    }
+    assert len(set(found.values())) == 4
+    again = load_prompts(config("embedded:arithmetic", max_rows=20), helpers.llama(), 0)
+    assert again.fingerprint == found["arithmetic", 0]
+
+
+def test_columns_that_a_reward_reads_are_part_of_the_prompts(tmp_path, config):
+    rows = [{"question": f"{i}?", "answer": "1", "level": i} for i in range(3)]
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows)
+    other = helpers.write_jsonl(tmp_path / "b.jsonl", [*rows[:2], rows[2] | {"level": 9}])
+    find = lambda at, **options: load_prompts(config(at, **options), helpers.llama(), 0).fingerprint  # noqa: E731
+    assert find(path) == find(other)
+    assert find(path, keep_columns=["level"]) != find(other, keep_columns=["level"])
+
+
+# --- held-out splits -------------------------------------------------------------------------------------------------
+
+
+def split_directory(root, **splits):
+    (root / "data").mkdir(parents=True)
+    for name, numbers in splits.items():
+        helpers.write_jsonl(root / "data" / f"{name}-00000-of-00001.jsonl", [helpers.trace(i) for i in numbers])
+    return str(root)
+
+
+def golds(prompts):
+    return [int(prompt.gold) - 1 for prompt in prompts.prompts]
+
+
+def test_files_named_after_splits_are_splits(tmp_path, config):
+    root = split_directory(tmp_path / "a", train=range(3), test=range(10, 12), validation=range(20, 21), part=range(3, 5))
+    find = lambda **options: golds(load_prompts(config(root, **options), helpers.llama(), 0))  # noqa: E731
+    assert find() == [3, 4, 0, 1, 2]  # a file named after no split is of train
+    assert find(split="test") == [10, 11] and find(split="dev") == find(split="validation") == [20]
+    with pytest.raises(UserError, match=r"no file of split eval; by their names its files are of test, train, validation"):
+        find(split="eval")
+    prepared = run(config(root, eval_split="test"))
+    assert len(texts(prepared.train)) == 5 and texts(prepared.eval) == texts(run(config(root, split="test")).train)
+    latest = split_directory(tmp_path / "b", latest=range(2), protest=range(2, 4))  # a split's name is a word of its own
+    assert len(load_prompts(config(latest), helpers.llama(), 0)) == 4
+
+
+def test_held_out_rows_without_a_split_come_from_test_then_validation(tmp_path, config):
+    both = split_directory(tmp_path / "a", train=range(3), validation=range(20, 22), test=range(10, 11))
+    one = split_directory(tmp_path / "b", train=range(3), valid=range(20, 22))
+    none = split_directory(tmp_path / "c", train=range(3), test=range(9, 10))
+    (tmp_path / "c" / "data" / "test-00000-of-00001.jsonl").rename(tmp_path / "c" / "data" / "hard.jsonl")
+    other = helpers.write_jsonl(tmp_path / "o.jsonl", TRACES)
+    assert held_out_source(config(other, eval_source=both)) == (both, "test")
+    assert held_out_source(config(other, eval_source=one)) == (one, "validation")
+    assert held_out_source(config(other, eval_source=none)) == (none, None)  # no file is named after a split but train
+    assert held_out_source(config("embedded:arithmetic")) == ("embedded:arithmetic", "eval")
+
+
+def test_held_out_splits_of_a_hub_data_set_are_asked_for(config, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, part: {None: ["train", "test"]}.get(part, ["train"]))
+    assert held_out_source(config("a/b", eval_source="c/d")) == ("c/d", "test")
+    assert held_out_source(config("a/b", eval_source="c/d:x", eval_split="train")) == ("c/d:x", "train")
+    with pytest.raises(UserError, match=r"c/d:x: its splits are train, and none of them .*data\.eval_split"):
+        held_out_source(config("a/b", eval_source="c/d:x"))
+
+    def fails(name, part):
+        raise ConnectionError("no way out")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fails)
+    with pytest.raises(UserError, match=r"c/d: its splits cannot be listed: .*set data\.eval_split"):
+        held_out_source(config("a/b", eval_source="c/d"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_split": "train"},
+        {"eval_source": "embedded:arithmetic?operations=3", "eval_split": "train"},
+        {"source": "rows.jsonl", "eval_source": "./rows.jsonl"},
+        {"source": "rows.jsonl", "eval_source": "."},
+        {"source": "a/b", "split": "test", "eval_source": "a/b", "eval_split": "test"},
+    ],
+)
+def test_rows_that_are_trained_are_no_held_out_rows(options, tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)
+    with pytest.raises(UserError, match=r"data\.eval_source .* is what is trained"):
+        held_out_source(config(**{"source": "embedded:arithmetic", **options}))
+
+
+# --- the stream of prompts -------------------------------------------------------------------------------------------
+
+
+def test_prompts_come_in_a_new_order_each_epoch_drawn_once(tmp_path, config, monkeypatch):
+    prompts = load_prompts(config(helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES)), helpers.llama(), 0)
+    orders = [np.random.default_rng([7, epoch]).permutation(24).tolist() for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2] and orders[0] != list(range(24))
+    drawn = []
+    real = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or real(seed))
+    stream = PromptStream(prompts, 7, shuffle=True)
+    assert [stream.at(cursor).index for cursor in range(72)] == [i for order in orders for i in order]
+    assert drawn == [[7, 0], [7, 1], [7, 2]]
+    assert stream.at(30).index == orders[1][6]  # where a resumed run goes on
+    plain = PromptStream(prompts, 7, shuffle=False)
+    assert [plain.at(cursor).index for cursor in (0, 23, 24, 71)] == [0, 23, 0, 23]
+
+
+# --- weights of thought and answer -----------------------------------------------------------------------------------
+
+
+def test_weights_of_thought_and_answer_meet_after_the_tag(tmp_path, config):
+    """Targets up to the token that ends ``</think>`` weigh 0.25, everything after it 4; two rows, so that none is first."""
+    tokenizer = helpers.llama()
+    path = helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES[:4])
+    prepared = run(config(path, think_weight=0.25, answer_weight=4.0, shuffle=False, batch_size=1))
+    batch, seen = prepared.train.batch(0), 0
+    for segment in range(1, 5):
+        at = (batch.segment_ids[0] == segment) & (batch.loss_mask[0] > 0)
+        targets, weights = batch.targets[0][at], batch.token_weights[0][at]
+        thought = next(n for n in range(1, len(targets)) if "</think>" in tokenizer.decode(targets[:n]))
+        np.testing.assert_array_equal(weights[:thought], 0.25)
+        np.testing.assert_array_equal(weights[thought:], 4.0)
+        assert tokenizer.decode(targets[thought:]).strip().startswith(str(segment))  # the gold of row i is i + 1
+        seen += 0 < thought < len(targets)
+    assert seen == 4
+
+
+def test_the_order_of_rows_differs_between_epochs(tmp_path, config):
+    rows = run(config(helpers.write_jsonl(tmp_path / "rows.jsonl", TRACES), packing=False, batch_size=24)).train
+    one, two = ([rows.examples(row)[0] for row in range(24 * epoch, 24 * epoch + 24)] for epoch in (0, 1))
+    assert one != two and sorted(one) == sorted(two) == list(range(24))

@@ -47,8 +47,9 @@ class Rollout(Draw):
     """What draws completions: ``engine``, or a sampler of your own, ``package.module:function`` (``jaxreason.sampler``)."""
     hooks: list[str] = Field([])
     """Functions of your own that see a step's graded groups and fill the inputs that a loss of your own declares."""
-    resample_rounds: NonNegative = 0
-    """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step."""
+    resample_rounds: int = Field(0, ge=0, le=62)
+    """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step. A step
+    has 64 keys to draw with: of its rollout, of 62 further rounds and of the second turn."""
 
 
 class RewardTerm(Section):

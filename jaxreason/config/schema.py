@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of a key of jax.random, 0 to 4294967295
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DType = Literal["float32", "bfloat16"]
 
@@ -21,7 +22,7 @@ class Run(Section):
     """The run's folder below ``dir``."""
     dir: str = "runs"
     """Where runs are written."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seeds weights, data order and sampling."""
     deterministic: bool = False
     """The same bits from the same inputs on the same GPUs, at some cost in speed; a CPU always gives them."""
@@ -74,7 +75,7 @@ class Problems(Section):
     source: str
     """``embedded:NAME``, ``reasoning-gym:NAME``, a .jsonl/.json/.parquet file, a directory of them, or a hub id."""
     split: str = "train"
-    """Split of a hub data set; files have none."""
+    """Split of a hub data set, or of a directory whose files are named after splits; a file has none."""
     row_schema: str = Field("auto", alias="schema")
     """Row format (``jaxreason.data.SCHEMAS``); auto: detected from the columns."""
     system_prompt: str | None = None
@@ -88,7 +89,8 @@ class Problems(Section):
     eval_source: str | None = None
     """Held-out rows from another source."""
     eval_split: str | None = None
-    """Split of ``eval_source``; null: ``eval`` of a task that a program writes, else ``split``."""
+    """Split of ``eval_source`` (or of ``source``); null: ``eval`` of a task that a program writes, and the first of
+    ``test``, ``validation`` and ``eval`` of a source whose splits have names."""
 
 
 class Data(Problems):
@@ -107,7 +109,7 @@ class Data(Problems):
     think_weight: float = Field(1.0, ge=0)
     """Weight of the targets up to ``</think>`` in the loss; the denominator stays the token count."""
     answer_weight: float = Field(1.0, ge=0)
-    """Weight of the targets behind ``</think>``, or of all where an answer has no thought."""
+    """Weight of the targets after ``</think>``, or of all where an answer has no thought."""
     eval_rows: NonNegative = 0
     """Held-out examples for the loss: of ``eval_source``, or chosen from this source by seed; 0: none."""
     workers: NonNegative = 2
@@ -241,7 +243,7 @@ class Decode(Draw):
 
     slots: Positive = 32
     """Sequences decoded at once."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     system_prompt: str | None = None
     template: str | None = None
     """Chat template: a Jinja file, or null for the tokenizer's own."""
@@ -255,7 +257,7 @@ class Task(Decode):
     split: str | None = None
     """Split of the task; null: ``eval`` of one that a program writes, ``test`` of a hub data set."""
     problems: Positive = 500
-    """At most so many problems, the first ones."""
+    """At most this many problems, the first ones."""
     grader: str = "accuracy"
     """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
 

@@ -14,6 +14,7 @@ from jaxreason.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".parquet")
 CHUNK_BYTES = 4 << 20
 CHUNK_ROWS = 512
+_SPLITS = {"train": "train", "test": "test", "eval": "eval"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _GROUP_ROWS = 4096  # larger parquet row groups are read here in pieces, to bound what one process holds
 
 Row = dict[str, Any]
@@ -101,20 +102,45 @@ class Inline:
         return f"{self.origin}, row {self.first + key + 1}"
 
 
-def find(source: str, path: Path) -> list[Path]:
-    """The files of ``path``: itself, or all below it in name order, hidden ones left out. Raises UserError."""
-    paths = [path]
-    if path.is_dir():
-        below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        paths = sorted(file for file in below if file.suffix in SUFFIXES and file.is_file())
+def find(source: str, path: Path, split: str | None = None) -> list[Path]:
+    """The files of ``path``: itself, or those of ``split`` below it in name order, hidden ones left out.
+
+    A directory has splits where a file or folder below it is named after one (``test.jsonl``, ``data/test-0000.parquet``);
+    its other files are then of ``train``. Raises UserError.
+    """
+    paths = _below(path) if path.is_dir() else [path]
     if not paths:
         raise UserError(f"data.source {source}: the directory holds no {', '.join(SUFFIXES)} file")
+    if names := splits(path):
+        paths = [file for file in paths if _split(file.relative_to(path)) == _SPLITS.get(split or "train", split)]
+        if not paths:
+            raise UserError(
+                f"data.source {source}: no file of split {split}; by their names its files are of {', '.join(names)}: "
+                "set data.split to one of them"
+            )
     for file in paths:
         if file.suffix not in SUFFIXES:
             raise UserError(f"data.source {file}: unknown kind of file; known: {', '.join(SUFFIXES)}")
         if file.stat().st_size == 0:
             raise UserError(f"data.source {file}: the file is empty")
     return paths
+
+
+def splits(path: Path) -> list[str]:
+    """Splits that files below a directory are named after; empty for a file, and where no name says one but ``train``."""
+    names = {_split(file.relative_to(path)) for file in _below(path)} if path.is_dir() else set()
+    return sorted(names) if names - {"train"} else []
+
+
+def _below(path: Path) -> list[Path]:
+    below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    return sorted(file for file in below if file.suffix in SUFFIXES and file.is_file())
+
+
+def _split(relative: Path) -> str:
+    """The split that a folder or the file's name says as a word, the innermost one; else ``train``."""
+    words = re.split(r"[^A-Za-z]+", str(relative.with_suffix("")).lower())
+    return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "train")
 
 
 def weight(path: Path) -> int:

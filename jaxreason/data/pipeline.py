@@ -1,6 +1,7 @@
 """From ``config.Data`` to batches: read, encode, cut to length, split off held-out rows, pack."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 from rich.text import Text
@@ -11,7 +12,7 @@ from jaxreason.data.batches import Rows
 from jaxreason.data.chat import Chat
 from jaxreason.data.encode import Encoder, Fit, fit
 from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report
-from jaxreason.data.sources import open_source, splits_itself
+from jaxreason.data.sources import held_out_split, open_source, parts
 from jaxreason.data.store import Store
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.data.tokenizing import cache_root, tokenize
@@ -26,6 +27,7 @@ class Prepared:
     eval: Rows | None
     report: Report
     chat: Chat  # generation must render with the same one, and an export must ship its template
+    fingerprint: str  # of the examples as they are trained and held out: another one is another run
     _store: Store
     _tokenizer: Tokenizer
 
@@ -40,11 +42,14 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     Raises UserError for a source that cannot be read, for rows of which nothing is left to train, and for the template.
     """
     chat = chats.resolve(tokenizer, data.template, data.system_prompt)
+    eval_source = eval_split = None
+    if data.eval_source is not None or data.eval_split is not None:
+        eval_source, eval_split = held_out_source(data)
     store, kept, source = _source(data, data.source, data.split, data.max_rows, tokenizer, chat, seed, progress)
     sources, held_out, train = [source], None, kept
-    if data.eval_source is not None:
-        name, limit = data.eval_source, data.eval_rows or None
-        eval_store, held_out, report = _source(data, name, eval_split(data), limit, tokenizer, chat, seed, progress)
+    if eval_source is not None:
+        limit = data.eval_rows or None
+        eval_store, held_out, report = _source(data, eval_source, eval_split, limit, tokenizer, chat, seed, progress)
         sources.append(report)
     elif data.eval_rows:
         eval_store, (held_out, train) = store, _split(kept, data, seed)
@@ -57,7 +62,18 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     if held_out is not None:
         eval_rows = Rows(eval_store, held_out.index, held_out.lengths, shuffle=False, endless=False, **shared)
     report = Report(tuple(sources), _rows_report(rows), eval_rows and _rows_report(eval_rows), chat.origin)
-    return Prepared(rows, eval_rows, report, chat, store, tokenizer)
+    used = [(store, train)] if held_out is None else [(store, train), (eval_store, held_out)]
+    return Prepared(rows, eval_rows, report, chat, _fingerprint(used), store, tokenizer)
+
+
+def _fingerprint(used: list[tuple[Store, Fit]]) -> str:
+    """A digest of the tokens and of which examples are used to what length: no path, time or file format is in it."""
+    state = hashlib.sha256()
+    for store, kept in used:
+        state.update(store.meta["content"].encode())
+        state.update(kept.index.astype(np.int64))
+        state.update(kept.lengths.astype(np.int64))
+    return state.hexdigest()[:32]
 
 
 def _weights(data: Data) -> tuple[float, float] | None:
@@ -66,13 +82,24 @@ def _weights(data: Data) -> tuple[float, float] | None:
     return None if weights == (1.0, 1.0) else weights
 
 
-def eval_split(data: Problems) -> str:
-    """The split that held-out rows are read from."""
-    return data.eval_split or ("eval" if splits_itself(data.eval_source or data.source) else data.split)
+def held_out_source(data: Problems) -> tuple[str, str | None]:
+    """(source, split) of the rows to evaluate on: ``data.eval_source``, or ``data.source``, and ``data.eval_split``.
+
+    Without ``data.eval_split`` it is ``eval`` of a task that a program writes, and the first of ``test``, ``validation`` and
+    ``eval`` of a source whose splits have names. Raises UserError where rows are also trained.
+    """
+    source = data.eval_source or data.source
+    split = data.eval_split or held_out_split(source)
+    if shared := parts(source, split) & parts(data.source, data.split):
+        raise UserError(
+            f"data.eval_source {source}: {min(shared)} is what is trained; set data.eval_split or data.eval_source to rows "
+            "that are not"
+        )
+    return source, split
 
 
 def _source(
-    data: Data, name: str, split: str, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
+    data: Data, name: str, split: str | None, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
 ) -> tuple[Store, Fit, SourceReport]:
     store = tokenize(
         open_source(name, split, max_rows, seed),

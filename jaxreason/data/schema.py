@@ -1,7 +1,7 @@
 """Row formats: how a row of each known data set becomes an Example.
 
-A format is a detector over column names and a parser. Parsers raise Reject for a row they cannot use; which columns a
-format needs is RECIPES.md's table. Earlier assistant turns lose their thoughts, as they do when a reasoning model is
+A format is a detector over column names and a parser. Parsers raise Reject for a row they cannot use; ``SCHEMAS``
+lists the columns of each. Earlier assistant turns lose their thoughts, as they do when a reasoning model is
 asked a second question.
 """
 

@@ -19,7 +19,10 @@ class Source:
     name: str
     total: int  # sum of the chunks' weights
     chunks: Callable[[], Iterator[files.Chunk]]
-    fingerprint: str  # changes with the rows
+    fingerprint: str  # changes with the rows; for files by path, size and times, so it may also change without them
+
+
+HELD_OUT = ("test", "validation", "eval")  # splits to evaluate on, the first of them that a source has
 
 
 def splits_itself(source: str) -> bool:
@@ -27,8 +30,52 @@ def splits_itself(source: str) -> bool:
     return source.startswith(("embedded:", "reasoning-gym:"))
 
 
-def open_source(source: str, split: str, max_rows: int | None, seed: int) -> Source:
-    """The source that ``data.source`` names; only a hub id touches the network. Raises UserError."""
+def held_out_split(source: str) -> str | None:
+    """The split of ``source`` to evaluate on where none is named; None: a file, or files that no split is named for.
+
+    Raises UserError, with the splits that there are, where none of them is meant for evaluation. A hub id asks the hub.
+    """
+    if splits_itself(source):
+        return "eval"
+    if (path := Path(source).expanduser()).exists():
+        names = files.splits(path)
+    else:
+        names = _hub_splits(source)
+    if not names:
+        return None
+    if not (found := [name for name in HELD_OUT if name in names]):
+        raise UserError(
+            f"data.eval_source {source}: its splits are {', '.join(names)}, and none of them is called "
+            f"{', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}; name the one to evaluate on in data.eval_split"
+        )
+    return found[0]
+
+
+def parts(source: str, split: str | None) -> frozenset[str]:
+    """What the rows of a split are read from: two splits that share a part share rows."""
+    if (path := Path(source).expanduser()).exists() and not splits_itself(source):
+        return frozenset(str(file.resolve()) for file in files.find(source, path, split))
+    return frozenset([f"{source.partition('?')[0]}, split {split}"])
+
+
+def _hub_splits(source: str) -> list[str]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    offline = hub.offline()
+    try:
+        with _without_network(offline):
+            return datasets.get_dataset_split_names(name, config or None)
+    except Exception as error:  # many libraries fail below this call, each in its own way
+        state = "the hub cannot be reached and it is not in the local cache" if offline else hub.reason(error)
+        raise UserError(f"data.eval_source {source}: its splits cannot be listed: {state}; set data.eval_split") from None
+
+
+def open_source(source: str, split: str | None, max_rows: int | None, seed: int) -> Source:
+    """The source that ``data.source`` names; only a hub id touches the network. Raises UserError.
+
+    ``split`` None: of files that no split is named for.
+    """
     if source.startswith("embedded:"):
         from jaxreason.data import embedded
 
@@ -39,8 +86,9 @@ def open_source(source: str, split: str, max_rows: int | None, seed: int) -> Sou
         return _inline(source, gym.examples(source.removeprefix("reasoning-gym:"), split, max_rows, seed))
     path = Path(source).expanduser()
     if path.exists():
-        paths = files.find(source, path)
-        stamps = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in paths]
+        paths = files.find(source, path, split)
+        # The time of the last change of a file's inode cannot be set back, as that of its content can.
+        stamps = [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for f in paths]
         total = sum(map(files.weight, paths))
         return Source(source, total, lambda: itertools.chain.from_iterable(map(files.chunks, paths)), _digest(stamps))
     name, _, config = source.partition(":")
@@ -52,7 +100,7 @@ def open_source(source: str, split: str, max_rows: int | None, seed: int) -> Sou
     )
 
 
-def _hub(name: str, config: str | None, split: str) -> Source:
+def _hub(name: str, config: str | None, split: str | None) -> Source:
     import datasets
 
     offline = hub.offline()

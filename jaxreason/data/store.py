@@ -1,6 +1,7 @@
 """Tokenized examples on disk: flat, memory-mapped, and complete or absent."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 from jaxreason.data.encode import Encoded
 from jaxreason.errors import UserError
 
-FORMAT = 2  # part of every cache key; raise it when parsing, rendering or this layout changes
+FORMAT = 3  # part of every cache key; raise it when parsing, rendering or this layout changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Store:
     tokens: np.ndarray  # [sum of lengths] uint16 or uint32, memory-mapped
     offsets: np.ndarray  # [n + 1] int64
     starts: np.ndarray  # [n] int32
-    answers: np.ndarray  # [n] int32, first token behind the thought
+    answers: np.ndarray  # [n] int32, first token after the thought
     rows: np.ndarray  # [n] int64, ordinal of the row in its source
-    meta: dict  # rows, rejects {reason: {count, first}}, schemas
+    meta: dict  # rows, rejects {reason: {count, first}}, schemas, dtype, content: a digest of all that the arrays hold
 
     @property
     def lengths(self) -> np.ndarray:
@@ -47,12 +48,14 @@ class Writer:
         self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         self.file = open(self.temporary / "tokens.bin", "wb")
         self.parts: list[Encoded] = []
+        self.content = hashlib.sha256()
 
     def add(self, part: Encoded, first_row: int) -> None:
         try:
-            part.ids.astype(self.dtype).tofile(self.file)
+            (ids := part.ids.astype(self.dtype)).tofile(self.file)
         except OSError as error:
             raise UserError(f"{self.temporary}: {error}; free some space or set data.cache_dir") from None
+        self.content.update(ids)
         self.parts.append(
             dataclasses.replace(part, ids=part.ids[:0], ordinals=part.ordinals + first_row, rejects=[])
         )
@@ -66,7 +69,10 @@ class Writer:
         answers = np.concatenate([part.answers for part in self.parts] or empty).astype(np.int32)
         rows = np.concatenate([part.ordinals for part in self.parts] or empty).astype(np.int64)
         np.savez(self.temporary / "index.npz", offsets=offsets, starts=starts, answers=answers, rows=rows)
-        (self.temporary / "meta.json").write_text(json.dumps({**meta, "dtype": np.dtype(self.dtype).name}))
+        for array in (offsets, starts, answers):
+            self.content.update(array)
+        meta = {**meta, "dtype": np.dtype(self.dtype).name, "content": self.content.hexdigest()}
+        (self.temporary / "meta.json").write_text(json.dumps(meta))
         try:
             os.rename(self.temporary, self.final)
         except OSError:

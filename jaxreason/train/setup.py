@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason.data.chat import Chat
-from jaxreason.data.pipeline import eval_split
+from jaxreason.data.pipeline import held_out_source
 from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
@@ -110,10 +110,11 @@ def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompt
     """Problems for evaluation: of ``data.eval_source``, or the task's own held-out ones where a program writes it."""
     if not config.eval.problems:
         return None
-    source = config.data.eval_source or config.data.source
-    if not splits_itself(source) and config.data.eval_source is None:
+    data = config.data
+    if not splits_itself(data.source) and data.eval_source is None and data.eval_split is None:
         raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
-    changes = {"source": source, "split": eval_split(config.data), "max_rows": config.eval.problems}
+    source, split = held_out_source(data)
+    changes = {"source": source, "split": split, "max_rows": config.eval.problems}
     return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=chat)
 
 
