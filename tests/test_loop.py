@@ -76,7 +76,7 @@ def test_a_resumed_summary_counts_the_whole_run_and_settings_of_speed_may_change
     run = tmp_path / "copy" / "sft"
     before = summary_of(run)
     shutil.rmtree(run / "checkpoints" / "00000008")
-    changed = ["train.microbatch_size=4", "model.remat=full", "train.eval_every=2", "eval.slots=3", "train.save_every=0"]
+    changed = ["train.microbatch_size=8", "mesh.fsdp=4", "mesh.data=2", "model.remat=full", "train.eval_every=2", "eval.slots=3", "train.save_every=0"]
     assert train("sft", sft_words(tmp_path / "copy", "data.eval_rows=8", *changed)) == 0
     assert "from step 4" in capsys.readouterr().out
     after = summary_of(run)
@@ -126,7 +126,7 @@ def test_the_reference_stays_what_the_run_started_from(tmp_path, capsys):
     resolved = yaml.safe_load((run / "config.yaml").read_text())["resolved"]
     assert resolved["weights"] == str(base / "checkpoints" / "00000001")
     whole = lines_of(run)
-    assert whole[0]["kl"] == pytest.approx(0.0, abs=1e-6) and whole[1]["kl"] > 1e-6
+    assert whole[0]["kl"] == pytest.approx(0.0, abs=1e-6) and whole[1]["kl"] > 1e-7
     # X goes on: its name now means another model, but not to this run.
     more = grpo_words(tmp_path, "run.name=more", *weights, "train.steps=3", "optimizer.learning_rate=0.05")
     assert train("grpo", more) == 0
