@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1] / "jaxreason"
 # Each room may import from rooms of a lower number, and from itself.
 LEVEL = {
     "errors": -1, "text": 0, "plugins": 0, "config": 1, "types": 1, "data": 2, "model": 2, "losses": 2, "rewards": 2,
-    "sharding": 3, "rollout": 4, "checkpoint": 4, "hf": 4, "weights": 5, "convert": 6, "train": 6, "xla": 2, "distributed": 2, "targets": 1,
-    "plan": 7, "serve": 7, "compare": 7, "cli": 8,
+    "sharding": 3, "rollout": 4, "checkpoint": 4, "hf": 4, "weights": 5, "convert": 6, "train": 6, "xla": 2,
+    "distributed": 2, "targets": 1, "plan": 7, "serve": 7, "compare": 7, "cli": 8,
 }  # fmt: skip
 
 
