@@ -1,18 +1,22 @@
 """What a loss reads decides what it gets: extras, needs found by tracing, needs of the built-in losses, shapes."""
 
+import array
 import dataclasses
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
-from jaxreason import losses
+from jaxreason import losses, rewards
 from jaxreason.errors import UserError
 from jaxreason.losses import kl
 from jaxreason.losses.check import tiny_inputs
 from jaxreason.losses.inputs import OPTIONAL_INPUTS, only
 from jaxreason.losses.reduce import whole_step
+from jaxreason.rewards.worker import call
 
 HEAD = "import dataclasses, jax, jax.numpy as jnp\nfrom jaxreason import losses\n"
 SHAPED = """
@@ -41,6 +45,22 @@ def test_a_loss_reads_what_another_fills(tmp_path):
     # (1 + 2 * 0.5) * 1 and (1 - 2 * 1) * 2, over two tokens
     np.testing.assert_allclose(loss(inputs)[0], (2.0 - 2.0) / 2, atol=1e-7)
     np.testing.assert_allclose(own(tmp_path, SHAPED, scale=1)(inputs)[0], (1.5 + 0.0) / 2)
+
+
+def test_the_documented_ones_run(tmp_path):
+    """docs/losses.md: a loss with extras, a reward and an estimator that fill some."""
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "losses.md").read_text(), re.DOTALL)
+    file = tmp_path / "documented.py"
+    file.write_text("\n".join(blocks))
+    loss = losses.get(f"{file}:shaped", scale=0.5)
+    losses.check(loss)
+    reward = rewards.get(f"{file}:early")
+    losses.check_filled(loss, dict.fromkeys(reward.fills, "reward early") | {"old_entropy": "the loop"})
+    outcome = call(reward, [rewards.Sample("q", "it is 42", None, 4, 9, False, tokens=(1, 2, 3, 4))])[0]
+    assert outcome == ("reward", 1.0, {"token_reward": array.array("f", [1.0, 0.75, 0.5, 0.25])})
+    advantages, extras = losses.advantage.get(f"{file}:by_age", decay=0.5)(np.array([[2.0]]), lengths_P_G=np.array([[3]]))
+    np.testing.assert_array_equal(advantages[0][0], [2.0, 1.0, 0.5])
+    np.testing.assert_array_equal(extras["age"][0][0], [0, 1, 2])
 
 
 def test_what_is_not_declared_is_not_there(tmp_path):
