@@ -51,12 +51,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def leaf_sharding(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def rule(path: tuple[str, ...]) -> PartitionSpec | None:
+    """The rule of the leaf at ``path``: of its last two names (``q.kernel``), else of its last (``scale``); None: it has none."""
+    return next((RULES[name] for name in (".".join(path[-2:]), ".".join(path[-1:])) if name in RULES), None)
+
+
+def leaf_sharding(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Sharding of the leaf at ``path`` (strings) of the parameters, or of anything shaped like them (Adam's moments).
 
-    An axis that its mesh axis does not divide stays whole.
+    An axis that its mesh axis does not divide stays whole, and so does a leaf without a rule (an optimizer's counters).
     """
-    spec = RULES.get(".".join(path[-2:])) or RULES.get(path[-1] if path else "") or PartitionSpec()
+    spec = rule(path) or PartitionSpec()
     if len(spec) > len(shape):
         spec = PartitionSpec()
     fits = [axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
