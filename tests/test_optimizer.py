@@ -13,7 +13,7 @@ from jaxreason.train import optimizer as opt
 from jaxreason.train.step import make_train_step
 from jaxreason.types import Batch, TrainState
 
-CONFIG = model.LlamaConfig(
+CONFIG = model.make_config(
     vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.2,
     tie_embeddings=False, attention="reference",
 )  # fmt: skip
