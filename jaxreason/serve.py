@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 
 import jax
 
@@ -46,7 +47,7 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
     prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
     stops, written, seen = opened.engine.stop_ids, "", []
 
-    def show(prompt_index: int, sample_index: int, tokens) -> None:
+    def show(prompt_index: int, sample_index: int, tokens: Iterable[int]) -> None:
         nonlocal written
         seen.extend(int(t) for t in tokens if int(t) not in stops)
         text = opened.tokenizer.decode(seen)
