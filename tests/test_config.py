@@ -112,16 +112,3 @@ def test_differences_are_by_key():
     old = yaml.safe_load(cfg.dump(cfg.build(MINIMAL)))
     new = yaml.safe_load(cfg.dump(cfg.build(MINIMAL, ["optimizer.b2=0.5", "train.steps=4"])))
     assert cfg.differences(old, new) == {"optimizer.b2": (0.999, 0.5), "train.steps": (3, 4)}
-
-
-def test_every_key_is_read_somewhere():
-    """A flag that does nothing is a defect: each key's last word is an attribute that some module other than config reads."""
-    code = "\n".join(p.read_text() for p in (ROOT / "jaxreason").rglob("*.py") if p.parent.name != "config")
-    unread = []
-    for section in (*cfg.ALGORITHMS.values(), cfg.Task):
-        for key in cfg.keys(section):
-            name = {"schema": "row_schema"}.get(key.split(".")[-1], key.split(".")[-1])
-            parent = key.split(".")[-2] if "." in key else ""
-            if f".{name}" not in code and f"{parent}.{name}" not in code and key != "algorithm":
-                unread.append(key)
-    assert not unread

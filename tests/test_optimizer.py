@@ -94,6 +94,12 @@ def batch() -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], jnp.tile(jnp.arange(16), (8, 1)), ones, ones.astype(jnp.float32))
 
 
+def fast(step, state):
+    """The step compiled for ``state``, a CPU's costly passes left out: these tests compile more than they run."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(step).lower(state, batch()).compile(options)
+
+
 def way(dtype: str, count: int = 40) -> np.ndarray:
     """What ``count`` updates at a learning rate of 1e-5 add to all parameters; they start alike for every dtype."""
     settings = cfg.Optimizer(learning_rate=1e-5, schedule="constant")
@@ -103,7 +109,7 @@ def way(dtype: str, count: int = 40) -> np.ndarray:
     began = flat(start)
     params = jax.tree.map(lambda x: x.astype(dtype), start)
     state = TrainState(jnp.zeros((), jnp.int32), params, {}, jax.jit(tx.init)(params))
-    step = jax.jit(make_train_step(config, losses.get("nll"), tx, opt.schedule(settings, count), 1, seed=1))
+    step = fast(make_train_step(config, losses.get("nll"), tx, opt.schedule(settings, count), 1, seed=1), state)
     for _ in range(count):
         state, _ = step(state, batch())
     return flat(state.params) - began
@@ -162,9 +168,9 @@ def test_a_run_interrupted_after_an_update_goes_on_bitwise():
     """State through the host and back after two of four updates, as a checkpoint does it."""
     settings = cfg.Optimizer(learning_rate=1e-3, schedule="constant", moment_dtype="bfloat16")
     half, tx = CONFIG.replace(param_dtype="bfloat16"), opt.make(settings, 4, seed=2)
-    step = jax.jit(make_train_step(half, losses.get("nll"), tx, opt.schedule(settings, 4), 1, seed=2))
     params = jax.jit(lambda key: model.init(half, key))(jax.random.key(1))
     states = [TrainState(jnp.zeros((), jnp.int32), params, {}, jax.jit(tx.init)(params))]
+    step = fast(make_train_step(half, losses.get("nll"), tx, opt.schedule(settings, 4), 1, seed=2), states[0])
     for _ in range(4):
         states.append(step(states[-1], batch())[0])
     resumed = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), states[2])

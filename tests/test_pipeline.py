@@ -425,6 +425,12 @@ def test_held_out_rows_without_a_split_come_from_test_then_validation(tmp_path, 
     assert held_out_source(config("embedded:arithmetic")) == ("embedded:arithmetic", "eval")
 
 
+def test_a_held_out_source_that_is_not_there_is_named(tmp_path, config):
+    other = helpers.write_jsonl(tmp_path / "o.jsonl", TRACES)
+    with pytest.raises(UserError, match=r"none/here\.jsonl: no such file or directory"):
+        run(config(other, eval_source="none/here.jsonl"))
+
+
 def test_held_out_splits_of_a_hub_data_set_are_asked_for(config, monkeypatch):
     import datasets
 

@@ -1,4 +1,4 @@
-"""RunConfig: what a run is, as frozen pydantic models read from YAML and ``key=value`` words.
+"""RunConfig: what a run is, as frozen pydantic models read from YAML and ``key=value`` overrides.
 
 Nothing here touches a device or imports jax, so a wrong key is reported in a second.
 """

@@ -152,7 +152,7 @@ class GrpoTrain(Train):
 
 class GrpoEval(Eval):
     samples: Positive = 1
-    """Completions a problem beside the greedy one, for avg@k; 1: greedy only."""
+    """Completions of a problem in addition to the greedy one, for avg@k; 1: greedy only."""
     temperature: float = Field(0.6, gt=0)
     """Of those samples."""
 

@@ -1,4 +1,4 @@
-"""From YAML and ``key=value`` words to a validated config, with errors that name the key and the nearest valid one."""
+"""From YAML and ``key=value`` overrides to a validated config, with errors that name the key and the nearest valid one."""
 
 import contextlib
 import functools
@@ -35,13 +35,13 @@ def find(name: str) -> Path:
 
 
 def load(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Reads config ``name``, applies ``key=value`` words, validates. Raises UserError."""
+    """Reads config ``name``, applies ``key=value`` overrides, validates. Raises UserError."""
     path = find(name)
     return build(_read_yaml(path.read_text(), str(path)), overrides, str(path))
 
 
 def build(values: dict, overrides: typing.Sequence[str] = (), where: str = "config") -> RunConfig:
-    """A validated config from plain values and ``key=value`` words; ``where`` names the file in messages."""
+    """A validated config from plain values and ``key=value`` overrides; ``where`` names the file in messages."""
     values = _copy(values)
     words = {}
     for word in overrides:
@@ -61,7 +61,7 @@ def build(values: dict, overrides: typing.Sequence[str] = (), where: str = "conf
 
 
 def parse_words(section: type[Section], words: typing.Sequence[str]) -> Section:
-    """A section from ``key=value`` words alone. Raises UserError."""
+    """A section from ``key=value`` overrides alone. Raises UserError."""
     values = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -224,7 +224,7 @@ def _explain(error: pydantic.ValidationError, config_class: type[BaseModel], whe
 
 
 def _line(where: str, loc: tuple) -> str:
-    """``, line N`` of a key in a YAML file, if it stands there."""
+    """``, line N`` of a key in a YAML file, if it is there."""
     path = Path(where)
     if not path.is_file():
         return ""

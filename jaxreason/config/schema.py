@@ -51,9 +51,9 @@ class Model(Section):
     weights: str | None = None
     """Hugging Face directory, hub id, or a run; null: random weights of ``preset``."""
     tokenizer: str | None = None
-    """Directory or hub id; null: the one beside the weights, or the embedded one for a preset without weights."""
+    """Directory or hub id; null: the one that belongs to the weights, or the embedded one for a preset without weights."""
     param_dtype: DType = "float32"
-    """Master weights."""
+    """Weights that are trained; updates of bfloat16 ones are computed in float32 and rounded stochastically."""
     compute_dtype: DType = "bfloat16"
     """Matrix products; norms, softmax, logits and losses are float32 always."""
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
@@ -141,14 +141,14 @@ class Optimizer(Section):
     final_fraction: Fraction = 0.0
     """The schedule ends at this fraction of the learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay, per unit of learning rate; norms and biases are exempt."""
+    """Decoupled decay, multiplied by the learning rate; of all matrices, not of norms and biases."""
     b1: float = Field(0.9, ge=0, lt=1)
     b2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Global-norm clip; null: none."""
     moment_dtype: DType = "float32"
-    """Storage of both Adam moments; their arithmetic is float32."""
+    """Storage of both Adam moments; their arithmetic is float32, and what is stored in bfloat16 is rounded stochastically."""
 
     @model_validator(mode="after")
     def _one_warmup(self):
@@ -239,7 +239,7 @@ class Draw(Section):
 
 
 class Decode(Draw):
-    """Words of generate.py and evaluate.py."""
+    """Overrides of generate.py and evaluate.py."""
 
     slots: Positive = 32
     """Sequences decoded at once."""
@@ -252,7 +252,7 @@ class Decode(Draw):
 
 
 class Task(Decode):
-    """Words of evaluate.py."""
+    """Overrides of evaluate.py."""
 
     split: str | None = None
     """Split of the task; null: ``eval`` of one that a program writes, ``test`` of a hub data set."""

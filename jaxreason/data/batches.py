@@ -78,7 +78,7 @@ class Rows:
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's rows of step ``step``: numpy arrays [batch_size / process_count, T].
 
-        Sequence ids are unique in the whole step, over all processes. Raises IndexError behind the last batch of rows
+        Sequence ids are unique in the whole step, over all processes. Raises IndexError after the last batch of rows
         that end.
         """
         if self.batch_size % process_count:

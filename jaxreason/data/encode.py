@@ -24,7 +24,7 @@ class Encoded:
     ids: np.ndarray  # [sum of lengths] int32
     lengths: np.ndarray  # [n] int32
     starts: np.ndarray  # [n] int32, first trained token
-    answers: np.ndarray  # [n] int32, first token behind the thought; the first trained one where spans are not wanted
+    answers: np.ndarray  # [n] int32, first token after the thought; the first trained one where spans are not wanted
     ordinals: np.ndarray  # [n] int64
     rows: int
     rejects: list[tuple[int, str, int]]  # (ordinal, reason, key)
@@ -35,7 +35,7 @@ class Encoder:
     tokenizer: Tokenizer
     chat: Chat
     keep_only_correct: bool
-    spans: bool = False  # find where the answer begins behind the thought
+    spans: bool = False  # find where the answer begins, after the thought
 
     def chunk(self, chunk: Chunk, schema: str) -> Encoded:
         """Reads, parses and encodes the rows of ``chunk``. Raises UserError for a file that cannot be read."""
@@ -108,7 +108,7 @@ def encode_prompt(example: Example, tokenizer: Tokenizer, chat: Chat) -> list[in
 def end_at_stop(completion: list[int], tokenizer: Tokenizer) -> list[int]:
     """The completion up to its first stop token, included; the tokenizer's EOS where the template writes none.
 
-    What a template writes behind the stop token (a line break) is never generated and so not trained. Raises Reject
+    What a template writes after the stop token (a line break) is never generated and so not trained. Raises Reject
     where text follows: the row itself holds a stop token and would teach the model to end early.
     """
     stops = np.flatnonzero(tokenizer.is_stop[completion])

@@ -191,7 +191,7 @@ def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
     decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
     with open(path, encoding="utf-8") as file:
         buffer, want, line = file.read(CHUNK_BYTES).lstrip(), CHUNK_BYTES, 1
-        at = 1  # behind the "["
+        at = 1  # after the "["
         while True:
             begin = separator.match(buffer, at).end()
             if buffer[begin : begin + 1] == "]":

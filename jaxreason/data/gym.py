@@ -15,7 +15,7 @@ from jaxreason.plugins import nearest
 
 SPLITS = ("train", "eval")
 ROWS = {"train": 2_000, "eval": 200}
-_EVAL_OF = 4  # one question in so many is held out
+_EVAL_OF = 4  # one question in this many is held out
 _TRIES = 20  # drawn problems for a wanted one, before a task counts as exhausted
 
 

@@ -24,7 +24,7 @@ class SourceReport:
     kept: int
     truncated: int
     dropped: dict[str, int]
-    first_dropped: dict[str, str]  # where the first row of a reason stands
+    first_dropped: dict[str, str]  # where the first row of a reason is
     tokens: int
     trained_tokens: int
     length_percentiles: dict[str, int]  # of all encoded examples, before data.over_length

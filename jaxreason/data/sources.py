@@ -37,10 +37,8 @@ def held_out_split(source: str) -> str | None:
     """
     if splits_itself(source):
         return "eval"
-    if (path := Path(source).expanduser()).exists():
-        names = files.splits(path)
-    else:
-        names = _hub_splits(source)
+    path = Path(source).expanduser()
+    names = _hub_splits(source) if not path.exists() and _may_be_hub(source) else files.splits(path)
     if not names:
         return None
     if not (found := [name for name in HELD_OUT if name in names]):
@@ -56,6 +54,12 @@ def parts(source: str, split: str | None) -> frozenset[str]:
     if (path := Path(source).expanduser()).exists() and not splits_itself(source):
         return frozenset(str(file.resolve()) for file in files.find(source, path, split))
     return frozenset([f"{source.partition('?')[0]}, split {split}"])
+
+
+def _may_be_hub(source: str) -> bool:
+    """Whether ``source`` has the form of a hub id, ``owner/name`` or ``owner/name:config``."""
+    name = source.partition(":")[0]
+    return bool(hub.ID.match(name)) and "/" in name and Path(source).suffix not in files.SUFFIXES
 
 
 def _hub_splits(source: str) -> list[str]:
@@ -91,8 +95,8 @@ def open_source(source: str, split: str | None, max_rows: int | None, seed: int)
         stamps = [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for f in paths]
         total = sum(map(files.weight, paths))
         return Source(source, total, lambda: itertools.chain.from_iterable(map(files.chunks, paths)), _digest(stamps))
-    name, _, config = source.partition(":")
-    if hub.ID.match(name) and path.suffix not in files.SUFFIXES and "/" in name:
+    if _may_be_hub(source):
+        name, _, config = source.partition(":")
         return _hub(name, config or None, split)
     raise UserError(
         f"data.source {source}: no such file or directory; give a {', '.join(files.SUFFIXES)} file, a directory of "

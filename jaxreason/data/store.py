@@ -36,7 +36,7 @@ class Store:
 
 
 class Writer:
-    """Builds a store beside its final place and renames it there, so that a reader finds all of it or nothing."""
+    """Builds a store in a temporary folder and renames that to its final place, so that a reader finds all of it or nothing."""
 
     def __init__(self, final: Path, vocab_size: int):
         self.final = final

@@ -44,7 +44,7 @@ class Tokenizer:
         self._anchor = self._find_anchor()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; special tokens are only those that stand in it."""
+        """Ids of ``text``; special tokens are only those that it holds."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -49,7 +49,7 @@ class Arithmetic:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """``numbers[0] ± numbers[1] ± …``; ``signs[i]`` (+1 or -1) stands before ``numbers[i + 1]``."""
+    """``numbers[0] ± numbers[1] ± …``; ``signs[i]`` (+1 or -1) is written before ``numbers[i + 1]``."""
 
     numbers: tuple[int, ...]
     signs: tuple[int, ...]
@@ -150,7 +150,7 @@ def ask(problem: Problem, bare: bool, rng: Random) -> str:
 def work(problem: Problem, slip: bool, check: bool, rng: Random) -> str:
     """Careful thinking: a line for each operation, ones first, then tens with the carry or borrow, then the result.
 
-    ``37+48: 7+8=15, 3+4+1=8, 85``. Each step needs a table of small sums and digits that stand close by. A slip is one
+    ``37+48: 7+8=15, 3+4+1=8, 85``. Each step needs a table of small sums and digits that are close by. A slip is one
     wrong result, followed by "wait" and the step again; a check undoes the last operation.
     """
     results = problem.results

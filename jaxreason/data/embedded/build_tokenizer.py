@@ -28,7 +28,7 @@ SPECIAL = (
 )
 THINK = (THINK_OPEN, THINK_CLOSE)  # not special: decoding with skip_special_tokens keeps them for the graders
 # A space before a number goes to the word or the mark before it, so that a digit is the same token everywhere and the
-# word that says what to do with a number ("buys ") stands right before its first digit.
+# word that says what to do with a number ("buys ") is right before its first digit.
 PIECES = r"\\boxed\{|[0-9]| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9]+(?: (?=[0-9]))?|\s+"
 EXTRA_TEXTS = ("system", "user", "assistant", "\n", "\n\n", " ")
 

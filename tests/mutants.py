@@ -1,0 +1,590 @@
+"""One-line faults, put in one at a time: a test must fail for each. Not collected by pytest.
+
+    python tests/mutants.py [--only PATTERN] [--jobs N] [--list]
+
+Each mutation is applied in a copy of the tree, where the tests that are expected to notice it run with ``-x -q``. A table
+says which mutations survive (``SURVIVED``: no test failed) and which are ``stale`` (the old text is not in the file, or is there
+more than once); both make the exit status 1. ``--only`` is a shell pattern on ``FILE NOTE``, e.g. ``"*losses*"``.
+"""
+
+import argparse
+import concurrent.futures
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("jaxreason", "tests", "configs", "scripts", "examples", "benchmarks", "launch", "docs", "pyproject.toml", "README.md")
+LIMIT_S = 900.0  # of one mutation's tests
+
+
+class Mutant(NamedTuple):
+    """``old``, which is in the file exactly once, becomes ``new``; ``tests`` are run: files, or files::names."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    note: str
+
+
+class Outcome(NamedTuple):
+    """What became of a mutant: killed, survived, stale, or timeout (which counts as killed)."""
+
+    mutant: Mutant
+    result: str
+    seconds: float
+    said: str
+
+
+def run(mutant: Mutant) -> Outcome:
+    """Applies one mutant in a copy and runs its tests there."""
+    started = time.monotonic()
+    text = (ROOT / "jaxreason" / mutant.file).read_text()
+    if text.count(mutant.old) != 1:
+        return Outcome(mutant, "stale", 0.0, f"the old text is there {text.count(mutant.old)} times")
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copy(source, tree / name)
+        (tree / "jaxreason" / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *mutant.tests.split()]
+        try:
+            done = subprocess.run(
+                command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, timeout=LIMIT_S
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(mutant, "timeout", LIMIT_S, "")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    result = {0: "SURVIVED", 1: "killed"}.get(done.returncode, "broken")
+    said = lines[0] if lines else (done.stdout + done.stderr).strip().splitlines()[-1]
+    return Outcome(mutant, result, time.monotonic() - started, said)
+
+
+def main() -> int:
+    """Runs the chosen mutants and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="PATTERN")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N")
+    parser.add_argument("--list", action="store_true", help="run nothing: check that every old text is there, and list")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if fnmatch.fnmatch(f"{m.file} {m.note}", args.only)]
+    if args.list:
+        stale = [m for m in chosen if (ROOT / "jaxreason" / m.file).read_text().count(m.old) != 1]
+        for mutant in chosen:
+            print(f"{'stale  ' if mutant in stale else '       '}{mutant.file}: {mutant.note}  ->  {mutant.tests}")
+        print(f"{len(chosen)} mutants, {len(stale)} stale")
+        return 1 if stale else 0
+    outcomes = []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for outcome in pool.map(run, chosen):
+            outcomes.append(outcome)
+            mutant = outcome.mutant
+            print(f"{outcome.result:9}{outcome.seconds:6.0f} s  {mutant.file}: {mutant.note}  [{outcome.said[:100]}]", flush=True)
+    alive = [o for o in outcomes if o.result == "SURVIVED"]
+    failed = alive + [o for o in outcomes if o.result in ("stale", "broken")]
+    print(f"\n{len(outcomes)} mutants, {len(alive)} survived ({len(alive) / max(1, len(outcomes)):.0%}), "
+          f"{len(failed) - len(alive)} stale or broken")  # fmt: skip
+    for outcome in failed:
+        print(f"  {outcome.result}: {outcome.mutant.file}: {outcome.mutant.note}")
+    return 1 if failed else 0
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        "losses/reduce.py",
+        "weights = 1.0 / _at_least_one(totals.tokens)",
+        "weights = 1.0 / _at_least_one(totals.sequences)",
+        "tests/test_losses_policy.py tests/test_losses_identities.py",
+        "token-mean divides by sequences",
+    ),
+    Mutant(
+        "losses/reduce.py",
+        "return jnp.where(sequences.live, weights, 0.0)",
+        "return weights",
+        "tests/test_losses_policy.py",
+        "masked tokens get a weight",
+    ),
+    Mutant(
+        "losses/reduce.py",
+        "weights = 1.0 / (max_completion_tokens * _at_least_one(totals.sequences))",
+        "weights = 1.0 / max_completion_tokens",
+        "tests/test_losses_policy.py",
+        "Dr.GRPO's constant without the sequences",
+    ),
+    Mutant(
+        "losses/kl.py",
+        "d = ref_logp - logp",
+        "d = logp - ref_logp",
+        "tests/test_losses_policy.py",
+        "the KL's log-ratio has the other sign",
+    ),
+    Mutant(
+        "losses/kl.py",
+        '"2": lambda: 0.5 * xp.square(d)',
+        '"2": lambda: xp.square(d)',
+        "tests/test_losses_policy.py",
+        "k2 without its half",
+    ),
+    Mutant(
+        "losses/kl.py",
+        "result = jnp.exp(log_ratio) * result",
+        "result = 1.0 * result",
+        "tests/test_losses_policy.py tests/test_losses_identities.py",
+        "k3_unbiased without its ratio",
+    ),
+    Mutant(
+        "losses/surrogate.py",
+        "loss = -jnp.minimum(raw * a, jnp.clip(w, 1.0 - clip_low, 1.0 + clip_high) * a)",
+        "loss = -jnp.maximum(raw * a, jnp.clip(w, 1.0 - clip_low, 1.0 + clip_high) * a)",
+        "tests/test_losses_policy.py",
+        "PPO takes the larger of both terms",
+    ),
+    Mutant(
+        "losses/surrogate.py",
+        "loss = jnp.where(a < 0, jnp.minimum(loss, -dual_clip * a), loss)",
+        "loss = jnp.where(a > 0, jnp.minimum(loss, -dual_clip * a), loss)",
+        "tests/test_losses_policy.py tests/test_losses_presets.py",
+        "dual clip where the advantage is positive",
+    ),
+    Mutant(
+        "losses/surrogate.py",
+        "return Surrogate(-bounded * x.advantages * x.logp, low, w > ratio_max)",
+        "return Surrogate(-bounded * x.advantages, low, w > ratio_max)",
+        "tests/test_losses_policy.py tests/test_losses_identities.py",
+        "CISPO without log pi",
+    ),
+    Mutant(
+        "losses/ratio.py",
+        "log_w = stop_gradient(sequence_mean(token, sequences)) + logp - stop_gradient(logp)",
+        "log_w = sequence_mean(token, sequences) + logp - stop_gradient(logp)",
+        "tests/test_losses_policy.py tests/test_losses_identities.py",
+        "GSPO-token with the sequence's gradient",
+    ),
+    Mutant(
+        "losses/ratio.py",
+        "log_w = sequence_sum(token, sequences)",
+        "log_w = sequence_mean(token, sequences)",
+        "tests/test_losses_policy.py tests/test_losses_identities.py",
+        "the trajectory's ratio as a mean",
+    ),
+    Mutant(
+        "losses/sampler_correction.py",
+        "log_rho = stop_gradient(old_logp - sampler_logp)",
+        "log_rho = stop_gradient(sampler_logp - old_logp)",
+        "tests/test_losses_policy.py",
+        "the sampler's correction upside down",
+    ),
+    Mutant(
+        "losses/sampler_correction.py",
+        'return jnp.where(inside, 1.0 if kind == "geo_rs" else rho, 0.0)',
+        "return jnp.where(inside, rho, 0.0)",
+        "tests/test_losses_policy.py",
+        "geo_rs weights instead of rejecting",
+    ),
+    Mutant(
+        "losses/advantage.py",
+        "return jnp.where(valid, result, 0.0)",
+        "return result",
+        "tests/test_losses_advantage.py",
+        "a sample without a reward has an advantage",
+    ),
+    Mutant(
+        "losses/advantage.py",
+        "jnp.where(n > 1, n / jnp.maximum(n - 1.0, 1.0), 0.0)",
+        "jnp.where(n > 1, 1.0, 0.0)",
+        "tests/test_losses_advantage.py",
+        "leave-one-out with itself",
+    ),
+    Mutant(
+        "losses/advantage.py",
+        "    spread = _std(_centred(values, valid, axis=None), valid, None, ddof, eps)",
+        "    spread = _std(_centred(values, valid, axis=1), valid, None, ddof, eps)",
+        "tests/test_losses_advantage.py",
+        "LitePPO's spread within groups",
+    ),
+    Mutant(
+        "losses/sft.py",
+        "loss = loss * inputs.token_weights",
+        "loss = loss * 1.0",
+        "tests/test_losses_sft.py",
+        "token weights of a supervised loss ignored",
+    ),
+    Mutant(
+        "losses/sft.py",
+        'counts = jnp.sqrt(counts) if reduce == "seq-sqrt" else counts',
+        "counts = counts",
+        "tests/test_losses_sft.py",
+        "seq-sqrt is the plain mean",
+    ),
+    Mutant(
+        "losses/sft.py",
+        "weight = jnp.exp(a * logp)",
+        "weight = jnp.exp(logp)",
+        "tests/test_losses_sft.py",
+        "the power of p ignored",
+    ),
+    Mutant(
+        "train/optimizer.py",
+        'path[-1].key not in ("scale", "bias")',
+        'path[-1].key not in ("scale", "bias", "embedding", "head")',
+        "tests/test_optimizer.py",
+        "embedding and head without weight decay",
+    ),
+    Mutant(
+        "train/optimizer.py",
+        "(lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16",
+        "(lax.bitcast_convert_type(x, jnp.uint32) + 0x7FFF) >> 16",
+        "tests/test_optimizer.py",
+        "stored bfloat16 rounded to nearest",
+    ),
+    Mutant(
+        "train/optimizer.py",
+        "return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))",
+        "return rounded",
+        "tests/test_optimizer.py",
+        "rounding carries through a NaN",
+    ),
+    Mutant(
+        "train/optimizer.py",
+        "jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), kind), count)",
+        "jax.random.fold_in(jax.random.key(seed), kind)",
+        "tests/test_optimizer.py",
+        "every update rounds with the same bits",
+    ),
+    Mutant(
+        "train/optimizer.py",
+        "jnp.where(k < warmup, (k + 1.0) / max(1, warmup), shape)",
+        "jnp.where(k < warmup, k / max(1, warmup), shape)",
+        "tests/test_step.py",
+        "the first update has rate 0",
+    ),
+    Mutant(
+        "train/optimizer.py",
+        "shape = 1.0 - x * (1.0 - final)",
+        "shape = 1.0 - x",
+        "tests/test_step.py tests/test_config_keys.py",
+        "the linear schedule ends at 0",
+    ),
+    Mutant(
+        "data/batches.py",
+        "weights[r, at:answer], weights[r, answer:end] = self.weights",
+        "weights[r, answer:end], weights[r, at:answer] = self.weights",
+        "tests/test_pipeline.py",
+        "weights of thought and answer swapped",
+    ),
+    Mutant(
+        "data/batches.py",
+        "answer = min(at + self._store.answers[stored] - 1, end)",
+        "answer = min(at + self._store.answers[stored], end)",
+        "tests/test_pipeline.py",
+        "the thought's boundary one token late",
+    ),
+    Mutant(
+        "data/encode.py",
+        "answers.append(max(len(prompt) + thoughts[at], 1))",
+        "answers.append(max(len(prompt) + thoughts[at] - 1, 1))",
+        "tests/test_pipeline.py",
+        "the thought ends one token early",
+    ),
+    Mutant(
+        "data/batches.py",
+        "mask[r, at + self._store.starts[stored] - 1 : end - 1] = 1",
+        "mask[r, at + self._store.starts[stored] : end - 1] = 1",
+        "tests/test_pipeline.py tests/test_pack.py",
+        "the first trained token left out",
+    ),
+    Mutant(
+        "data/batches.py",
+        "positions[r, at:end] = np.arange(length)",
+        "positions[r, at:end] = np.arange(at, end)",
+        "tests/test_pipeline.py tests/test_pack.py",
+        "positions go on through a packed row",
+    ),
+    Mutant(
+        "data/pack.py",
+        "random = np.random.default_rng([seed, epoch])",
+        "random = np.random.default_rng([seed, 0])",
+        "tests/test_pack.py tests/test_pipeline.py",
+        "the same order of rows every epoch",
+    ),
+    Mutant(
+        "data/pack.py",
+        "if free > length and len(rows[row]) < MAX_EXAMPLES:",
+        "if free > length:",
+        "tests/test_pack.py",
+        "rows of any number of examples",
+    ),
+    Mutant(
+        "data/prompts.py",
+        "order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))",
+        "order = np.random.default_rng([self._seed, 0]).permutation(len(self._prompts))",
+        "tests/test_pipeline.py",
+        "the same order of prompts every epoch",
+    ),
+    Mutant(
+        "data/prompts.py",
+        "if epoch != self._epoch:",
+        "if True:",
+        "tests/test_pipeline.py",
+        "the prompts' order drawn for every prompt",
+    ),
+    Mutant(
+        "data/pipeline.py",
+        'state.update(store.meta["content"].encode())',
+        'state.update(b"")',
+        "tests/test_pipeline.py",
+        "the data's fingerprint without its tokens",
+    ),
+    Mutant(
+        "data/sources.py",
+        ", s.st_mtime_ns, s.st_ctime_ns]",
+        ", s.st_mtime_ns]",
+        "tests/test_pipeline.py",
+        "a rewritten file of the same size and time is not noticed",
+    ),
+    Mutant(
+        "data/pipeline.py",
+        "if shared := parts(source, split) & parts(data.source, data.split):",
+        "if shared := frozenset[str]():",
+        "tests/test_pipeline.py",
+        "trained rows as held-out rows",
+    ),
+    Mutant(
+        "data/encode.py",
+        "return completion[: at + 1]",
+        "return completion[:at]",
+        "tests/test_encode.py",
+        "the stop token is not trained",
+    ),
+    Mutant(
+        "data/pipeline.py",
+        "chosen[np.random.default_rng([seed, _EVAL_STREAM]).permutation(count)[: data.eval_rows]] = True",
+        "chosen[: data.eval_rows] = True",
+        "tests/test_pipeline.py",
+        "held-out rows are the first ones",
+    ),
+    Mutant(
+        "rewards/pool.py",
+        "terms = [weight * value for",
+        "terms = [value for",
+        "tests/test_rewards_pool.py tests/test_config_keys.py",
+        "reward weights ignored",
+    ),
+    Mutant(
+        "rewards/pool.py",
+        "total = [None if i in failed else self._total(row)",
+        "total = [self._total(row)",
+        "tests/test_rewards_pool.py",
+        "a sample whose grader failed has a total",
+    ),
+    Mutant(
+        "rewards/answer.py",
+        'if multiple_boxed == "wrong" and not all(',
+        'if multiple_boxed == "last" and not all(',
+        "tests/test_rewards_answer.py",
+        "several answers are right if the last is",
+    ),
+    Mutant(
+        "rewards/length.py",
+        "over = sample.completion_tokens - (limit - cache_tokens)",
+        "over = sample.completion_tokens - limit",
+        "tests/test_rewards_format_length.py",
+        "the overlong penalty begins at the limit",
+    ),
+    Mutant(
+        "rewards/length.py",
+        "distinct = len({tuple(words[i : i + ngram_size]) for i in range(total)})",
+        "distinct = len({tuple(words[i : i + 1]) for i in range(total)})",
+        "tests/test_rewards_format_length.py",
+        "repetition counts words",
+    ),
+    Mutant(
+        "rewards/format.py",
+        "if sample.truncated or tuple(",
+        "if tuple(",
+        "tests/test_rewards_format_length.py",
+        "a truncated turn has a format",
+    ),
+    Mutant(
+        "model/rope.py",
+        "first * cos - second * sin, second * cos + first * sin",
+        "first * cos + second * sin, second * cos - first * sin",
+        "tests/test_model.py",
+        "rotation the other way",
+    ),
+    Mutant(
+        "model/rope.py",
+        "scaled = np.where(wavelength > low, frequencies / scaling.factor, frequencies)",
+        "scaled = np.where(wavelength > low, frequencies, frequencies)",
+        "tests/test_model.py",
+        "low frequencies are not rescaled",
+    ),
+    Mutant(
+        "model/blocks.py",
+        "jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.arch.norm_eps)",
+        "jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-2)",
+        "tests/test_model.py",
+        "the norm's epsilon ignored",
+    ),
+    Mutant(
+        "model/blocks.py",
+        "(nn.silu(gate) * up)",
+        "(nn.gelu(gate) * up)",
+        "tests/test_model.py",
+        "gelu for silu",
+    ),
+    Mutant(
+        "checkpoint.py",
+        '(self.directory / f"{old:08d}" / MANIFEST).unlink()',
+        "pass",
+        "tests/test_checkpoint.py",
+        "an old manifest is not deleted first",
+    ),
+    Mutant(
+        "checkpoint.py",
+        'if entry["sha256"] != listed[name]["sha256"]:',
+        "if False:",
+        "tests/test_checkpoint.py",
+        "the content of a checkpoint is not verified",
+    ),
+    Mutant(
+        "checkpoint.py",
+        "for old in steps(self.directory)[: -self.keep]:",
+        "for old in steps(self.directory)[:0]:",
+        "tests/test_checkpoint.py tests/test_config_keys.py",
+        "old checkpoints are kept",
+    ),
+    Mutant(
+        "sampler/sampling.py",
+        "for number in (step, prompt, sample):",
+        "for number in (prompt, sample):",
+        "tests/test_sampling.py tests/test_rollout.py",
+        "every step draws the same noise",
+    ),
+    Mutant(
+        "sampler/sampling.py",
+        "return tokens, chosen - jnp.log(jnp.sum(kept, axis=-1)), chosen - log_total",
+        "return tokens, chosen - log_total, chosen - log_total",
+        "tests/test_sampling.py tests/test_rollout.py",
+        "the sampler's log-probs are untruncated",
+    ),
+    Mutant(
+        "sampler/sampling.py",
+        "scaled = logits if greedy else logits / sampling.temperature",
+        "scaled = logits",
+        "tests/test_sampling.py",
+        "the temperature ignored in drawing",
+    ),
+    Mutant(
+        "sampler/sampling.py",
+        "weights = jnp.where(weights >= floor, weights, 0.0)\n    return",
+        "weights = weights\n    return",
+        "tests/test_sampling.py",
+        "top_p cuts nothing",
+    ),
+    Mutant(
+        "config/run.py",
+        '        "train.save_every",\n',
+        "",
+        "tests/test_runs.py",
+        "save_every may not change on resume",
+    ),
+    Mutant(
+        "config/grpo.py",
+        "if self.updates_per_rollout % self.minibatches:",
+        "if False:",
+        "tests/test_config.py tests/test_grpo.py",
+        "unequal passes over minibatches",
+    ),
+    Mutant(
+        "config/schema.py",
+        "Seed = Annotated[int, Field(ge=0, lt=2**32)]",
+        "Seed = Annotated[int, Field(ge=0)]",
+        "tests/test_config.py",
+        "seeds of any size",
+    ),
+    Mutant(
+        "hf/write.py",
+        "if target.exists() and not (target.is_dir() and not any(target.iterdir())):",
+        "if False:",
+        "tests/test_hf.py",
+        "an export overwrites a directory",
+    ),
+    Mutant(
+        "rl/grpo.py",
+        "state, metrics = train_step(state, batches[number % len(batches)])",
+        "state, metrics = train_step(state, batches[0])",
+        "tests/test_grpo.py tests/test_config_keys.py",
+        "only minibatch 0 is trained",
+    ),
+    Mutant(
+        "rl/grpo.py",
+        "optimizer = opt.make(config.optimizer, total * updates, config.run.seed)",
+        "optimizer = opt.make(config.optimizer, total, config.run.seed)",
+        "tests/test_grpo.py",
+        "the schedule is not multiplied by the updates of a rollout",
+    ),
+    Mutant(
+        "rl/grpo.py",
+        "schedule, shapes.microbatches, config.rollout.temperature,",
+        "schedule, shapes.microbatches, 1.0,",
+        "tests/test_grpo.py",
+        "the learner ignores rollout.temperature",
+    ),
+    Mutant(
+        "rl/batch.py",
+        "live = {id(s): s.trained and not (mask_truncated and s.completion.truncated) for s in self.sequences}",
+        "live = {id(s): s.trained for s in self.sequences}",
+        "tests/test_grpo.py tests/test_config_keys.py",
+        "train.truncated=mask does nothing",
+    ),
+    Mutant(
+        "rl/sequence.py",
+        "return self.kept and not math.isnan(self.reward)",
+        "return not math.isnan(self.reward)",
+        "tests/test_grpo.py tests/test_config_keys.py",
+        "corrections that are only measured are trained",
+    ),
+    Mutant(
+        "evaluate/accuracy.py",
+        "completion.tokens if completion.truncated else completion.tokens[:-1]",
+        "completion.tokens[:-1]",
+        "tests/test_grpo.py",
+        "a truncated completion loses its last token before grading",
+    ),
+    Mutant(
+        "rl/collect.py",
+        "draw=step * ROUNDS + attempt",
+        "draw=attempt",
+        "tests/test_grpo.py",
+        "every step's rollout draws the same noise",
+    ),
+    Mutant(
+        "rl/advantages.py",
+        "value + config.teacher.coef * (s.teacher_logp - s.completion.policy_logp)",
+        "value + (s.teacher_logp - s.completion.policy_logp)",
+        "tests/test_config_keys.py tests/test_advantages.py",
+        "teacher.coef ignored",
+    ),
+    Mutant(
+        "train/folder.py",
+        "elif self.resolved.data not in (None, resolved.data):",
+        "elif False:",
+        "tests/test_runs.py",
+        "a run goes on with other data",
+    ),
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())
