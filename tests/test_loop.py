@@ -76,7 +76,8 @@ def test_a_resumed_summary_counts_the_whole_run_and_settings_of_speed_may_change
     run = tmp_path / "copy" / "sft"
     before = summary_of(run)
     shutil.rmtree(run / "checkpoints" / "00000008")
-    changed = ["train.microbatch_size=8", "mesh.fsdp=4", "mesh.data=2", "model.remat=full", "train.eval_every=2", "eval.slots=3", "train.save_every=0"]
+    changed = ["train.microbatch_size=8", "mesh.fsdp=4", "mesh.data=2", "model.remat=full", "eval.slots=3"]
+    changed += ["train.eval_every=2", "train.save_every=0"]
     assert train("sft", sft_words(tmp_path / "copy", "data.eval_rows=8", *changed)) == 0
     assert "from step 4" in capsys.readouterr().out
     after = summary_of(run)
@@ -207,8 +208,8 @@ def test_corrections_that_are_all_too_long_are_counted_and_the_step_goes_on(tmp_
 
     monkeypatch.setattr(turns, "again", long)
     for compare in ("completion", "first"):
-        words = grpo_words(tmp_path, f"run.name={compare}", "second_turn.samples=2", f"second_turn.compare={compare}", "train.steps=1")
-        assert train("grpo", words) == 0
+        second = ["second_turn.samples=2", f"second_turn.compare={compare}"]
+        assert train("grpo", grpo_words(tmp_path, f"run.name={compare}", *second, "train.steps=1")) == 0
         (line,) = lines_of(tmp_path / compare)
         assert line["uncorrected"] == 16.0 and line["accuracy_t2"] == 0.0 and line["tokens"] > 0
 
