@@ -38,6 +38,7 @@ NAN = float("nan")
         ("maxrl", {"eps": 0.0}, [[0.0, 0.0, 0.0, 1.0]], [[-1.0, -1.0, -1.0, 3.0]]),
         # one of two groups is useful: alpha 2
         ("gpg", {}, [[0.0, 1.0], [1.0, 1.0]], [[-1.0, 1.0], [0.0, 0.0]]),
+        ("gpg", {"f_norm": 4.0}, [[0.0, 1.0], [1.0, 1.0]], [[-0.25, 0.25], [0.0, 0.0]]),
     ],
 )
 def test_by_hand(name, options, rewards, expected):

@@ -5,6 +5,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -219,3 +220,12 @@ def test_kl_as_plain_numbers_is_bounded_and_known():
     assert kl.value("k1", np.zeros(1), np.full(1, -30.0), log_ratio_clamp=20.0) == 20.0
     with pytest.raises(UserError, match="kl_estimator is 'k4'; it is one of k1, k2, k3"):
         kl.value("k4", np.zeros(1), np.zeros(1))
+
+
+@pytest.mark.parametrize("estimator", ["k1+", "k3+"])
+def test_the_plus_forms_have_the_gradient_of_k2(estimator):
+    """d/dlogp of d^2 / 2 is -d: -0.5 and 2."""
+    logp = jnp.asarray([[-1.0, -1.0]])
+    ref = jnp.asarray([[-0.5, -3.0]])
+    grad = jax.grad(lambda x: kl.kl(x, ref, estimator, log_ratio=jnp.zeros((1, 2))).sum())(logp)
+    np.testing.assert_allclose(grad, [[-0.5, 2.0]], rtol=1e-6)
