@@ -69,6 +69,10 @@ def sampler(model, stop_ids, mesh):
     return Scripted(stop_ids[0])
 
 
+def unfinished(model, stop_ids, mesh):
+    return {}
+
+
 @rewards.reward(fills=("token_reward",))
 def length(sample):
     return rewards.Scored(float(len(sample.tokens)), {"token_reward": [float(i) for i in range(len(sample.tokens))]})
@@ -183,7 +187,8 @@ def test_plan_and_compare_see_the_same_batch(run, tmp_path):
         ("rollout.hooks=[]", "depth"),
         ("advantage.name=grpo", "rank"),
         ("rollout.sampler=vllm", "rollout.sampler 'vllm' is unknown"),
-        ("rollout.sampler={own}:depth", "has no method load"),
+        ("rollout.sampler={own}:depth", "called with (model, stop_ids, mesh): TypeError"),
+        ("rollout.sampler={own}:unfinished", "its dict has no method load"),
         ("rollout.sampler={own}:samplr", "did you mean sampler?"),
     ],
 )
@@ -199,15 +204,18 @@ def test_what_nobody_fills_or_makes_is_refused_at_the_start(run, tmp_path, capsy
 
 
 def test_the_example_trains(tmp_path):
+    """Of a group's 17 scripted tokens, three end three equal tokens that were there before: of 5 in a row two, of 4 one."""
     shutil.copy(ROOT / "examples" / "token_reward.py", tmp_path / "mine.py")
-    mine = tmp_path / "mine.py"
+    mine, own = tmp_path / "mine.py", tmp_path / "own.py"
+    own.write_text(OWN)
     words = [w for w in grpo_words(tmp_path, "train.steps=1") if not w.startswith("reward.functions")]
     argv = [f"loss.name={mine}:token_rewarded", f"advantage.name={mine}:centred_with_pass_rate",
-            f"reward.functions=[{{name: accuracy}}, {{name: '{mine}:no_repetition', weight: 0.2}}]"]  # fmt: skip
+            f"reward.functions=[{{name: accuracy}}, {{name: '{mine}:no_repetition', weight: 0.2}}]",
+            f"rollout.sampler={own}:sampler"]  # fmt: skip
     assert cli.train(["--config", "grpo", *words, *argv]) == 0
     (line,) = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().split("\n") if line]
-    assert line["grad_norm"] > 0 and 0 <= line["repetition"] < 1
-    assert line["reward_no_repetition"] == pytest.approx(1 - line["repetition"], abs=0.05)
+    assert line["grad_norm"] > 0 and line["repetition"] == pytest.approx(3 / 17)
+    assert line["reward_no_repetition"] == pytest.approx(1 - (2 / 5 + 1 / 5) / 4)
 
 
 # ---- our own sampler

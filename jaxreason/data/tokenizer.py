@@ -93,7 +93,7 @@ def load(name_or_dir: str | Path) -> Tokenizer:
         return _load_directory(path)
     offline = hub.offline()
     try:
-        hf = _auto_tokenizer().from_pretrained(name, local_files_only=offline)
+        hf = _auto_tokenizer().from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         state = "the hub cannot be reached and it is not in the local cache" if offline else hub.reason(error)
         raise UserError(f"tokenizer {name}: no such directory, and as a hub id: {state}; {hub.HELP}") from None
@@ -113,13 +113,27 @@ def _auto_tokenizer() -> type:
     return AutoTokenizer
 
 
+def _class_for(path: Path) -> type:
+    """What reads ``tokenizer.json`` as it is, where there is one.
+
+    AutoTokenizer would make some model types' own tokenizer of it instead (any directory of a Qwen2 gets Qwen2's rules for
+    splitting text), and would follow an ``auto_map`` to code.
+    """
+    auto = _auto_tokenizer()
+    if not (path / "tokenizer.json").is_file():
+        return auto
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast
+
+
 def _load_directory(path: Path) -> Tokenizer:
     if not path.is_dir():
         raise UserError(f"tokenizer {path}: no such directory; give a directory with tokenizer.json or a hub id")
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {path}: the directory has no tokenizer.json; copy the tokenizer's files there")
     try:
-        hf = _auto_tokenizer().from_pretrained(str(path), local_files_only=True)
+        hf = _class_for(path).from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json
         raise UserError(f"tokenizer {path}: cannot be read: {hub.reason(error)}") from None
     return Tokenizer(hf, _read_json(path / "generation_config.json"))

@@ -23,7 +23,13 @@ def make(name: str, model: ModelConfig, stop_ids: tuple[int, ...], mesh: Mesh) -
             f"rollout.sampler {name!r} is unknown; it is engine, or a sampler of your own: package.module:function or "
             "path/file.py:function"
         )
-    found = plugins.load(name, "rollout.sampler")(model, stop_ids, mesh)
+    function = plugins.load(name, "rollout.sampler")
+    try:
+        found = function(model, stop_ids, mesh)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"rollout.sampler {name}: called with (model, stop_ids, mesh): {type(error).__name__}: {error}") from error
     if missing := [method for method in _METHODS if not callable(getattr(found, method, None))]:
         kind = type(found).__name__
         raise UserError(f"rollout.sampler {name}: its {kind} has no method {missing[0]}; it needs {', '.join(_METHODS)}")
