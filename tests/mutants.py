@@ -2,14 +2,16 @@
 
     python tests/mutants.py [--only PATTERN] [--jobs N] [--list]
 
-Each mutation is applied in a copy of the tree, where the tests that are expected to notice it run with ``-x -q``. A table
-says which mutations survive (``SURVIVED``: no test failed) and which are ``stale`` (the old text is not in the file, or is there
-more than once); both make the exit status 1. ``--only`` is a shell pattern on ``FILE NOTE``, e.g. ``"*losses*"``.
+Each mutation is applied in a copy of the tree, where the tests that are expected to notice it run with ``-x -q``. The same tests
+first run once without any mutation: where they fail already, the mutation is ``broken`` and says nothing. A table says which
+mutations survive (``SURVIVED``: no test failed) and which are ``stale`` (the old text is not in the file, or is there more than
+once). Any of the three makes the exit status 1. ``--only`` is a shell pattern on ``FILE NOTE``, e.g. ``"*losses*"``.
 """
 
 import argparse
 import concurrent.futures
 import fnmatch
+import functools
 import os
 import shutil
 import subprocess
@@ -35,7 +37,7 @@ class Mutant(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant: killed, survived, stale, or timeout (which counts as killed)."""
+    """What became of a mutant: killed, survived, stale, broken, or timeout (the tests hang: as good as killed)."""
 
     mutant: Mutant
     result: str
@@ -43,12 +45,8 @@ class Outcome(NamedTuple):
     said: str
 
 
-def run(mutant: Mutant) -> Outcome:
-    """Applies one mutant in a copy and runs its tests there."""
-    started = time.monotonic()
-    text = (ROOT / "jaxreason" / mutant.file).read_text()
-    if text.count(mutant.old) != 1:
-        return Outcome(mutant, "stale", 0.0, f"the old text is there {text.count(mutant.old)} times")
+def pytest_in_copy(tests: str, mutant: Mutant | None) -> tuple[int | None, str]:
+    """(exit status, None if it hung; the first failure) of ``tests`` in a copy of the tree with one mutant, or with none."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder)
         for name in COPIED:
@@ -57,17 +55,35 @@ def run(mutant: Mutant) -> Outcome:
                 shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.exists():
                 shutil.copy(source, tree / name)
-        (tree / "jaxreason" / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *mutant.tests.split()]
+        if mutant:
+            path = tree / "jaxreason" / mutant.file
+            path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests.split()]
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
         try:
-            done = subprocess.run(
-                command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, timeout=LIMIT_S
-            )
+            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
-            return Outcome(mutant, "timeout", LIMIT_S, "")
+            return None, f"no end after {LIMIT_S:.0f} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    result = {0: "SURVIVED", 1: "killed"}.get(done.returncode, "broken")
-    said = lines[0] if lines else (done.stdout + done.stderr).strip().splitlines()[-1]
+    return done.returncode, lines[0] if lines else (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+@functools.cache
+def unmutated(tests: str) -> tuple[int | None, str]:
+    """The same without a mutant, once for each set of tests."""
+    return pytest_in_copy(tests, None)
+
+
+def run(mutant: Mutant) -> Outcome:
+    """Applies one mutant in a copy and runs its tests there, if they pass without it."""
+    started = time.monotonic()
+    count = (ROOT / "jaxreason" / mutant.file).read_text().count(mutant.old)
+    if count != 1:
+        return Outcome(mutant, "stale", 0.0, f"the old text is there {count} times")
+    if (before := unmutated(mutant.tests))[0] != 0:
+        return Outcome(mutant, "broken", time.monotonic() - started, f"without the mutant: {before[1]}")
+    status, said = pytest_in_copy(mutant.tests, mutant)
+    result = {None: "timeout", 0: "SURVIVED", 1: "killed"}.get(status, "broken")
     return Outcome(mutant, result, time.monotonic() - started, said)
 
 
