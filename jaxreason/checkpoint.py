@@ -29,7 +29,7 @@ from jaxreason.model import ModelConfig, RopeScaling, make_config
 from jaxreason.types import TrainState
 
 MANIFEST = "manifest.json"
-_MARGIN = 1.02  # metadata beside the arrays
+_MARGIN = 1.02  # metadata in addition to the arrays
 
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING)
 

@@ -105,7 +105,7 @@ def check_options(
 
     Args:
       function: its first parameter is not an option, nor are those called as in ``given``: the caller fills them.
-      key: the config key that the options stand under, such as ``loss.options``.
+      key: the config key of the options, such as ``loss.options``.
 
     Raises:
       UserError: naming ``key`` and the option.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 
 from jaxreason import config as cfg
 from jaxreason import rewards
@@ -44,7 +45,7 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
     prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
     stops, written, seen = opened.stop_ids, "", []
 
-    def show(prompt_index: int, sample_index: int, tokens) -> None:
+    def show(prompt_index: int, sample_index: int, tokens: Iterable[int]) -> None:
         nonlocal written
         seen.extend(int(t) for t in tokens if int(t) not in stops)
         text = opened.tokenizer.decode(seen)

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ RULES: dict[str, PartitionSpec] = {
 }
 
 
-def make_mesh(mesh: cfg.Mesh, devices=None) -> Mesh:
+def make_mesh(mesh: cfg.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh with axes data, fsdp, tensor over all devices; a size of -1 takes what the others leave."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
@@ -51,22 +52,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def leaf_sharding(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def rule(path: tuple[str, ...]) -> PartitionSpec | None:
+    """The rule of the leaf at ``path``: of its last two names (``q.kernel``), else of its last (``scale``); None: it has none."""
+    return next((RULES[name] for name in (".".join(path[-2:]), ".".join(path[-1:])) if name in RULES), None)
+
+
+def leaf_sharding(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Sharding of the leaf at ``path`` (strings) of the parameters, or of anything shaped like them (Adam's moments).
 
-    An axis that its mesh axis does not divide stays whole.
+    An axis that its mesh axis does not divide stays whole, and so does a leaf without a rule (an optimizer's counters).
     """
-    spec = RULES.get(".".join(path[-2:])) or RULES.get(path[-1] if path else "") or PartitionSpec()
+    spec = rule(path) or PartitionSpec()
     if len(spec) > len(shape):
         spec = PartitionSpec()
     fits = [axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
     return NamedSharding(mesh, PartitionSpec(*fits))
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a tree of arrays or shapes whose paths end in parameter names."""
 
-    def one(path, leaf):
+    def one(path: tuple, leaf: Any) -> NamedSharding:
         names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
         return leaf_sharding(names, leaf.shape, mesh)
 
@@ -102,7 +108,7 @@ def within(mesh: Mesh, function: Callable) -> Callable:
     """``function`` traced and called with ``mesh`` as the current one, by which the model places its activations."""
 
     @functools.wraps(function)
-    def wrapped(*args):
+    def wrapped(*args: Any) -> Any:
         with jax.set_mesh(mesh):
             return function(*args)
 

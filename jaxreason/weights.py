@@ -66,7 +66,7 @@ class WeightSource:
         """The weights in ``config.execution.param_dtype``, each straight on its devices."""
         if self.kind == "hf":
 
-            def place(path, leaf):
+            def place(path: tuple[str, ...], leaf: hf.Leaf) -> jax.Array:
                 return leaf.place(leaf_sharding(path, leaf.shape, mesh))
 
             dtypes = config.execution.param_dtype, config.execution.compute_dtype

@@ -100,6 +100,6 @@ def check_rules(loss, inputs):
 def poisoned(inputs, poison):
     """``poison`` at every masked position of every per-token input."""
     dead = inputs.mask <= 0
-    fixed = {"mask", "sequence_ids", "group_ids", "totals"}
+    fixed = {"mask", "sequence_ids", "group_ids", "totals", "extras"}
     values = {k: v for k, v in vars(inputs).items() if v is not None and k not in fixed}
     return dataclasses.replace(inputs, **{k: jnp.where(dead, poison, v) for k, v in values.items()})

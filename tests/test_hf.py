@@ -21,12 +21,12 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
-def tiny(**changes) -> model.ModelConfig:
+def tiny(family: str = "llama", **changes) -> model.ModelConfig:
     values = dict(
         vocab_size=40, embed_dim=16, mlp_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
         rope_scaling=model.RopeScaling("llama3", 32.0), bos_id=1, stop_ids=(2, 7, 5),
     )  # fmt: skip
-    return model.make_config(**values | changes)
+    return model.make_config(family, **values | changes)
 
 
 def random_params(config: model.ModelConfig) -> dict:
@@ -65,12 +65,14 @@ def edit_weights(directory, change):
 
 # round trips
 
+FORMS = [{}, {"attention_bias": True, "mlp_bias": True}, {"family": "qwen2"}, {"family": "qwen3"}]
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tie", [False, True])
-def test_round_trip_is_bitwise(tmp_path, dtype, biases, tie):
-    config = tiny(tie_embeddings=tie, attention_bias=biases, mlp_bias=biases, param_dtype=dtype)
+def test_round_trip_is_bitwise(tmp_path, dtype, form, tie):
+    config = tiny(tie_embeddings=tie, param_dtype=dtype, **form)
     params = random_params(config)
     hf.save(params, config, tmp_path / "out", dtype=dtype)
     loaded, found = hf.load(tmp_path / "out", param_dtype=dtype)
@@ -80,18 +82,20 @@ def test_round_trip_is_bitwise(tmp_path, dtype, biases, tie):
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]  # no temporary left
 
 
-def test_transformers_opens_the_export_and_its_save_loads_back(tmp_path):
+@pytest.mark.parametrize(("form", "opened"), [*zip(FORMS[1:], ("Llama", "Qwen2", "Qwen3"), strict=True)])
+def test_transformers_opens_the_export_and_its_save_loads_back(tmp_path, form, opened):
     """jaxreason -> transformers -> jaxreason, bitwise, in bfloat16, with every stop id."""
     import torch
 
-    config = tiny(tie_embeddings=False, attention_bias=True, mlp_bias=True, param_dtype="bfloat16")
+    config = tiny(tie_embeddings=False, param_dtype="bfloat16", **form)
     params = random_params(config)
     hf.save(params, config, tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(theirs).__name__ == f"{opened}ForCausalLM"
     assert theirs.dtype == torch.bfloat16
     assert theirs.generation_config.eos_token_id == [2, 7, 5]
     assert theirs.config.head_dim == 6
-    assert theirs.config.rope_parameters == LLAMA3 | {"rope_theta": 500000.0}
+    assert theirs.config.rope_parameters == LLAMA3 | {"rope_theta": config.arch.rope_theta}
     theirs.save_pretrained(tmp_path / "theirs")
     loaded, found = hf.load(tmp_path / "theirs", param_dtype="bfloat16")
     assert found == config

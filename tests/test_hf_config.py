@@ -34,13 +34,43 @@ def test_both_spellings_of_rope_agree():
     assert hf.config_from_hf(RAW | {"rope_theta": 7e4, "rope_scaling": None}, "c").arch.rope_theta == 7e4
 
 
-def test_absent_keys_mean_what_transformers_means():
-    wanted = transformers.LlamaConfig(**RAW)
-    found = hf.config_from_hf({k: v for k, v in RAW.items() if k != "num_key_value_heads"}, "c")
-    assert (found.arch.num_kv_heads, found.arch.head_dim, found.arch.rope_theta) == (4, 4, 10000.0)
-    assert found.arch.norm_eps == wanted.rms_norm_eps
-    assert found.arch.tie_embeddings is wanted.tie_word_embeddings is False
-    assert found.arch.max_positions == wanted.max_position_embeddings
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_absent_keys_mean_what_transformers_means(kind):
+    """32 heads, since Qwen's configs have 32 key-value heads where none are given; null means as many as heads."""
+    raw = {"model_type": kind, "vocab_size": 40, "hidden_size": 64, "intermediate_size": 24, "num_hidden_layers": 3,
+           "num_attention_heads": 32}  # fmt: skip
+    for more in ({}, {"num_key_value_heads": None}):
+        wanted, found = transformers.AutoConfig.for_model(**raw | more), hf.config_from_hf(raw | more, "c").arch
+        assert found.family == kind
+        assert found.num_kv_heads == wanted.num_key_value_heads
+        assert found.head_dim == getattr(wanted, "head_dim", 64 // 32)
+        assert found.rope_theta == wanted.rope_parameters["rope_theta"] == 10000.0
+        assert found.norm_eps == wanted.rms_norm_eps
+        assert found.tie_embeddings is wanted.tie_word_embeddings is False
+        assert found.max_positions == wanted.max_position_embeddings
+        assert found.bos_id == wanted.bos_token_id
+        assert found.stop_ids == (() if wanted.eos_token_id is None else (wanted.eos_token_id,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; only full causal"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True; only full causal"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding_attention"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling has rope_type 'yarn'"),
+        ("qwen2", {"architectures": ["LlamaForCausalLM"]}, "give a Qwen2ForCausalLM checkpoint"),
+        ("mixtral", {}, "model_type is 'mixtral'; implemented are llama, qwen2, qwen3"),
+    ],
+)
+def test_what_a_family_cannot_be_is_named(kind, change, words):
+    allowed = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 2, "rope_scaling": None}
+    raw = RAW | {"model_type": kind} | (allowed if kind.startswith("qwen") else {})
+    with pytest.raises(UserError, match=words):
+        hf.config_from_hf(raw | change, "some/config.json")
+    if kind.startswith("qwen"):
+        assert hf.config_from_hf(raw, "c").arch.family == kind
 
 
 def test_stop_ids_come_from_both_files():

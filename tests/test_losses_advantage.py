@@ -1,6 +1,7 @@
 """Advantage estimators by hand, their identities, missing rewards, and per-token advantages."""
 
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +190,91 @@ def test_unknown_names_suggest():
         advantage.get("grpo", epsilon=1e-4)
     assert advantage.get("tic_lc").reads == {"lengths_P_G"} and advantage.get("grpo").reads == frozenset()
     assert advantage.get("gdpo").reads == {"rewards_F_P_G", "weights_F"} and advantage.get("gdpo").fills == frozenset()
+
+
+OWN = """
+import numpy as np
+from jaxreason import losses
+
+def plain(rewards_P_G, *, scale: float = 1.0):
+    return scale * (rewards_P_G - np.nanmean(rewards_P_G, axis=1, keepdims=True))
+
+@losses.estimator(fills=("token_reward", "age"))
+def by_token(rewards_P_G, lengths_P_G, sequences_P_G):
+    ages = [[np.arange(len(s.tokens)) / 2 for s in group] for group in sequences_P_G]
+    rewards = [[age * r for age, r in zip(row, rs)] for row, rs in zip(ages, rewards_P_G)]
+    return [[np.full(int(n), r) for n, r in zip(*row)] for row in zip(lengths_P_G, rewards_P_G)], {"age": ages, "token_reward": rewards}
+
+def wrong(rewards_P_G, *, case: str):
+    return {
+        "transposed": rewards_P_G.T, "flat": [1.0, 2.0], "a group short": [[1.0, 2.0], [3.0]], "infinite": rewards_P_G / 0.0,
+        "deep": [[np.zeros((2, 2))] * 2] * 2, "tokens": [[np.zeros(7)] * 2] * 2, "text": [["a", "b"]] * 2, "none": None,
+        "undeclared": (rewards_P_G, {"x": rewards_P_G}),
+    }[case]
+
+@losses.estimator(fills=("x",))
+def lacks(rewards_P_G, *, case: str):
+    return {"all": rewards_P_G, "numbers": (rewards_P_G, {"x": rewards_P_G}), "nan": (rewards_P_G, {"x": [[np.full(3, np.nan)] * 2] * 2})}[case]
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("estimators") / "mine.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_an_estimator_of_ones_own(mine):
+    estimator = advantage.get(f"{mine}:plain", scale=2, preset="trl")
+    assert (estimator.reads, estimator.fills, estimator.options) == (frozenset(), frozenset(), {"scale": 2.0})
+    rewards = np.array([[0.0, 1.0], [3.0, NAN]])
+    assert estimator(rewards, lengths_P_G=np.array([[1, 2], [3, NAN]])) == ([[-1.0, 1.0], [0.0, 0.0]], {})
+    with pytest.raises(UserError, match=r"advantage\.options\.scal: plain has no option scal; did you mean scale"):
+        advantage.get(f"{mine}:plain", scal=1.0)
+    with pytest.raises(UserError, match=r"advantage\.name .*mine\.py:plan: .* did you mean plain"):
+        advantage.get(f"{mine}:plan")
+
+
+def test_an_estimator_of_ones_own_fills_extras_and_advantages_by_token(mine):
+    estimator = advantage.get(f"{mine}:by_token")
+    assert estimator.reads == {"lengths_P_G", "sequences_P_G"} and estimator.fills == {"token_reward", "age"}
+    sequences = [[SimpleNamespace(tokens=(5, 6, 7)), SimpleNamespace(tokens=(5,))]]
+    given = {"lengths_P_G": [[3, 1]], "sequences_P_G": sequences, "weights_F": None}
+    advantages, extras = estimator(np.array([[2.0, -1.0]]), **given)
+    np.testing.assert_array_equal(advantages[0][0], [2.0, 2.0, 2.0])
+    np.testing.assert_array_equal(advantages[0][1], [-1.0])
+    np.testing.assert_array_equal(extras["token_reward"][0][0], [0.0, 1.0, 2.0])
+    np.testing.assert_array_equal(extras["age"][0][1], [0.0])
+    assert advantages[0][0].dtype == extras["age"][0][0].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("function", "case", "message"),
+    [
+        ("wrong", "transposed", r"advantages hold groups of \[2, 2, 2\] samples, but the rewards have \[3, 3\]"),
+        ("wrong", "flat", r"advantages must be nested lists \[2\]\[2\] of numbers or arrays"),
+        ("wrong", "a group short", r"groups of \[2, 1\] samples, but the rewards have \[2, 2\]"),
+        ("wrong", "infinite", r"advantages\[0\]\[0\] is inf; finite"),
+        ("wrong", "deep", r"advantages\[0\]\[0\] has shape \(2, 2\)"),
+        ("wrong", "tokens", r"advantages\[0\]\[0\] has shape \(7,\); one number for each of its 3 tokens"),
+        ("wrong", "text", "could not convert string to float"),
+        ("wrong", "none", "must be nested lists"),
+        ("wrong", "undeclared", r"declares fills=\[\] but returned extras \['x'\]"),
+        ("lacks", "all", r"declares fills=\['x'\] but returned extras \[\]"),
+        ("lacks", "numbers", r"extras\['x'\]\[0\]\[0\] has shape \(\); one number for each of its 3 tokens"),
+        ("lacks", "nan", r"extras\['x'\]\[0\]\[0\] is \[nan nan nan\]"),
+    ],
+)
+def test_what_an_estimator_of_ones_own_returns_is_checked(function, case, message, mine):
+    rewards = np.ones((2, 3 if case == "transposed" else 2))
+    with pytest.raises(UserError, match=rf"^advantage\.name .*mine\.py:{function}: .*{message}"):
+        advantage.get(f"{mine}:{function}", case=case)(rewards, lengths_P_G=np.full(rewards.shape, 3))
+
+
+def test_an_estimator_is_given_what_it_can_be_given(mine):
+    with pytest.raises(TypeError, match="an estimator is given .*, not length"):
+        advantage.get("grpo")(np.ones((1, 2)), length=3)
 
 
 def test_reward_to_go():

@@ -1,4 +1,4 @@
-"""Identities of the literature, as tests (ALGORITHMS.md, 1, 7 and 9)."""
+"""Identities of the literature, as tests."""
 
 import dataclasses
 

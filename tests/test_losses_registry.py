@@ -210,7 +210,7 @@ def test_a_buggy_loss_ends_the_command_with_a_message(tmp_path, capsys):
 
 
 def test_an_import_path_is_found_from_where_the_command_is_run(tmp_path, monkeypatch):
-    """``package.module:function`` beside the working directory, which is on no path when a script is run."""
+    """``package.module:function`` in the working directory, which is on no path when a script is run."""
     (tmp_path / "found_here").mkdir()
     (tmp_path / "found_here" / "own.py").write_text((ROOT / "examples" / "my_loss.py").read_text())
     monkeypatch.chdir(tmp_path)

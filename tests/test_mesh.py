@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import threading
-import types
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 from jaxreason import checkpoint, losses, model
 from jaxreason import config as cfg
-from jaxreason.data.prompts import Prompt
+from jaxreason.data.prompts import Prompt, PromptStream
 from jaxreason.rl import collect
 from jaxreason.rl.batch import Packed
 from jaxreason.rl.sequence import Sequence
@@ -131,28 +130,30 @@ def test_a_checkpoint_of_one_mesh_resumes_on_another(tmp_path, before, after):
 # ---- processes
 
 
+DRAWN = Completion(0, 0, np.zeros(3, np.int32), np.zeros(3), np.zeros(3), False, 0)
+
+
 class Drawing(collect.Collector):
     """Notes what would be drawn; every third prompt's group teaches nothing."""
 
-    def _draw(self, weights, prompts, group, step, attempt, params_step, first, offset, seconds):
+    def _draw(self, prompts, job, step, params_step, offset, seconds):
         found = []
         for place, prompt in enumerate(prompts):
-            self.pool.append((attempt, first + place, prompt.index))
+            self.pool.append((job.draw - 64 * step, job.first_prompt + place, prompt.index))
             rewards = (1.0, 1.0 if prompt.index % 3 == 0 else 0.0)
-            found.append([Sequence(prompt, None, "", offset + place, {}, reward) for reward in rewards])
+            found.append([Sequence(prompt, DRAWN, "", offset + place, {}, reward) for reward in rewards])
         return found, 0
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 4])
 def test_processes_draw_together_what_one_draws(monkeypatch, rounds):
     """Two threads for two processes, which after the first round miss different numbers of groups."""
-    rollout = types.SimpleNamespace(prompts_per_step=8, resample_rounds=rounds, group_size=2)
-    config = types.SimpleNamespace(rollout=rollout, data=types.SimpleNamespace(shuffle=False))
-    prompts = [Prompt((1,), "", "", "", i) for i in range(40)]
+    words = ["rollout.prompts_per_step=8", f"rollout.resample_rounds={rounds}", "rollout.group_size=2"]
+    config, prompts = cfg.load("grpo", words), [Prompt((1,), "", "", "", i) for i in range(40)]
     me, barrier, shared = threading.local(), threading.Barrier(2, timeout=30), {}
 
     def collector():
-        return Drawing(config, None, prompts, None, None, [])
+        return Drawing(config, None, PromptStream(prompts, 0, False), None, None, [], 9)
 
     def gather(values):
         shared[me.index] = values
@@ -162,7 +163,7 @@ def test_processes_draw_together_what_one_draws(monkeypatch, rounds):
         return together
 
     one = collector()
-    wanted = one({}, 1, 3, 0)
+    wanted = one._first_turn(1, 3, 0)
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: me.index)
@@ -171,7 +172,7 @@ def test_processes_draw_together_what_one_draws(monkeypatch, rounds):
 
     def process(index):
         me.index = index
-        found[index] = two[index]({}, 1, 3, 0)
+        found[index] = two[index]._first_turn(1, 3, 0)
 
     threads = [threading.Thread(target=process, args=(index,)) for index in range(2)]
     for thread in threads:

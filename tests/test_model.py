@@ -11,6 +11,7 @@ import transformers
 
 from jaxreason import hf, model
 from jaxreason.errors import UserError
+from jaxreason.model.flops import matmul_weights
 from jaxreason.model.rope import inverse_frequencies
 
 LLAMA3 = {
@@ -22,11 +23,15 @@ ARCHITECTURES = {
     "tied, 1 kv head, llama3": dict(tie_word_embeddings=True, num_key_value_heads=1, rope_scaling=LLAMA3),
     "untied, 2 kv heads, head_dim 32": dict(num_key_value_heads=2, head_dim=32, rope_scaling=LLAMA3),
     "4 kv heads, biases": dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
-}
+    # 6 heads of 8: torch's and numpy's powers of 1e6 are the same float32 there; for 4 of 12 two frequencies differ by 2 ulp.
+    "qwen2, tied, 6 heads": dict(model_type="qwen2", num_attention_heads=6, tie_word_embeddings=True, rope_theta=1e6,
+                                 sliding_window=64),
+    "qwen3, head_dim 32": dict(model_type="qwen3", head_dim=32, rope_theta=1e6),
+}  # fmt: skip
 V, T = 96, 4096
 
 
-def torch_llama(**changes) -> transformers.LlamaForCausalLM:
+def torch_model(model_type: str = "llama", **changes) -> transformers.PreTrainedModel:
     """A random model whose weights are wide enough that attention picks tokens instead of averaging them."""
     import torch
 
@@ -34,7 +39,8 @@ def torch_llama(**changes) -> transformers.LlamaForCausalLM:
         vocab_size=V, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192, rope_theta=5e5, tie_word_embeddings=False,
     )  # fmt: skip
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values | changes)).eval()
+    config = transformers.AutoConfig.for_model(model_type, **values | changes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
@@ -59,7 +65,7 @@ logits = jax.jit(model.logits, static_argnums=1)
 def test_logits_equal_transformers_at_every_position(name, tmp_path):
     import torch
 
-    theirs = torch_llama(**ARCHITECTURES[name])
+    theirs = torch_model(**ARCHITECTURES[name])
     params, config = convert(theirs, tmp_path)
     tokens = random_tokens(T)
     with torch.no_grad():
@@ -67,17 +73,24 @@ def test_logits_equal_transformers_at_every_position(name, tmp_path):
     found = np.asarray(logits(params, config, tokens))
     assert wanted.std() > 0.5
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4)
-    if config.arch.tie_embeddings:
+    if config.arch.rope_scaling and config.arch.tie_embeddings:
         # The length has to be long enough to see 3.1's factor in place of 3.2's, or the line above shows nothing.
         scaling = dataclasses.replace(config.arch.rope_scaling, factor=8.0)
         wrong = np.asarray(logits(params, config.replace(rope_scaling=scaling), tokens))
         assert np.abs(wrong - wanted)[:, 2048:].max() > 0.1
 
 
-def test_gradients_equal_torch_autograd(tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_scaling=LLAMA3),
+        dict(model_type="qwen3", head_dim=16),
+    ],
+)
+def test_gradients_equal_torch_autograd(tmp_path, changes):
     import torch
 
-    theirs = torch_llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
+    theirs = torch_model(**changes)
     params, config = convert(theirs, tmp_path / "in")
     tokens = random_tokens(520, rows=2)
 
@@ -261,14 +274,36 @@ def test_rope_frequencies_equal_transformers():
 
 
 def test_parameter_counts():
-    """Published sizes of the released models, and the tree that init makes."""
-    published = {"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "llama3.1-8b": 8_030_261_248,
-                 "smollm2-135m": 134_515_008}  # fmt: skip
-    for name, count in published.items():
+    """Published sizes of the released models, exact or in billions as their model cards round or cut them."""
+    exact = {"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "llama3.1-8b": 8_030_261_248,
+             "smollm2-135m": 134_515_008}  # fmt: skip
+    for name, count in exact.items():
         assert model.param_count(model.preset(name)) == count, name
-    for config in (tiny(), tiny(tie_embeddings=False, attention_bias=True, mlp_bias=True, head_dim=16)):
-        tree = jax.eval_shape(lambda c=config: model.init(c, jax.random.key(0)))
-        assert model.param_count(config) == sum(leaf.size for leaf in jax.tree.leaves(tree))
+    billions = {
+        "llama3.1-70b": 70.6, "llama3-8b": 8.03, "llama3-70b": 70.6, "smollm2-360m": 0.362, "smollm2-1.7b": 1.71,
+        "tinyllama-1.1b": 1.1, "qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.61,
+        "qwen2.5-14b": 14.7, "qwen2.5-32b": 32.5, "qwen2.5-72b": 72.7, "qwen2.5-math-1.5b": 1.54, "qwen2.5-math-7b": 7.61,
+        "qwen2.5-math-72b": 72.7, "r1-distill-qwen-1.5b": 1.78, "r1-distill-qwen-7b": 7.62, "qwen3-0.6b": 0.6,
+        "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.8, "qwen3-32b": 32.8,
+    }  # fmt: skip
+    assert {*exact, *billions, "embedded-tiny"} == set(model.PRESETS)
+    for name, count in billions.items():
+        assert model.param_count(model.preset(name)) == pytest.approx(count * 1e9, rel=0.01), name
+
+
+def test_parameter_counts_by_hand():
+    """V 10, D 4, F 6, N 2, K 1, H 8 over 3 layers: attention 4·16 + 2·4·8 + 16·4 = 192, mlp 72, norms 8."""
+    sizes = dict(vocab_size=10, embed_dim=4, mlp_dim=6, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8)
+    layer = 192 + 72 + 8
+    for family, tied, changes, wanted in (
+        ("llama", True, {}, 3 * layer + 4 + 40),
+        ("llama", False, {"attention_bias": True, "mlp_bias": True}, 3 * (layer + 16 + 8 + 8 + 4 + 6 + 6 + 4) + 4 + 80),
+        ("qwen2", True, {}, 3 * (layer + 16 + 8 + 8) + 4 + 40),
+        ("qwen3", False, {}, 3 * (layer + 8 + 8) + 4 + 80),
+    ):
+        config = model.make_config(family, **sizes, tie_embeddings=tied, **changes)
+        assert model.param_count(config) == wanted, family
+        assert matmul_weights(config) == 3 * (192 + 72) + 40, family
 
 
 def test_bfloat16_compute_keeps_float32_where_it_decides(params):

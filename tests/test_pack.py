@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxreason.data.batches import Rows
+from jaxreason.data.batches import Order, Rows
 from jaxreason.data.pack import MAX_EXAMPLES, plan
 from jaxreason.data.store import Store
 from jaxreason.model import Execution
@@ -107,8 +107,8 @@ def make_rows(lengths, starts, *, length, batch_size, packing=True, shuffle=Fals
     tokens, answers = np.concatenate(ids).astype(np.uint16), np.array(starts)
     store = Store(tokens, offsets, np.array(starts), answers, np.arange(len(lengths)), {})
     return Rows(
-        store, np.arange(len(lengths)), np.array(lengths), length=length, batch_size=batch_size, packing=packing,
-        shuffle=shuffle, seed=seed, pad_id=7, endless=endless,
+        store, np.arange(len(lengths)), np.array(lengths), length=length, batch_size=batch_size,
+        order=Order(packing, shuffle, seed), pad_id=7, endless=endless,
     )  # fmt: skip
 
 

@@ -109,6 +109,9 @@ def test_architectures_of_weights_that_are_not_here():
         return config.replace(remat="none", compute_dtype="float32"), source
 
     assert of("meta-llama/Llama-3.2-3B")[0] == PRESETS["llama3.2-3b"]
+    assert of("Qwen/Qwen2.5-1.5B-Instruct")[0] == PRESETS["qwen2.5-1.5b"]
+    assert of("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")[0].arch.rope_theta == 10000.0
+    assert of("Qwen/Qwen3-8B")[0].arch.family == "qwen3"
     assert of("runs/llama3.2-1b-sft")[0] == PRESETS["llama3.2-1b"]
     assert "not here" in of("meta-llama/Llama-3.1-8B-Instruct")[1]
     with pytest.raises(UserError, match=r"acme/Unknown-7B is not here .* model.preset=NAME"):

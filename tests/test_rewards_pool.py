@@ -1,5 +1,6 @@
 """The registry and the pool, with graders that raise, hang, crash and lie."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -19,7 +20,7 @@ GRADERS = '''
 import ctypes, os, subprocess, sys, time
 import numpy as np
 from jaxreason.errors import UserError
-from jaxreason.rewards import reward
+from jaxreason.rewards import Scored, reward
 
 def tokens(sample, *, scale: float = 1.0):
     return sample.completion_tokens * scale
@@ -65,6 +66,20 @@ def spread(samples, mode="rank"):
     lengths = [sample.completion_tokens for sample in samples]
     rewards = [float(sum(other < own for other in lengths)) for own in lengths]
     return [None, float("nan"), *rewards[2:]] if mode == "holes" else rewards
+
+@reward(fills=("token_reward",))
+def scored(sample):
+    values = {"right": np.array([0.5, -1.0, 2.0]), "short": [1.0, 2.0], "nan": [1.0, float("nan"), 2.0], "far": [1, 1e39, 2],
+              "text": ["x"] * 3}
+    word = sample.completion
+    if word in ("none", "number"):
+        return 1.0 if word == "number" else None
+    given = {"other": {"token_rewards": [1, 2, 3]}, "without": {}, "list": [1, 2, 3]}
+    return Scored(None if word == "no reward" else 4.0, given.get(word, {"token_reward": values.get(word, (1, 2, 3))}))
+
+@reward(fills=("token_reward",), batch=True)
+def scored_batch(samples):
+    return [scored(sample) for sample in samples]
 
 def process(sample):
     return float(os.getpid())
@@ -204,6 +219,42 @@ def test_batch_functions(workers, graders):
         assert {kind for kind, _ in by_sample(grader.grade(items)).values()} == {"wrong_type"}
 
 
+EXTRAS = {
+    "right": None, "none": None, "no reward": None,
+    "short": "extras['token_reward'] holds 2 numbers for 3 tokens",
+    "nan": "extras['token_reward'] is nan at token 1",
+    "far": "extras['token_reward'] is inf at token 1",
+    "other": "filled extras['token_rewards'], which it does not declare in fills; did you mean token_reward?",
+    "without": "declares that it fills token_reward and returned no extras['token_reward']",
+    "number": "declares fills=['token_reward'] but returned a number without extras; use Scored",
+    "text": "extras['token_reward'] is no sequence of numbers: could not convert string to float: 'x'",
+    "list": "extras is a list, not a dict of sequences",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("workers", "function"), [(0, "scored"), (1, "scored"), (0, "scored_batch")])
+def test_a_reward_fills_extras(workers, function, graders):
+    items = [dataclasses.replace(sample, tokens=(7, 8, 9)) for sample in samples(*EXTRAS)]
+    with pool(get(f"{graders}:{function}"), get("format"), workers=workers) as grader:
+        assert grader._rewards[0].fills == {"token_reward"} and grader._rewards[1].fills == frozenset()
+        graded = grader.grade(items)
+    assert {list(EXTRAS)[i]: error for i, error in by_sample(graded).items()} == {
+        case: ("wrong_extras", message) for case, message in EXTRAS.items() if message
+    }
+    filled = {case: extras.get("token_reward") for case, extras in zip(EXTRAS, graded.extras)}
+    np.testing.assert_array_equal(filled["right"], np.array([0.5, -1.0, 2.0], np.float32))
+    assert filled["right"].dtype == np.float32
+    np.testing.assert_array_equal(filled["none"], np.zeros(3))  # no reward, and nothing by token
+    np.testing.assert_array_equal(filled["no reward"], [1, 2, 3])
+    assert all(filled[case] is None for case, message in EXTRAS.items() if message)
+    assert graded.total[:3] == [4.0, 0.0, 0.0]  # the sums are those of the numbers
+
+
+def test_two_rewards_do_not_fill_the_same_extra(graders):
+    with pytest.raises(UserError, match="'token_reward'.* is filled by reward .*:scored' and by .*:scored_batch'"):
+        pool(get(f"{graders}:scored"), get(f"{graders}:scored_batch"), workers=0)
+
+
 def test_a_batch_that_hangs_fails_whole_and_alone(graders):
     with pool(get(f"{graders}:spread", mode="hang"), get("accuracy"), timeout_s=1.0) as grader:
         graded = grader.grade(samples("5", "4"))
@@ -313,7 +364,7 @@ def test_pools_that_cannot_be(arguments, message):
     [
         ("acuracy", {}, "'acuracy' is unknown; did you mean accuracy"),
         ("zzz", {}, "known: accuracy, countdown, .*, length, repetition, exact_answer, or package"),
-        ("accuracy", {"multiple_box": "last"}, r"multiple_box: accuracy has no option multiple_box; did you mean multiple_boxed"),
+        ("accuracy", {"multiple_box": "last"}, r"options\.multiple_box: accuracy has no option.*mean multiple_boxed"),
         ("soft_overlong", {"cache_tokens": True}, "cache_tokens is True: a number is expected"),
         ("accuracy", {"multiple_boxed": "first"}, "multiple_boxed is 'first': Input should be 'wrong' or 'last'"),
         ("soft_overlong", {}, "cache_tokens is missing: soft_overlong needs it"),

@@ -170,7 +170,8 @@ def test_a_thought_without_an_answer_is_rejected():
 
 def test_boxed_takes_the_last_and_balances_braces():
     assert last_boxed("\\boxed{1} then \\boxed{\\frac{1}{2}} end") == "\\frac{1}{2}"
-    assert last_boxed("\\boxed{1") is None and last_boxed("none") is None
+    assert last_boxed("\\boxed{1") is None and last_boxed("none") is None and last_boxed("\\boxed{ }") is None
+    assert last_boxed("\\boxed{1} \\boxed{\\boxed{5}}") == "5"
 
 
 def test_openr1_prefers_a_correct_complete_generation():

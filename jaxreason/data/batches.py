@@ -1,5 +1,6 @@
 """Packed rows as batches, addressed by step: the data order is a function of the seed and nothing is stateful."""
 
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,15 @@ import numpy as np
 from jaxreason.data.pack import Plan, plan
 from jaxreason.data.store import Store
 from jaxreason.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How examples become rows: several in one (``packing``), and in a new order each epoch, from the seed (``shuffle``)."""
+
+    packing: bool
+    shuffle: bool
+    seed: int
 
 
 class Rows:
@@ -27,9 +37,7 @@ class Rows:
         *,
         length: int,
         batch_size: int,
-        packing: bool,
-        shuffle: bool,
-        seed: int,
+        order: Order,
         pad_id: int,
         endless: bool,
         weights: tuple[float, float] | None = None,
@@ -37,7 +45,7 @@ class Rows:
         self.length, self.batch_size, self.endless = length, batch_size, endless
         self.index, self.lengths = index, lengths
         self._store, self._pad_id, self.weights = store, pad_id, weights
-        self._options = {"packing": packing, "shuffle": shuffle, "seed": seed}
+        self._order = order
         self._lock = threading.Lock()  # grain reads steps from threads
         self._plans: dict[int, Plan] = {}
         self._ends: list[int] = []  # rows in epochs 0..e together
@@ -116,7 +124,7 @@ class Rows:
     def _plan(self, epoch: int) -> Plan:
         with self._lock:
             if epoch not in self._plans:
-                made = plan(self.lengths, self.length, epoch=epoch, **self._options)
+                made = plan(self.lengths, self.length, epoch=epoch, **vars(self._order))
                 self._plans = {e: p for e, p in self._plans.items() if abs(e - epoch) == 1} | {epoch: made}
                 if len(self._ends) == epoch:
                     self._ends.append((self._ends[-1] if epoch else 0) + len(made))

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from jaxreason.config import Data, Problems
 from jaxreason.data import chat as chats
-from jaxreason.data.batches import Rows
+from jaxreason.data.batches import Order, Rows
 from jaxreason.data.chat import Chat
 from jaxreason.data.encode import Encoder, Fit, fit
 from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report
@@ -55,12 +55,13 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
         eval_store, (held_out, train) = store, _split(kept, data, seed)
 
     length = _row_length(data, [train] if held_out is None else [train, held_out])
-    shared = {"length": length, "batch_size": data.batch_size, "packing": data.packing, "seed": seed}
-    shared["pad_id"] = tokenizer.pad_id
-    rows = Rows(store, train.index, train.lengths, shuffle=data.shuffle, endless=True, weights=_weights(data), **shared)
+    shared = {"length": length, "batch_size": data.batch_size, "pad_id": tokenizer.pad_id}
+    order = Order(data.packing, data.shuffle, seed)
+    rows = Rows(store, train.index, train.lengths, order=order, endless=True, weights=_weights(data), **shared)
     eval_rows = None
     if held_out is not None:
-        eval_rows = Rows(eval_store, held_out.index, held_out.lengths, shuffle=False, endless=False, **shared)
+        in_order = dataclasses.replace(order, shuffle=False)
+        eval_rows = Rows(eval_store, held_out.index, held_out.lengths, order=in_order, endless=False, **shared)
     report = Report(tuple(sources), _rows_report(rows), eval_rows and _rows_report(eval_rows), chat.origin)
     used = [(store, train)] if held_out is None else [(store, train), (eval_store, held_out)]
     return Prepared(rows, eval_rows, report, chat, _fingerprint(used), store, tokenizer)

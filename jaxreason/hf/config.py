@@ -37,7 +37,8 @@ def config_from_hf(hf: dict, where: str, generation: dict | None = None) -> Mode
     form, absent = FAMILIES[name].hf, FAMILIES[name].hf.defaults
     heads = _count(hf, "num_attention_heads", where)
     embed_dim = _count(hf, "hidden_size", where)
-    head_dim = hf.get("head_dim") or absent["head_dim"]
+    # An explicit null leaves both to the width and the heads, whatever an absent key means.
+    head_dim, kv_heads = (hf.get(key, absent[key]) for key in ("head_dim", "num_key_value_heads"))
     if head_dim is None and embed_dim % heads:
         raise UserError(f"{where}: hidden_size {embed_dim} is not a multiple of num_attention_heads {heads}")
     theta, scaling = _rope(hf, where)
@@ -48,7 +49,7 @@ def config_from_hf(hf: dict, where: str, generation: dict | None = None) -> Mode
         mlp_dim=_count(hf, "intermediate_size", where),
         num_layers=_count(hf, "num_hidden_layers", where),
         num_heads=heads,
-        num_kv_heads=_count(hf, "num_key_value_heads", where, absent["num_key_value_heads"] or heads),
+        num_kv_heads=_count(hf, "num_key_value_heads", where, kv_heads or heads),
         head_dim=_count(hf, "head_dim", where, head_dim or embed_dim // heads),
         rope_theta=theta,
         rope_scaling=scaling,

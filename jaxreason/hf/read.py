@@ -124,7 +124,7 @@ def read_config(directory: Path) -> ModelConfig:
     """The architecture in ``config.json``, with the stop ids of ``generation_config.json`` where that exists."""
     where = directory / "config.json"
     if not where.is_file():
-        raise UserError(f"{where}: no such file; a Hugging Face directory has one beside its weights")
+        raise UserError(f"{where}: no such file; a Hugging Face directory has one next to its weights")
     generation = directory / "generation_config.json"
     return config_from_hf(_read_json(where), str(where), _read_json(generation) if generation.is_file() else None)
 
@@ -141,7 +141,7 @@ def _place_whole(_: tuple[str, ...], leaf: Leaf) -> Array:
 
 def _put(values: np.ndarray, devices: list) -> list[Array]:
     """A copy on each device; None: the default one."""
-    # Waited for, since a copy under way keeps the host's array alive beside the next one; and jax lets go of what it has
+    # Waited for, since a copy under way keeps the host's array alive together with the next one; and jax lets go of what it has
     # copied only when Python collects garbage.
     copies = jax.block_until_ready([jax.device_put(values, device) for device in devices])
     gc.collect(0)
@@ -232,7 +232,7 @@ def _expect(left: dict[str, _Tensor], name: str, shape: tuple[int, ...], directo
 
 
 def _check_tied(head: _Tensor, embedding: _Tensor) -> None:
-    """A head beside a tied config must be the embedding: otherwise one of the two would be dropped in silence."""
+    """A head whose config ties it must be the embedding: otherwise one of the two would be dropped without a word."""
     count, chunk = head.shape[0], 8192  # rows at a time: the tables are the largest tensors of a small model
     parts = [(slice(i, min(i + chunk, count)), slice(None)) for i in range(0, count, chunk)]
     if head.shape != embedding.shape or not all(np.array_equal(head.read(p), embedding.read(p)) for p in parts):

@@ -12,6 +12,8 @@ from jaxreason.model import ModelConfig, family_of, shapes
 
 EMBEDDING, _NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 DTYPES = ("float32", "bfloat16")
+
+
 def rows(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool, jax.ShapeDtypeStruct]]:
     """Every parameter of this architecture: (name there, path, transposed there?, shape of our leaf).
 

@@ -23,7 +23,7 @@ from jaxreason.hf.table import DTYPES, EMBEDDING, flatten, rows
 from jaxreason.model import ModelConfig
 
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
-_SLACK_BYTES = 64 << 20  # tokenizer, index and file system overhead beside the weights
+_SLACK_BYTES = 64 << 20  # tokenizer, index and file system overhead in addition to the weights
 
 
 def save(
@@ -68,7 +68,7 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where a Hugging Face tensor comes from: a leaf, and its layer unless it stands alone."""
+    """Where a Hugging Face tensor comes from: a leaf, and its layer unless the leaf has none."""
 
     name: str
     path: tuple[str, ...]
@@ -145,7 +145,7 @@ def _to_numpy(leaf: Array | np.ndarray, source: _Source, dtype: str) -> np.ndarr
 
 @contextlib.contextmanager
 def _all_or_nothing(target: Path, size: int) -> Iterator[Path]:
-    """A directory beside ``target`` that becomes it at the end, and is removed if anything fails."""
+    """A directory next to ``target`` that becomes it at the end, and is removed if anything fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < size + _SLACK_BYTES:
         raise UserError(

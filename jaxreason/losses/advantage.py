@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def get(name: str, *, preset: str | None = None, **options: Any) -> Estimator:
+def get(name: str, /, *, preset: str | None = None, **options: Any) -> Estimator:
     """The estimator ``name`` with its options bound: a built-in, ``package.module:function`` or ``path/file.py:function``.
 
     ``preset`` (``trl``, ``verl``, ``nemo``) sets that framework's ddof, eps and singleton rule for grpo, lite_ppo and

@@ -237,7 +237,7 @@ def _check_parts(
 
 
 def _padded(inputs: Inputs) -> Inputs:
-    """Rows with more masked positions at their end, which belong to the last sequence and hold what stands there."""
+    """Rows with more masked positions at their end, which belong to the last sequence and hold what the last position holds."""
     wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, _PADDING)), mode="edge") if jnp.ndim(x) else x, inputs)
     return dataclasses.replace(wide, mask=jnp.pad(inputs.mask, ((0, 0), (0, _PADDING))))
 

@@ -14,6 +14,7 @@ from jaxreason.losses.kl import KlEstimator, kl
 from jaxreason.losses.ratio import Ratio, log_ratio
 from jaxreason.losses.reduce import Reduce, reduction_weights
 from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, Correction, off_policy_keep, sampler_weights
+from jaxreason.losses.segments import Sequences
 from jaxreason.losses.select import top_entropy_tokens
 from jaxreason.losses.surrogate import Surrogate, Tokens
 from jaxreason.types import Totals
@@ -80,23 +81,8 @@ def policy_loss(
     behaviour_logp = _logp_of(behaviour, inputs)
     log_w = log_ratio(inputs.logp, behaviour_logp, ratio, log_ratio_clamp, sequences)
 
-    selected = inputs.selected
-    if select is not None and selected is None:
-        if inputs.totals is not None:
-            raise UserError(
-                "this loss picks tokens over the whole optimizer step; in a microbatch (totals is given) set "
-                "PolicyInputs.selected to rows of Loss.select(inputs of the whole step, key)"
-            )
-        selected = select(inputs)
-
-    rho = None
-    if correction != "none":
-        low, high = DEFAULT_BOUNDS[correction]
-        low = low if correction_min is None else correction_min
-        high = high if correction_max is None else correction_max
-        sampler_logp = need(inputs, "sampler_logp", f"correction {correction}")
-        rho = sampler_weights(inputs.old_logp, sampler_logp, correction, low, high, sequences)
-
+    selected = _selected(inputs, select)
+    rho = _rho(inputs, correction, correction_min, correction_max, sequences)
     tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
     loss, clipped_low, clipped_high, corrected = surrogate(tokens, **surrogate_options)
     metrics = _ratio_metrics(log_w, sequences.live, totals) | _other_metrics(inputs, sequences.live, totals)
@@ -140,6 +126,30 @@ def policy_loss(
             bonus = bonus * selected
         value = value - jnp.sum(jnp.where(sequences.live, bonus, 0.0)) / jnp.maximum(totals.tokens, 1.0)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
+
+
+def _selected(inputs: PolicyInputs, select: Callable[..., Array] | None) -> Array | None:
+    """[B, T] what the step-wide rule picked, from the inputs, or by the rule where these are the whole step."""
+    if select is None or inputs.selected is not None:
+        return inputs.selected
+    if inputs.totals is not None:
+        raise UserError(
+            "this loss picks tokens over the whole optimizer step; in a microbatch (totals is given) set "
+            "PolicyInputs.selected to rows of Loss.select(inputs of the whole step, key)"
+        )
+    return select(inputs)
+
+
+def _rho(
+    inputs: PolicyInputs, correction: Correction, minimum: float | None, maximum: float | None, sequences: Sequences
+) -> Array | None:
+    """[B, T] weights of the correction for the sampler, with its default bounds for those of None; None without one."""
+    if correction == "none":
+        return None
+    low, high = DEFAULT_BOUNDS[correction]
+    low, high = low if minimum is None else minimum, high if maximum is None else maximum
+    sampler_logp = need(inputs, "sampler_logp", f"correction {correction}")
+    return sampler_weights(inputs.old_logp, sampler_logp, correction, low, high, sequences)
 
 
 def adapt_entropy_coef(coef: float, entropy: float, target: float, delta: float = 0.005) -> tuple[float, float]:

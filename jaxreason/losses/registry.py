@@ -100,7 +100,7 @@ def _declared(name: str) -> variants.Options:
     return variants.options_of(sft.sft_loss, per_token, sft.DIVERGENCES.get(name), changed=changed)
 
 
-def get(name: str, *, kind: Kind | None = None, preset: str | None = None, **options: Any) -> Loss:
+def get(name: str, /, *, kind: Kind | None = None, preset: str | None = None, **options: Any) -> Loss:
     """The loss ``name`` with ``options``.
 
     Args:

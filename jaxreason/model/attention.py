@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from jaxreason.errors import UserError
 from jaxreason.model import cudnn
 from jaxreason.model.product import times_transposed
 from jaxreason.types import MAX_SEGMENTS
 
-_MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp of it is 0 beside any real score
+_MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp of it is 0 compared with any real score
 
 
-def resolve(backend: str, dtype, head_dim: int) -> str:
+def resolve(backend: str, dtype: DTypeLike, head_dim: int) -> str:
     """The backend that ``auto`` means here: cudnn where it can be used, else blockwise. Raises UserError for cudnn."""
     if backend not in ("auto", "cudnn", "blockwise", "reference"):
         raise ValueError(f"attention backend {backend!r} is not one of auto, cudnn, blockwise, reference")
@@ -39,7 +40,7 @@ def attention(
       q: [B, T, N, H].  k, v: [B, T, K, H]; kv head j serves query heads j·N/K … (j+1)·N/K − 1.
       segment_ids: [B, T] int32, contiguous segments; 0 is padding (attended only by padding).
       backend: ``blockwise`` (memory linear in T), ``reference`` (the plain formula), ``cudnn``, or ``auto``.
-      max_segments: in a row, padding included; cudnn is compiled for so many and the others do not care.
+      max_segments: at most this many in a row, padding included; only cudnn is compiled for a number.
 
     Returns: [B, T, N, H] in q's dtype. Scores and softmax are float32.
     """
@@ -113,7 +114,7 @@ def _flash(q: Array, k: Array, v: Array, segment_ids: Array, block: int) -> Arra
     return _flash_forward(q, k, v, segment_ids, block)[0]
 
 
-def _flash_fwd_rule(q, k, v, segment_ids, block):
+def _flash_fwd_rule(q: Array, k: Array, v: Array, segment_ids: Array, block: int):
     out, lse = _flash_forward(q, k, v, segment_ids, block)
     # Named, so that a remat policy can keep exactly these and never run the forward a second time.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -166,14 +167,14 @@ def _columns_times(weights: Array, x: Array) -> Array:
     )  # fmt: skip
 
 
-def _flash_forward(q, k, v, segment_ids, block):
+def _flash_forward(q: Array, k: Array, v: Array, segment_ids: Array, block: int):
     b, kv, g, t, h = q.shape
     blocks, first = t // block, _first_blocks(segment_ids, block)
 
-    def query_block(i):
+    def query_block(i: Array | int):
         q_block = _take(q, i, block, 3)
 
-        def key_block(j, carry):
+        def key_block(j: Array | int, carry: tuple):
             top, total, acc = carry
             s = _scores(q_block, _take(k, j, block, 2), _mask(segment_ids, i, j, block))
             new_top = jnp.maximum(top, s.max(-1))
@@ -195,13 +196,13 @@ def _flash_forward(q, k, v, segment_ids, block):
     return jnp.moveaxis(out, 0, 3).reshape(q.shape), jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
 
 
-def _flash_bwd_rule(block, saved, grad):
+def _flash_bwd_rule(block: int, saved: tuple, grad: Array):
     q, k, v, segment_ids, out, lse = saved
     b, kv, g, t, h = q.shape
     blocks, first, scale = t // block, _first_blocks(segment_ids, block), h**-0.5
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-    def pair(i, j):
+    def pair(i: Array | int, j: Array | int):
         """p and ds of one tile, and the blocks that they multiply."""
         q_i, g_i = _take(q, i, block, 3), _take(grad, i, block, 3)
         k_j, v_j = _take(k, j, block, 2), _take(v, j, block, 2)
@@ -216,8 +217,8 @@ def _flash_bwd_rule(block, saved, grad):
         dq, dk, dv = _rows_times(ds, k), _columns_times(ds, q), _columns_times(p, grad)
     else:
 
-        def query_block(carry, i):
-            def key_block(j, inner):
+        def query_block(carry: tuple, i: Array | int):
+            def key_block(j: Array | int, inner: tuple):
                 dq, dk, dv = inner
                 p, ds, q_i, g_i, k_j = pair(i, j)
                 dk = lax.dynamic_update_slice_in_dim(dk, _take(dk, j, block, 2) + _columns_times(ds, q_i), j * block, 2)

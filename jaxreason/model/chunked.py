@@ -41,12 +41,12 @@ def from_logits(function: Callable[..., Any], targets: Array, heads: tuple[Head,
     return jax.tree.map(lambda a: a.reshape(targets.shape), found)
 
 
-def _walk(function, targets, xs, tables, budget):
+def _walk(function: Callable, targets: Array, xs: tuple, tables: tuple, budget: int):
     size = targets.shape[0]
     chunk, pad = chunk_of(size, max(table.shape[0] for table in tables), budget)
 
     @jax.checkpoint
-    def one(piece):
+    def one(piece: tuple):
         y, parts = piece
         # Cast within the chunk, so that the tables' gradients add up in their own dtype.
         return function(y, *(logits_of(x, table.astype(x.dtype), 1.0) for x, table in zip(parts, tables)))

@@ -3,7 +3,7 @@
 jax.nn's public function cannot pack (it takes padding lengths, not segments), so this binds JAX's private primitive.
 It binds the inner one and writes the layout itself, for two reasons. The outer one scales the key offsets by the number
 of *query* heads, so that with grouped heads every segment but the first reads other tokens' keys, silently (jax 0.10.2;
-jax PR 39521 mends it, in 0.12). And it leaves the softmax statistics unnamed, so that every remat
+jax PR 39521 fixes it, in 0.12). And it leaves the softmax statistics unnamed, so that every remat
 policy but "none" would run the forward twice. Whether the private function still has the shape that this file was
 written for is checked by :func:`unavailable`; where it has not, attention falls back and says so.
 """
@@ -11,7 +11,8 @@ written for is checked by :func:`unavailable`; where it has not, attention falls
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxreason.model import placement
 
@@ -44,7 +46,7 @@ def _capability() -> float:
     return float(getattr(jax.devices()[0], "compute_capability", None) or 0)
 
 
-def unavailable(dtype, head_dim: int) -> str | None:
+def unavailable(dtype: DTypeLike, head_dim: int) -> str | None:
     """Why cuDNN's packed attention cannot be used here, or None if it can."""
     if _capability() < 9.0:
         return "it needs a Hopper GPU or newer (compute capability 9.0)"
@@ -87,12 +89,12 @@ def _private_api_differs() -> str | None:
     return None if same else f"jax {jax.__version__} has changed its private cuDNN call"
 
 
-def _parameters(function) -> set[str]:
+def _parameters(function: Callable) -> set[str]:
     found = inspect.signature(function).parameters.values()
     return {p.name for p in found if p.kind is not p.VAR_POSITIONAL} - {"ctx"}
 
 
-def _settings(lowering, **values) -> dict:
+def _settings(lowering: Callable, **values: Any) -> dict:
     """What the primitive is bound with: ``values``, and nothing for what only newer versions know."""
     plain = {"seed": 0, "dropout_rate": 0.0, "variadic_args": (False, False), "sliding_window_length": None}
     return plain | values | {name: None for name in _UNUSED.keys() & _parameters(lowering)}
@@ -104,7 +106,7 @@ def _settings(lowering, **values) -> dict:
 def packed_layout(segment_ids: Array, max_segments: int) -> tuple[Array, Array]:
     """Where segments begin and how long they are, as the kernel wants them.
 
-    All segments of all rows stand in one list, in order, because the kernel takes the rows as one buffer of B·T
+    All segments of all rows are in one list, in order, because the kernel takes the rows as one buffer of B·T
     tokens: ``starts`` [B, M + 1] are token numbers in that buffer, then B·T where there is no segment; ``lengths``
     [B, M] are followed by 0. (JAX's outer function takes them by rows, −1 in unused places, and makes this.)
     A row's padding is one more segment, so that every output is written and finite.
@@ -139,7 +141,7 @@ def packed(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int) 
     return _packed_fwd(q, k, v, segment_ids, max_segments)[0]
 
 
-def _packed_fwd(q, k, v, segment_ids, max_segments):
+def _packed_fwd(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int):
     forward = functools.partial(_forward, max_segments=max_segments)
     out, lse = _per_device(forward, q.shape[0], k.shape[2], "rttt", "th")(segment_ids, q, k, v)
     # Named, so that a remat policy can keep exactly these and never run the forward a second time.
@@ -147,7 +149,7 @@ def _packed_fwd(q, k, v, segment_ids, max_segments):
     return out, (q, k, v, segment_ids, out, lse)
 
 
-def _packed_bwd(max_segments, saved, grad):
+def _packed_bwd(max_segments: int, saved: tuple, grad: Array):
     q, k, v, segment_ids, out, lse = saved
     backward = functools.partial(_backward, max_segments=max_segments)
     backward = _per_device(backward, q.shape[0], k.shape[2], "rttttht", "ttt")
@@ -157,7 +159,7 @@ def _packed_bwd(max_segments, saved, grad):
 packed.defvjp(_packed_fwd, _packed_bwd)
 
 
-def _forward(segment_ids, q, k, v, max_segments):
+def _forward(segment_ids: Array, q: Array, k: Array, v: Array, max_segments: int):
     """out [B, T, N, H] and the log-sum-exp [B·M, N, T] float32 of the rows and heads on one device."""
     fa = _private()
     out, lse = fa._dot_product_attention_fwd_p.bind(
@@ -167,7 +169,7 @@ def _forward(segment_ids, q, k, v, max_segments):
     return out, lse
 
 
-def _backward(segment_ids, q, k, v, out, lse, grad, max_segments):
+def _backward(segment_ids: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, grad: Array, max_segments: int):
     fa = _private()
     return tuple(
         fa._dot_product_attention_bwd_p.bind(
@@ -183,7 +185,7 @@ def _packed_settings(q: Array) -> dict:
     return {"scale": q.shape[-1] ** -0.5, "mask_type": mask, "layout": layout}
 
 
-def _operands(segment_ids, q, k, max_segments) -> tuple[Array, ...]:
+def _operands(segment_ids: Array, q: Array, k: Array, max_segments: int) -> tuple[Array, ...]:
     """The operands between value and activation: no bias, lengths, offsets in elements, no pages."""
     if q.size >= _MAX_OFFSET:
         raise ValueError(f"a microbatch of {q.shape[0]} rows is too large for int32 offsets; use fewer rows per device")
@@ -194,7 +196,7 @@ def _operands(segment_ids, q, k, max_segments) -> tuple[Array, ...]:
     )  # fmt: skip
 
 
-def _per_device(function, rows: int, kv_heads: int, operands: str, results: str):
+def _per_device(function: Callable, rows: int, kv_heads: int, operands: str, results: str):
     """``function`` on each device's own rows and heads; the partitioner cannot look into a custom call.
 
     Operands and results are described by a letter each: ``r`` has rows first, ``h`` also heads second, ``t`` heads
@@ -222,7 +224,7 @@ def cached(q: Array, k: Array, v: Array, lengths: Array) -> Array:
     return out
 
 
-def _decode(lengths, q, k, v):
+def _decode(lengths: Array, q: Array, k: Array, v: Array):
     fa = _private()
     none = jnp.zeros(0, q.dtype)
     settings = _settings(

@@ -2,11 +2,12 @@
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 _FEW = range(2, 65)
 
 
-def times_transposed(x: Array, weight: Array, dtype=None) -> Array:
+def times_transposed(x: Array, weight: Array, dtype: DTypeLike | None = None) -> Array:
     """x [..., rows, in] · weight [..., out, in]ᵀ → [..., rows, out], accumulated and returned in ``dtype`` (None: x's own).
 
     On a CPU XLA packs the right operand of every product, which for few rows costs as much as the product. There the
@@ -15,10 +16,10 @@ def times_transposed(x: Array, weight: Array, dtype=None) -> Array:
     The same holds for attention's scores over a cache, a few query heads by C keys: 1.2 times at C = 128, 2.2 at 512.
     """
 
-    def plain(x, weight):
+    def plain(x: Array, weight: Array):
         return jnp.einsum("...bi,...oi->...bo", x, weight, preferred_element_type=dtype)
 
-    def weight_first(x, weight):
+    def weight_first(x: Array, weight: Array):
         column = lax.optimization_barrier(x.mT)
         return lax.optimization_barrier(jnp.matmul(weight, column, preferred_element_type=dtype)).mT
 

@@ -15,13 +15,15 @@ for losses that couple tokens.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxreason.model.placement import SHARD_AXIS, row_axes, row_ways
 from jaxreason.types import combine_metrics, empty_metrics
@@ -78,7 +80,14 @@ def chunk_of(length: int, width: int, budget: int) -> tuple[int, int]:
 
 
 def token_loss(
-    hidden: Array, head: Array, targets: Array, aux: dict, consts, loss: Callable, needs=frozenset(), budget=2**27
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    aux: dict,
+    consts: Any,
+    loss: Callable,
+    needs: Collection[str] = frozenset(),
+    budget: int = 2**27,
 ) -> tuple[Array, dict]:
     """Value and metrics of a loss that is a sum over tokens; one pass over chunks of tokens.
 
@@ -93,11 +102,23 @@ def token_loss(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _token_loss(hidden, head, targets, aux, consts, loss, needs, budget):
+def _token_loss(
+    hidden: Array, head: Array, targets: Array, aux: dict, consts: Any, loss: Callable, needs: frozenset[str], budget: int
+):
     return _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=False)[0]
 
 
-def _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad):
+def _walk_by_device(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    aux: dict,
+    consts: Any,
+    loss: Callable,
+    needs: frozenset[str],
+    budget: int,
+    with_grad: bool,
+):
     """:func:`_token_walk` over each device's own tokens with the whole table, gathered once; dw is summed once.
 
     The partitioner would walk all devices through the same chunks and add up their logits.
@@ -109,7 +130,7 @@ def _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, wit
     scattered = with_grad and head.shape[1] % mesh.shape[SHARD_AXIS] == 0
     reduce = {"_max": lax.pmax, "_min": lax.pmin}
 
-    def local(x, table, y, a, shared):
+    def local(x: Array, table: Array, y: Array, a: dict, shared: Any):
         (value, metrics), dx, dw = _token_walk(x, table, y, a, shared, loss, needs, budget, with_grad)
         metrics = {name: reduce.get(name[-4:], lax.psum)(metric, axes) for name, metric in metrics.items()}
         if scattered:
@@ -126,11 +147,21 @@ def _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, wit
     return walk(hidden, head.astype(hidden.dtype), targets, aux, consts)
 
 
-def _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_grad):
+def _token_walk(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    aux: dict,
+    consts: Any,
+    loss: Callable,
+    needs: frozenset[str],
+    budget: int,
+    with_grad: bool,
+):
     chunk, pad = chunk_of(hidden.shape[0], head.shape[0], budget)
     table = head.astype(hidden.dtype)
 
-    def one(x, y, a):
+    def one(x: Array, y: Array, a: dict):
         z = logits_of(x, table, 1.0)
         stats = dense_stats(z, y)
         if not with_grad:
@@ -151,7 +182,7 @@ def _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_gr
     shapes = jax.eval_shape(lambda p: one(*jax.tree.map(lambda x: x[0], p))[0], pieces)
     start = jnp.zeros(shapes[0].shape, shapes[0].dtype), empty_metrics(shapes[1])
 
-    def body(carry, piece):
+    def body(carry: tuple, piece: tuple):
         (value, metrics), dw = carry
         (v, m), dx, dw_piece = one(*piece)
         metrics = {k: combine_metrics(k, metrics[k], m[k]) for k in metrics}
@@ -163,12 +194,14 @@ def _token_walk(hidden, head, targets, aux, consts, loss, needs, budget, with_gr
     return out, dx, dw
 
 
-def _token_fwd(hidden, head, targets, aux, consts, loss, needs, budget):
+def _token_fwd(
+    hidden: Array, head: Array, targets: Array, aux: dict, consts: Any, loss: Callable, needs: frozenset[str], budget: int
+):
     out, dx, dw = _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=True)
     return out, (dx, dw.astype(head.dtype), targets, aux, consts)
 
 
-def _token_bwd(loss, needs, budget, saved, cotangent):
+def _token_bwd(loss: Callable, needs: frozenset[str], budget: int, saved: tuple, cotangent: tuple):
     dx, dw, targets, aux, consts = saved
     g = cotangent[0]
     return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), _no_grad(targets), _no_grad(aux), _no_grad(consts)
@@ -177,22 +210,27 @@ def _token_bwd(loss, needs, budget, saved, cotangent):
 _token_loss.defvjp(_token_fwd, _token_bwd)
 
 
-def _no_grad(tree):
-    def zero(x):
+def _no_grad(tree: Any):
+    def zero(x: Array):
         return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
 
     return jax.tree.map(zero, tree)
 
 
 def head_stats(
-    hidden: Array, head: Array, targets: Array, temperature: float = 1.0, needs=frozenset({"entropy"}), budget=2**26
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    temperature: float = 1.0,
+    needs: Collection[str] = frozenset({"entropy"}),
+    budget: int = 2**26,
 ) -> HeadStats:
     """Statistics of the next-token distribution softmax(hidden · headᵀ / temperature) at every position.
 
     Args:
       hidden: [B, T, D] compute dtype.  head: [V, D] master dtype.  targets: [B, T] int32.
       temperature: the one that the tokens were sampled with, so that log-probs speak of the same distribution.
-      needs: stats whose gradient is wanted beside ``logp``'s; the values are exact in any case.
+      needs: stats whose gradient is wanted in addition to ``logp``'s; the values are exact in any case.
       budget: elements of the largest logits tile of one device, B·T·chunk.
 
     Returns: HeadStats of [B, T] float32.
@@ -203,23 +241,23 @@ def head_stats(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _head_stats(hidden, head, targets, temperature, needs, budget):
+def _head_stats(hidden: Array, head: Array, targets: Array, temperature: float, needs: frozenset[str], budget: int):
     return _vocab_walk(hidden, head, targets, temperature, budget)
 
 
-def _vocab_pieces(head: Array, rows: int, dtype, budget: int) -> tuple[Array, int]:
+def _vocab_pieces(head: Array, rows: int, dtype: DTypeLike, budget: int) -> tuple[Array, int]:
     """The table in chunks. The budget is of one device, which holds its share of the rows: fewer and larger gathers."""
     chunk, pad = chunk_of(head.shape[0], rows // row_ways(rows), budget)
     return jnp.pad(head.astype(dtype), ((0, pad), (0, 0))).reshape(-1, chunk, head.shape[1]), chunk
 
 
-def _vocab_walk(hidden, head, targets, temperature, budget) -> HeadStats:
+def _vocab_walk(hidden: Array, head: Array, targets: Array, temperature: float, budget: int) -> HeadStats:
     vocab = head.shape[0]
     pieces, chunk = _vocab_pieces(head, hidden.shape[0], hidden.dtype, budget)
     if chunk == vocab:
         return dense_stats(logits_of(hidden, pieces[0], temperature), targets)
 
-    def body(carry, item):
+    def body(carry: tuple, item: tuple):
         top, total, weighted, target, plain = carry
         i, piece = item
         z = logits_of(hidden, piece, temperature)
@@ -238,17 +276,17 @@ def _vocab_walk(hidden, head, targets, temperature, budget) -> HeadStats:
     return HeadStats(target - lse, lse - weighted / total, lse, plain / vocab - lse)
 
 
-def _head_fwd(hidden, head, targets, temperature, needs, budget):
+def _head_fwd(hidden: Array, head: Array, targets: Array, temperature: float, needs: frozenset[str], budget: int):
     stats = _vocab_walk(hidden, head, targets, temperature, budget)
     return stats, (hidden, head, targets, stats)
 
 
-def _head_bwd(temperature, needs, budget, saved, grads):
+def _head_bwd(temperature: float, needs: frozenset[str], budget: int, saved: tuple, grads: HeadStats):
     hidden, head, targets, stats = saved
     vocab = head.shape[0]
     pieces, chunk = _vocab_pieces(head, hidden.shape[0], hidden.dtype, budget)
 
-    def one(i, piece):
+    def one(i: Array | int, piece: Array):
         z = logits_of(hidden, piece, temperature)
         column = i * chunk + jnp.arange(chunk)
         dz = _dz(z, column == targets[:, None], stats, grads, vocab, needs) / temperature

@@ -39,7 +39,7 @@ def accuracy(
     r"""1 where the final answer means the gold, 0 where it does not or is missing, None where the gold is unreadable.
 
     Args:
-      answer_in: where the answer stands, see ``extract``. Reasoning is never searched.
+      answer_in: where the answer is, see ``extract``. Reasoning is never searched.
       multiple_boxed: several different answers in the final span: all of it ``wrong``, or the ``last`` one counts.
       symbolic: ``auto`` compares formulas with math-verify; ``never`` knows plain numbers, units and words only.
     Raises UserError for a formula as gold without math-verify installed. Comparison: ``values.same``.

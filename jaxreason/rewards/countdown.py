@@ -18,7 +18,7 @@ def countdown(sample: Sample, *, answer_in: AnswerIn = "auto", use: str = "all")
     """1 where the final answer is an equation or expression that makes the target, 0 otherwise; exact arithmetic.
 
     Args:
-      answer_in: where the answer stands, as in ``accuracy``.
+      answer_in: where the answer is, as in ``accuracy``.
       use: ``all`` numbers exactly once (TinyZero), or ``some`` of them, each at most once (the game's own rule).
     The gold is ``{"nums": [...], "target": n}``, as the row format ``countdown`` writes it; None where it is not.
     """

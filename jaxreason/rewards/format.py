@@ -18,7 +18,7 @@ def format(sample: Sample, *, template: Template = "think") -> float:
     """1 for a finished turn of exactly the wanted structure, else 0.
 
     ``think``: ``<think>reasoning</think>answer``, without any ``<answer>`` tag; ``r1`` (DeepSeek-R1, 2501.12948):
-    ``<think>reasoning</think> <answer>answer</answer>``, with only white space outside of the tags. Every tag stands
+    ``<think>reasoning</think> <answer>answer</answer>``, with only white space outside of the tags. Every tag occurs
     once and in this order, the turn begins with the first one, reasoning and answer are not blank. A truncated
     completion has no finished structure. A ``<think>`` that ends the prompt counts as the turn's.
     """
@@ -36,7 +36,7 @@ def format(sample: Sample, *, template: Template = "think") -> float:
 
 
 def tag_count(sample: Sample, *, template: Template = "think") -> float:
-    """The share of the template's tags that stand exactly once in the turn, in any order: a softer ``format``.
+    """The share of the template's tags that occur exactly once in the turn, in any order: a softer ``format``.
 
     ``think`` has two tags (1/2 each), ``r1`` four (1/4 each, as in open-r1). A ``<think>`` that ends the prompt counts.
     """

@@ -12,7 +12,7 @@ def reasoning_gym(sample: Sample, *, answer_in: AnswerIn = "auto", partial: str 
     """The task's score, 0 to 1, of the final answer; 0 without one.
 
     Args:
-      answer_in: where the answer stands, as in ``accuracy``.
+      answer_in: where the answer is, as in ``accuracy``.
       partial: ``keep`` the scores between 0 and 1 that many tasks give for near answers, or ``drop`` them to 0.
     Raises UserError for a sample that is of no ``reasoning-gym:`` source, and without the package.
     """

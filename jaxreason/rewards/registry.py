@@ -42,7 +42,7 @@ class Reward:
         return frozenset(getattr(self.function, "fills", ()))
 
 
-def get(name: str, **options: Any) -> Reward:
+def get(name: str, /, **options: Any) -> Reward:
     """The reward called ``name``: a built-in, ``package.module:function``, or ``path/file.py:function``.
 
     Raises UserError for an unknown name, module, file or function, and for an option that the function does not have,

@@ -86,7 +86,7 @@ def read(raw: str) -> Value | None:
     """The value of a written answer, without its box; None for nothing, for over ``MAX_ANSWER_CHARS``, for foreign digits.
 
     Numbers are integers, decimals, thousands commas, fractions, mixed numbers and scientific notation with exponents
-    of at most three digits, with an optional currency sign before and a percent sign or a known unit behind. Digits
+    of at most three digits, with an optional currency sign before and a percent sign or a known unit after. Digits
     are ASCII: a text with any other script's digits is not an answer. Words are letters only and ignore case.
     """
     if len(raw) > MAX_ANSWER_CHARS or any(c.isdigit() and not c.isascii() and c not in "²³" for c in raw):

@@ -3,11 +3,13 @@
 from typing import Any
 
 from jaxreason.model.config import Execution, ModelConfig, split
-from jaxreason.model.families import llama
+from jaxreason.model.families import llama, qwen2, qwen3
 from jaxreason.model.families.family import Family, HfFormat
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
 }
 
 

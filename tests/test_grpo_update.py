@@ -1,0 +1,195 @@
+"""One whole GRPO update against a twin that packs nothing: one sequence at a time, full logits, Adam in numpy.
+
+The twin shares no code with the step apart from the network's ``logits``, which test_torch_parity compares with transformers.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import grpo_words
+
+from jaxreason import config as cfg
+from jaxreason import model as models
+from jaxreason.data.prompts import Prompt
+from jaxreason.rl import grpo
+from jaxreason.rl.batch import Batcher, order
+from jaxreason.rl.objective import objective_of
+from jaxreason.rl.sequence import Sequence
+from jaxreason.rl.shapes import shapes_of
+from jaxreason.sampler import Completion
+from jaxreason.sharding import make_mesh
+from jaxreason.train import optimizer as opt
+from jaxreason.train import state as states
+from jaxreason.train.scoring import ScoringModel
+
+TEMPERATURE, BETA, CLIP, PAD, LONGEST = 0.7, 0.1, 0.2, 0, 7
+RATE, B1, B2, EPS, DECAY, NORM = 0.02, 0.9, 0.95, 1e-2, 0.1, 0.5
+WORDS = [
+    f"rollout.temperature={TEMPERATURE}", f"kl.coef={BETA}", "rollout.max_completion_tokens=9", "train.updates_per_rollout=4",
+    "train.minibatches=2", "train.microbatch_size=2", "train.truncated=mask", "model.compute_dtype=float32",
+    f"optimizer.learning_rate={RATE}", "optimizer.schedule=linear", "optimizer.warmup_steps=0", f"optimizer.b1={B1}",
+    f"optimizer.b2={B2}", f"optimizer.eps={EPS}", f"optimizer.weight_decay={DECAY}", f"optimizer.max_grad_norm={NORM}",
+    "train.steps=3", "model.overrides={num_layers: 1, embed_dim: 32, mlp_dim: 48, num_heads: 2, num_kv_heads: 1, head_dim: 16, "
+    "vocab_size: 384, init_std: 0.2}",
+]  # fmt: skip
+
+
+def sequences() -> list[list[Sequence]]:
+    """Four groups of four: unequal lengths, two truncated, one without a reward."""
+    rng, groups = np.random.default_rng(3), []
+    for p in range(4):
+        prompt, group = Prompt(tuple(rng.integers(1, 384, 3 + p).tolist()), "", "", "", p), []
+        for g in range(4):
+            n = int(rng.integers(2, 10))
+            tokens, cut = rng.integers(1, 384, n).astype(np.int32), (p, g) in ((0, 1), (2, 3))
+            drawn = Completion(p, g, tokens, np.zeros(n), np.zeros(n), cut, 0)
+            reward = float("nan") if (p, g) == (3, 2) else float(rng.random())
+            group.append(Sequence(prompt, drawn, "", p, {}, reward))
+        groups.append(group)
+    return groups
+
+
+def rows_of(part: list[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+    """ids [n, 16] with one sequence a row and nothing else, and where the next token is one of its completion [n, 15]."""
+    ids, answer = np.zeros((len(part), 16), np.int32), np.zeros((len(part), 15), bool)
+    for row, where, s in zip(ids, answer, part):
+        whole = [*s.prompt.ids, *s.completion.tokens]
+        row[: len(whole)] = whole
+        where[len(s.prompt.ids) - 1 : len(whole) - 1] = True
+    return ids, answer
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def logp(params: dict, config: models.ModelConfig, ids: jax.Array) -> jax.Array:
+    """[n, 15] log-probs of the next token, from full logits."""
+    found = jax.nn.log_softmax(models.logits(params, config, ids)[:, :-1] / TEMPERATURE, axis=-1)
+    return jnp.take_along_axis(found, ids[:, 1:, None], axis=-1)[..., 0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.value_and_grad, has_aux=True)
+def twin_loss(params: dict, config: models.ModelConfig, ids, answer, trained, old, ref, advantage):
+    """GRPO (2402.03300): mean over sequences of the mean over tokens of −min(r A, clip(r) A) + β k3; and the ratios."""
+    new, a = logp(params, config, ids), advantage[:, None]
+    r, d = jnp.exp(new - old), ref - new
+    each = -jnp.minimum(r * a, jnp.clip(r, 1 - CLIP, 1 + CLIP) * a) + BETA * (jnp.exp(d) - d - 1)
+    means = jnp.sum(jnp.where(answer, each, 0.0), axis=1) / jnp.sum(answer, axis=1)
+    return jnp.sum(jnp.where(trained, means, 0.0)) / jnp.sum(trained), r
+
+
+def twin_adam(params: dict, grads: dict, moments: tuple, k: int) -> tuple[dict, tuple]:
+    """Update number k = 0, 1, …: clip, AdamW with bias correction, a linear schedule over the run's 12 updates."""
+    flat = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads)]
+    norm = np.sqrt(sum(np.sum(g * g) for g in flat))
+    flat = [g * min(1.0, NORM / norm) for g in flat]
+    leaves, tree = jax.tree.flatten(params)
+    matrices = ["scale" not in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    rate, out, new = RATE * (1 - k / 12), [], []
+    for p, g, (m, v), decays in zip(leaves, flat, moments, matrices):
+        m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
+        step = m / (1 - B1 ** (k + 1)) / (np.sqrt(v / (1 - B2 ** (k + 1))) + EPS) + DECAY * decays * np.asarray(p, np.float64)
+        out.append(jnp.asarray(np.asarray(p, np.float64) - rate * step, jnp.float32))
+        new.append((m, v))
+    return jax.tree.unflatten(tree, out), new
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    words = [w for w in grpo_words(tmp_path_factory.mktemp("update")) if not w.startswith(("model.overrides", "train.steps",
+             "rollout.max_completion"))]  # fmt: skip
+    return cfg.load("grpo", [*words, *WORDS])
+
+
+def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
+    """(start, reference, parameters after the step's four updates, metrics, batches), as the loop makes them."""
+    mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
+    model = models.preset(config.model.preset, config.model.overrides)
+    objective = objective_of(config)
+    shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+    optimizer = opt.make(config.optimizer, 12, 0)
+    state = states.create(model, optimizer, mesh, seed=1)
+    reference = models.init(model, jax.random.key(5))
+    start = jax.tree.map(np.asarray, state.params)
+    score = grpo.compile_score(model, shapes, config.rollout.temperature, mesh)
+    batcher = Batcher(config, objective, shapes, mesh, PAD, score, {"ref_logp": ScoringModel(score, reference, False)})
+    _, batches = batcher(groups, [], state.model_params, step)
+    abstract = states.abstract(model, optimizer, mesh)
+    compiled = grpo.compile_step(config, objective, types.SimpleNamespace(config=model), shapes, optimizer, abstract, mesh, 12)
+    fetch = types.SimpleNamespace(fetch=lambda metrics, state: {k: float(v) for k, v in metrics.items() if k != "leaf_norms"})
+    state, metrics = grpo.update(compiled, state, batches, config.train.updates_per_rollout, fetch)
+    return model, start, reference, state.params, metrics, batches
+
+
+def test_a_step_of_four_updates_over_two_minibatches_equals_the_twin(settings):
+    groups = sequences()
+    model, start, reference, found, metrics, batches = ours(settings, groups)
+    flat = [s for group in groups for s in group]
+    ids, answer = rows_of(flat)
+    trained = np.array([not (np.isnan(s.reward) or s.completion.truncated) for s in flat])
+    old, ref = logp(start, model, ids), logp(reference, model, ids)
+    rewards = np.array([s.reward for s in flat]).reshape(4, 4)
+    spread = np.nanstd(rewards, axis=1, ddof=1, keepdims=True) + 1e-4
+    advantage = np.nan_to_num((rewards - np.nanmean(rewards, axis=1, keepdims=True)) / spread).reshape(-1)
+    parts = np.array_split(order(0, 2, 16, 2), 2)
+    params, moments, losses, clipped = start, [(0.0, 0.0)] * len(jax.tree.leaves(start)), [], 0
+    for k in range(4):
+        given = (x[parts[k % 2]] for x in (ids, answer, trained, old, ref, advantage))
+        (value, r), grads = twin_loss(params, model, *given)
+        losses.append(float(value))
+        clipped += int((np.abs(r - 1) > CLIP)[answer[parts[k % 2]] & trained[parts[k % 2]][:, None]].sum())
+        params, moments = twin_adam(params, grads, moments, k)
+    assert clipped > 0  # or clipping shows nothing
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), found, params)
+    assert metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert metrics["learning_rate"] == pytest.approx(np.mean([RATE * (1 - k / 12) for k in range(4)]), rel=1e-6)
+    tokens = [int(answer[part][trained[part]].sum()) for part in parts]
+    assert metrics["tokens"] == np.mean(tokens)
+    assert [int(b.loss_mask.sum()) for b in batches] == tokens
+
+
+def test_a_correction_that_is_not_kept_teaches_nothing(settings):
+    """The second turn's sequences are in the batch; those that are not kept are masked."""
+    train = settings.train.model_copy(update={"minibatches": 1, "truncated": "train", "microbatch_size": 4})
+    config = settings.model_copy(update={"second_turn": cfg.SecondTurn(samples=2, compare="first"), "train": train})
+    groups = sequences()[:2]
+    rng = np.random.default_rng(0)
+    second = []
+    for s in [s for group in groups for s in group]:
+        made = [Completion(0, i, rng.integers(1, 384, 4).astype(np.int32), np.zeros(4), np.zeros(4), False, 0) for i in range(2)]
+        second.append([Sequence(s.prompt, c, "", 9, {}, 1.0, kept=i == 0) for i, c in enumerate(made)])
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"prompts_per_step": 2}), "kl": cfg.Kl()})
+    mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
+    objective = objective_of(config)
+    shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+    assert shapes.rows == 2 * 4 * 3
+    score = types.SimpleNamespace(logp=jnp.zeros((24, shapes.row_length)), entropy=None)
+    batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch: score, {})
+    done, (batch,) = batcher(groups, second, {}, 1)
+    firsts = sum(len(s.completion.tokens) for group in groups for s in group)
+    assert float(batch.loss_mask.sum()) == firsts + 8 * 4
+    assert {s.kept for s in done[8:]} == {True, False}
+    for s, first in zip(done[8::2], [s for group in groups for s in group]):
+        assert s.advantage == pytest.approx(1.0 - first.reward)
+
+
+def test_kl_in_the_reward_and_a_teacher_reach_corrections_compared_with_the_first_answer(settings):
+    """A = (R − β k) − (R₁ − β k₁) + c (log π_teacher − log π), whomever a correction is compared with."""
+    from jaxreason.rl.advantages import advantages_of
+
+    def one(reward, logp, ref, teacher):
+        drawn = Completion(0, 0, np.zeros(1, np.int32), np.array([logp]), np.array([logp]), False, 0)
+        made = Sequence(Prompt((1,), "", "", "", 0), drawn, "", 0, {}, reward)
+        return dataclasses.replace(made, ref_logp=np.array([ref]), teacher_logp=np.array([teacher]))
+
+    first, again = one(1.0, -1.0, -1.5, -1.0), one(2.0, -1.0, -3.0, -0.5)
+    words = {"second_turn": cfg.SecondTurn(samples=1, compare="first"), "teacher": cfg.Teacher(weights="t", coef=4.0)}
+    for estimator, k, k1 in (("k1", 2.0, 0.5), ("k2", 2.0, 0.125), ("k3", np.exp(-2.0) + 1.0, np.exp(-0.5) - 0.5)):
+        kl = cfg.Kl(coef=0.1, placement="reward", estimator=estimator)
+        config = settings.model_copy(update={**words, "kl": kl})
+        _, second = advantages_of([[first]], [[again]], objective_of(config), config)
+        np.testing.assert_allclose(second[0][0].advantage, [(2.0 - 0.1 * k) - (1.0 - 0.1 * k1) + 4.0 * 0.5], rtol=1e-6)
