@@ -464,7 +464,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "checkpoint.py",
         '(self.directory / f"{old:08d}" / MANIFEST).unlink()',
         "pass",
-        "tests/test_checkpoint.py",
+        "tests/test_checkpoint.py::test_a_deletion_cut_short_leaves_no_finished_step",
         "an old manifest is not deleted first",
     ),
     Mutant(
