@@ -210,8 +210,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "losses/advantage.py",
-        "return jnp.where(valid, result, 0.0)",
-        "return result",
+        "return jnp.where(valid & (high > low), values - _mean(values, valid, axis), 0.0)",
+        "return jnp.where(high > low, values - _mean(values, valid, axis), 0.0)",
         "tests/test_losses_advantage.py",
         "a sample without a reward has an advantage",
     ),
