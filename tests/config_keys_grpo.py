@@ -301,11 +301,11 @@ RUN = {
     "rollout.top_p": lambda r: sampling(r).top_p == 0.9,
     "rollout.top_k": lambda r: sampling(r).top_k == 5,
     "rollout.min_p": lambda r: sampling(r).min_p == 0.01,
-    "rollout.max_completion_tokens": lambda r: max(s["tokens"] for s in r["samples"]) == 9,
+    "rollout.max_completion_tokens": lambda r: whole_text(r),
     "rollout.prompts_per_step": lambda r: len(r["rollouts"][0][1]) == 2,
     "rollout.group_size": lambda r: r["rollouts"][0][0].samples == 4,
     "rollout.slots": lambda r: r["rollouts"][0][0].slots == 6,
-    "rollout.sampler": lambda r: len(r["rollouts"]) > 0,
+    "rollout.sampler": lambda r: [job.draw for job, _ in r["rollouts"]] == [64, 128],  # each step's first of 64 keys
     "rollout.resample_rounds": lambda r: "drawn_reward" in r["lines"][0],
     "reward.functions.name": lambda r: set(r["samples"][0]["rewards"]) == {"graded"},
     "reward.functions.weight": lambda r: r["samples"][0]["reward"] == 0.25 * r["samples"][0]["rewards"]["graded"],
@@ -337,6 +337,12 @@ RUN = {
     "eval.temperature": lambda r: r["sampled"][0][0].sampling.temperature == 0.3,
     **{f"resolved.{key}": lambda r, key=key: r["resolved"][key] is not None for key in cfg.Resolved.model_fields},
 }
+
+
+def whole_text(run: dict) -> bool:
+    """What was cut has nine tokens, and the grader saw all of them: the last one is not a stop token."""
+    cut = next(s for s in run["samples"] if s["truncated"])
+    return cut["tokens"] == 9 and cut["completion"] == shared.load("embedded").decode([*range(20, 28), 30])
 
 
 def trained(run: dict) -> float:

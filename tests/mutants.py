@@ -2,14 +2,16 @@
 
     python tests/mutants.py [--only PATTERN] [--jobs N] [--list]
 
-Each mutation is applied in a copy of the tree, where the tests that are expected to notice it run with ``-x -q``. A table
-says which mutations survive (``SURVIVED``: no test failed) and which are ``stale`` (the old text is not in the file, or is there
-more than once); both make the exit status 1. ``--only`` is a shell pattern on ``FILE NOTE``, e.g. ``"*losses*"``.
+Each mutation is applied in a copy of the tree, where the tests that are expected to notice it run with ``-x -q``. The same tests
+first run once without any mutation: where they fail already, the mutation is ``broken`` and says nothing. A table says which
+mutations survive (``SURVIVED``: no test failed) and which are ``stale`` (the old text is not in the file, or is there more than
+once). Any of the three makes the exit status 1. ``--only`` is a shell pattern on ``FILE NOTE``, e.g. ``"*losses*"``.
 """
 
 import argparse
 import concurrent.futures
 import fnmatch
+import functools
 import os
 import shutil
 import subprocess
@@ -35,7 +37,7 @@ class Mutant(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant: killed, survived, stale, or timeout (which counts as killed)."""
+    """What became of a mutant: killed, survived, stale, broken, or timeout (the tests hang: as good as killed)."""
 
     mutant: Mutant
     result: str
@@ -43,12 +45,8 @@ class Outcome(NamedTuple):
     said: str
 
 
-def run(mutant: Mutant) -> Outcome:
-    """Applies one mutant in a copy and runs its tests there."""
-    started = time.monotonic()
-    text = (ROOT / "jaxreason" / mutant.file).read_text()
-    if text.count(mutant.old) != 1:
-        return Outcome(mutant, "stale", 0.0, f"the old text is there {text.count(mutant.old)} times")
+def pytest_in_copy(tests: str, mutant: Mutant | None) -> tuple[int | None, str]:
+    """(exit status, None if it hung; the first failure) of ``tests`` in a copy of the tree with one mutant, or with none."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder)
         for name in COPIED:
@@ -57,17 +55,35 @@ def run(mutant: Mutant) -> Outcome:
                 shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.exists():
                 shutil.copy(source, tree / name)
-        (tree / "jaxreason" / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *mutant.tests.split()]
+        if mutant:
+            path = tree / "jaxreason" / mutant.file
+            path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests.split()]
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
         try:
-            done = subprocess.run(
-                command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, timeout=LIMIT_S
-            )
+            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
-            return Outcome(mutant, "timeout", LIMIT_S, "")
+            return None, f"no end after {LIMIT_S:.0f} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    result = {0: "SURVIVED", 1: "killed"}.get(done.returncode, "broken")
-    said = lines[0] if lines else (done.stdout + done.stderr).strip().splitlines()[-1]
+    return done.returncode, lines[0] if lines else (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+@functools.cache
+def unmutated(tests: str) -> tuple[int | None, str]:
+    """The same without a mutant, once for each set of tests."""
+    return pytest_in_copy(tests, None)
+
+
+def run(mutant: Mutant) -> Outcome:
+    """Applies one mutant in a copy and runs its tests there, if they pass without it."""
+    started = time.monotonic()
+    count = (ROOT / "jaxreason" / mutant.file).read_text().count(mutant.old)
+    if count != 1:
+        return Outcome(mutant, "stale", 0.0, f"the old text is there {count} times")
+    if (before := unmutated(mutant.tests))[0] != 0:
+        return Outcome(mutant, "broken", time.monotonic() - started, f"without the mutant: {before[1]}")
+    status, said = pytest_in_copy(mutant.tests, mutant)
+    result = {None: "timeout", 0: "SURVIVED", 1: "killed"}.get(status, "broken")
     return Outcome(mutant, result, time.monotonic() - started, said)
 
 
@@ -194,8 +210,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "losses/advantage.py",
-        "return jnp.where(valid, result, 0.0)",
-        "return result",
+        "return jnp.where(valid & (high > low), values - _mean(values, valid, axis), 0.0)",
+        "return jnp.where(high > low, values - _mean(values, valid, axis), 0.0)",
         "tests/test_losses_advantage.py",
         "a sample without a reward has an advantage",
     ),
@@ -238,42 +254,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "train/optimizer.py",
         'path[-1].key not in ("scale", "bias")',
         'path[-1].key not in ("scale", "bias", "embedding", "head")',
-        "tests/test_optimizer.py",
+        "tests/test_optimizer.py::test_weight_decay_reaches_every_matrix_and_no_norm",
         "embedding and head without weight decay",
     ),
     Mutant(
         "train/optimizer.py",
         "(lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16",
         "(lax.bitcast_convert_type(x, jnp.uint32) + 0x7FFF) >> 16",
-        "tests/test_optimizer.py",
+        "tests/test_optimizer.py::test_rounding_has_the_right_mean",
         "stored bfloat16 rounded to nearest",
     ),
     Mutant(
         "train/optimizer.py",
         "return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))",
         "return rounded",
-        "tests/test_optimizer.py",
+        "tests/test_optimizer.py::test_what_bfloat16_holds_stays",
         "rounding carries through a NaN",
     ),
     Mutant(
         "train/optimizer.py",
         "jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), kind), count)",
         "jax.random.fold_in(jax.random.key(seed), kind)",
-        "tests/test_optimizer.py",
+        "tests/test_optimizer.py::test_draws_are_of_seed_update_and_leaf_alone",
         "every update rounds with the same bits",
     ),
     Mutant(
         "train/optimizer.py",
         "jnp.where(k < warmup, (k + 1.0) / max(1, warmup), shape)",
         "jnp.where(k < warmup, k / max(1, warmup), shape)",
-        "tests/test_step.py",
+        "tests/test_step.py::test_schedules_by_hand",
         "the first update has rate 0",
     ),
     Mutant(
         "train/optimizer.py",
         "shape = 1.0 - x * (1.0 - final)",
         "shape = 1.0 - x",
-        "tests/test_step.py tests/test_config_keys.py",
+        "tests/test_optimizer.py::test_the_linear_schedule_ends_at_its_fraction",
         "the linear schedule ends at 0",
     ),
     Mutant(
@@ -378,7 +394,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "rewards/pool.py",
         "terms = [weight * value for",
         "terms = [value for",
-        "tests/test_rewards_pool.py tests/test_config_keys.py",
+        "tests/test_rewards_pool.py",
         "reward weights ignored",
     ),
     Mutant(
@@ -448,7 +464,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "checkpoint.py",
         '(self.directory / f"{old:08d}" / MANIFEST).unlink()',
         "pass",
-        "tests/test_checkpoint.py",
+        "tests/test_checkpoint.py::test_a_deletion_cut_short_leaves_no_finished_step",
         "an old manifest is not deleted first",
     ),
     Mutant(
@@ -462,7 +478,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "checkpoint.py",
         "for old in steps(self.directory)[: -self.keep]:",
         "for old in steps(self.directory)[:0]:",
-        "tests/test_checkpoint.py tests/test_config_keys.py",
+        "tests/test_checkpoint.py",
         "old checkpoints are kept",
     ),
     Mutant(
@@ -525,7 +541,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "rl/grpo.py",
         "state, metrics = train_step(state, batches[number % len(batches)])",
         "state, metrics = train_step(state, batches[0])",
-        "tests/test_grpo.py tests/test_config_keys.py",
+        "tests/test_config_keys.py::test_a_run_does_what_its_key_says",
         "only minibatch 0 is trained",
     ),
     Mutant(
@@ -546,35 +562,35 @@ MUTANTS: tuple[Mutant, ...] = (
         "rl/batch.py",
         "live = {id(s): s.trained and not (mask_truncated and s.completion.truncated) for s in self.sequences}",
         "live = {id(s): s.trained for s in self.sequences}",
-        "tests/test_grpo.py tests/test_config_keys.py",
+        "tests/test_config_keys.py::test_a_run_does_what_its_key_says",
         "train.truncated=mask does nothing",
     ),
     Mutant(
         "rl/sequence.py",
         "return self.kept and not math.isnan(self.reward)",
         "return not math.isnan(self.reward)",
-        "tests/test_grpo.py tests/test_config_keys.py",
+        "tests/test_config_keys.py::test_a_run_does_what_its_key_says",
         "corrections that are only measured are trained",
     ),
     Mutant(
         "evaluate/accuracy.py",
         "completion.tokens if completion.truncated else completion.tokens[:-1]",
         "completion.tokens[:-1]",
-        "tests/test_grpo.py",
+        "tests/test_config_keys.py::test_a_run_does_what_its_key_says",
         "a truncated completion loses its last token before grading",
     ),
     Mutant(
         "rl/collect.py",
         "draw=step * ROUNDS + attempt",
         "draw=attempt",
-        "tests/test_grpo.py",
+        "tests/test_config_keys.py::test_a_run_does_what_its_key_says",
         "every step's rollout draws the same noise",
     ),
     Mutant(
         "rl/advantages.py",
         "value + config.teacher.coef * (s.teacher_logp - s.completion.policy_logp)",
         "value + (s.teacher_logp - s.completion.policy_logp)",
-        "tests/test_config_keys.py tests/test_advantages.py",
+        "tests/test_config_keys.py::test_changing_a_key_changes_something[grpo-teacher.coef]",
         "teacher.coef ignored",
     ),
     Mutant(

@@ -43,6 +43,20 @@ def test_round_trip_is_bitwise_and_old_steps_go(saved):
     assert data == {"next": 3}
 
 
+def test_a_deletion_cut_short_leaves_no_finished_step(saved, monkeypatch):
+    """Killed while the files of step 2 go: what is left of it must not pass for a checkpoint."""
+
+    def killed(path, *args, **options):
+        (path / "data.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    saved.save(fresh(4), {"next": 4}, CONFIG)
+    saved._thread.join()
+    assert checkpoint.steps(saved.directory) == [3, 4]
+    assert [path.name for path in checkpoint.unfinished(saved.directory)] == ["00000002"]
+
+
 def test_architecture_round_trip(tmp_path):
     def read(values):
         (tmp_path / "model.json").write_text(json.dumps(values))

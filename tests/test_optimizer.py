@@ -179,6 +179,12 @@ def test_a_run_interrupted_after_an_update_goes_on_bitwise():
     jax.tree.map(np.testing.assert_array_equal, resumed, states[4])
 
 
+def test_the_linear_schedule_ends_at_its_fraction():
+    """1 - (k / 4)(1 - 0.2) for k = 0 … 3, and 0.2 after the last update."""
+    at = opt.schedule(cfg.Optimizer(learning_rate=1.0, schedule="linear", final_fraction=0.2), 4)
+    np.testing.assert_allclose([at(k) for k in range(5)], [1.0, 0.8, 0.6, 0.4, 0.2], rtol=1e-6)
+
+
 def test_weight_decay_reaches_every_matrix_and_no_norm():
     """With zero gradients the update is -rate · decay · w = -0.05 w for matrices, embedding and head too, and 0 for norms."""
     settings = cfg.Optimizer(learning_rate=0.1, schedule="constant", weight_decay=0.5)

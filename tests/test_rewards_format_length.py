@@ -105,6 +105,7 @@ def test_lengths_are_tokens_never_characters(reward):
     [
         ("a b c d", 2, 0), ("a b a b a", 2, -0.5), ("a a a a a", 1, -0.8), ("A a", 1, -0.5), ("a b", 3, 0), ("", 3, 0),
         ("a b c a b c", 3, -0.25),
+        ("a b a c a d", 3, 0.0),  # words that come again, in no trigram that does
     ],
 )  # fmt: skip
 def test_repetition(text, ngram_size, expected):
