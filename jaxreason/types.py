@@ -14,6 +14,8 @@ from jax import Array
 # that a run has the same rows wherever it runs.
 MAX_SEGMENTS = 32
 
+BATCH_AXES = ("data", "fsdp")  # mesh axes that the rows of a batch are split over
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
