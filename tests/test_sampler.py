@@ -119,6 +119,7 @@ def run(tmp_path_factory):
         f"rollout.hooks=['{own}:depth']",
         f"reward.functions=[{{name: '{own}:length', weight: 0.5}}, {{name: '{own}:truncated', weight: 3}}]", "train.steps=2",
         "rollout.prompts_per_step=4", "train.updates_per_rollout=2", "train.minibatches=2", "run.seed=5",
+        "optimizer.schedule=linear", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.008",
     ]  # fmt: skip
     assert cli.train(["--config", "grpo", *words]) == 0
     return root, words
@@ -126,7 +127,7 @@ def run(tmp_path_factory):
 
 def test_a_run_with_everything_of_ones_own_by_hand(run):
     root, _ = run
-    first, _ = [json.loads(line) for line in (root / "grpo" / "metrics.jsonl").read_text().split("\n") if line]
+    first, second = [json.loads(line) for line in (root / "grpo" / "metrics.jsonl").read_text().split("\n") if line]
     # Samples 0, 1, 2 have 3, 4, 5 tokens with their stop, sample 3 has 5 and is cut off.
     counts = np.array([3, 4, 5, 5])
     assert first["completion_tokens"] == counts.mean() and first["truncated_fraction"] == 0.25
@@ -139,6 +140,8 @@ def test_a_run_with_everything_of_ones_own_by_hand(run):
     # What is graded is the text without its stop token: the last token of a completion that was cut off is text.
     tokens = [len(s["completion"]) for s in samples[:4]]
     assert tokens[3] > tokens[2] > tokens[1] > tokens[0]
+    # Four updates in all, at 8, 6, 4 and 2 thousandths: means of two.
+    assert (first["learning_rate"], second["learning_rate"]) == (pytest.approx(0.007), pytest.approx(0.003))
     assert first["mean_old_entropy"] == pytest.approx(first["entropy"], rel=0.05) and first["mean_old_entropy"] > 1
 
 
