@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -90,7 +90,7 @@ def chart(title: str, lines: Sequence[Line], points: bool) -> Markup:
     )  # fmt: skip
 
 
-def _line(line: Line, x, y, points: bool) -> Markup:
+def _line(line: Line, x: Callable[[float], float], y: Callable[[float], float], points: bool) -> Markup:
     """Band, mean and the values that the reader's cursor asks for."""
     pieces = []
     band = [(s, a, b) for s, a, b in zip(line.steps, line.low, line.high) if a is not None]

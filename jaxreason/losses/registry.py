@@ -75,9 +75,7 @@ def loss(
     """
 
     def declare(function: Callable) -> Callable:
-        function.kind, function.tokenwise = kind, tokenwise
-        function.needs, function.advantage = needs, advantage
-        return function
+        return plugins.mark(function, kind=kind, tokenwise=tokenwise, needs=needs, advantage=advantage)
 
     return declare
 
