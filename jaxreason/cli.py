@@ -164,9 +164,9 @@ def compare(argv=None) -> None:
         runs = [Path(run) for run in args.report_only]
         work.finish(Path(args.out) if args.out else runs[0].parent, runs)
         return
-    planned = work.plan(args.config, args.losses.split(","), args.seeds, args.words, args.out)
-    _start(planned[0].config.run.deterministic)
-    (work.offline if args.offline else work.train)(planned)
+    entries = work.entries_of(args.config, args.losses.split(","), args.seeds, args.words, args.out)
+    _start(entries[0].config.run.deterministic)
+    (work.offline if args.offline else work.train)(entries)
 
 
 @command

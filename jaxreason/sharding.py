@@ -11,8 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
-
-BATCH_AXES = ("data", "fsdp")
+from jaxreason.types import BATCH_AXES
 
 # Parameter name → how its axes are split. Output channels of q, k, v, gate and up go over `tensor` and those of o and
 # down come back from it, so a block needs one all-reduce each for attention and mlp; `fsdp` splits the other axis.

@@ -19,6 +19,8 @@ MAX_SEGMENTS = 32
 
 Leaf = TypeVar("Leaf", Array, np.ndarray, jax.ShapeDtypeStruct, default=Array)
 
+BATCH_AXES = ("data", "fsdp")  # mesh axes that the rows of a batch are split over
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

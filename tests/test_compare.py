@@ -1,4 +1,4 @@
-"""The comparison: its statistics by hand, its page parsed, its runs planned, a real one end to end."""
+"""The comparison: its statistics by hand, its page parsed, its runs entries, a real one end to end."""
 
 import base64
 import hashlib
@@ -264,11 +264,11 @@ def test_one_seed_has_no_interval(two_losses):
 
 def test_the_plan_changes_loss_seed_and_place_only(tmp_path):
     words = ["run.seed=4", "loss.options.clip_low=0.1"]
-    planned = runs.plan("grpo", ["grpo", "dapo@clip_high=0.3"], 2, words, str(tmp_path))
-    assert [item.path for item in planned] == [
+    entries = runs.entries_of("grpo", ["grpo", "dapo@clip_high=0.3"], 2, words, str(tmp_path))
+    assert [item.path for item in entries] == [
         tmp_path / name for name in ("grpo-seed4", "grpo-seed5", "dapo-clip_high-0.3-seed4", "dapo-clip_high-0.3-seed5")
     ]
-    last = planned[-1].config
+    last = entries[-1].config
     assert (last.loss.name, last.loss.options, last.run.seed) == ("dapo", {"clip_low": 0.1, "clip_high": 0.3}, 5)
     base = json.loads(cfg.load("grpo", words).model_dump_json())
     changed = cfg.differences(base, json.loads(last.model_dump_json()))
@@ -302,7 +302,7 @@ def test_wrong_input_is_one_message_before_anything_trains(argv, part, tmp_path,
 
 
 def test_a_loss_that_fails_on_its_way_does_not_stop_the_others(tmp_path, monkeypatch):
-    planned = runs.plan("grpo", ["grpo", "gspo", "cispo"], 1, [], str(tmp_path))
+    entries = runs.entries_of("grpo", ["grpo", "gspo", "cispo"], 1, [], str(tmp_path))
     trained = []
 
     def train(config):
@@ -314,18 +314,18 @@ def test_a_loss_that_fails_on_its_way_does_not_stop_the_others(tmp_path, monkeyp
         return {}
 
     monkeypatch.setattr(runs.grpo, "train", train)
-    monkeypatch.setattr(work, "check", lambda planned: None)
+    monkeypatch.setattr(work, "check", lambda entries: None)
     with pytest.raises(UserError, match="gspo-seed0: step 2: loss is nan"):
-        work.train(planned)
+        work.train(entries)
     assert trained == ["grpo", "gspo", "cispo"]
     assert re.search(r"gspo-seed0</th><td>gspo</td><td>0</td><td>1</td><td>unfinished", (tmp_path / "report.html").read_text())
     # What fails before its first step would fail for every loss.
     monkeypatch.setattr(runs.grpo, "train", lambda config: (_ for _ in ()).throw(UserError("no such weights")))
     with pytest.raises(UserError, match="^no such weights$"):
-        runs.train_all(runs.plan("grpo", ["grpo", "gspo"], 1, [], str(tmp_path / "other")))
+        runs.train_all(runs.entries_of("grpo", ["grpo", "gspo"], 1, [], str(tmp_path / "other")))
     # A person's interrupt ends the comparison and reports nothing.
     monkeypatch.setattr(runs.grpo, "train", lambda config: None)
-    assert runs.train_all(planned) is None
+    assert runs.train_all(entries) is None
 
 
 def script(*argv) -> str:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxreason.data.batches import Order, Rows
-from jaxreason.data.pack import MAX_EXAMPLES, plan
+from jaxreason.data.pack import MAX_EXAMPLES, pack
 from jaxreason.data.store import Store
 from jaxreason.model import Execution
 from jaxreason.rl.batch import row_layout
@@ -17,7 +17,7 @@ def rows_of(made):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_example_in_exactly_one_row_that_holds_it(packing, shuffle):
-    rows = rows_of(plan(LENGTHS, 128, packing=packing, shuffle=shuffle, seed=1, epoch=2))
+    rows = rows_of(pack(LENGTHS, 128, packing=packing, shuffle=shuffle, seed=1, epoch=2))
     assert sorted(example for row in rows for example in row) == list(range(500))
     assert max(LENGTHS[row].sum() for row in rows) <= 128
     assert packing or max(map(len, rows)) == 1
@@ -25,7 +25,7 @@ def test_every_example_in_exactly_one_row_that_holds_it(packing, shuffle):
 
 def test_a_function_of_seed_and_epoch():
     def make(seed, epoch):
-        return rows_of(plan(LENGTHS, 128, packing=True, shuffle=True, seed=seed, epoch=epoch))
+        return rows_of(pack(LENGTHS, 128, packing=True, shuffle=True, seed=seed, epoch=epoch))
 
     assert make(3, 1) == make(3, 1)
     assert make(3, 1) != make(3, 2) and make(3, 1) != make(4, 1)
@@ -33,24 +33,24 @@ def test_a_function_of_seed_and_epoch():
 
 def test_best_fit_by_hand():
     """Lengths 7 6 5 4 3 2 1 into rows of 10: 7+3, 6+4, 5+2+1, each into the fullest row with room."""
-    rows = rows_of(plan(np.array([7, 6, 5, 4, 3, 2, 1]), 10, packing=True, shuffle=True, seed=0, epoch=0))
+    rows = rows_of(pack(np.array([7, 6, 5, 4, 3, 2, 1]), 10, packing=True, shuffle=True, seed=0, epoch=0))
     assert sorted(map(sorted, rows)) == [[0, 4], [1, 3], [2, 5, 6]]
 
 
 def test_unshuffled_packing_keeps_the_file_order():
-    rows = rows_of(plan(np.array([4, 5, 3, 8, 2, 10]), 10, packing=True, shuffle=False, seed=0, epoch=0))
+    rows = rows_of(pack(np.array([4, 5, 3, 8, 2, 10]), 10, packing=True, shuffle=False, seed=0, epoch=0))
     assert rows == [[0, 1], [2], [3, 4], [5]]
-    unpacked = plan(np.array([4, 5, 3]), 10, packing=False, shuffle=False, seed=0, epoch=7)
+    unpacked = pack(np.array([4, 5, 3]), 10, packing=False, shuffle=False, seed=0, epoch=7)
     assert rows_of(unpacked) == [[0], [1], [2]]
 
 
 def test_packing_fills_rows():
-    made = plan(LENGTHS, 512, packing=True, shuffle=True, seed=0, epoch=0)
+    made = pack(LENGTHS, 512, packing=True, shuffle=True, seed=0, epoch=0)
     assert LENGTHS.sum() / (len(made) * 512) > 0.97
 
 
 def test_rows_come_in_random_order_not_by_length():
-    made = plan(LENGTHS, 90, packing=True, shuffle=True, seed=0, epoch=0)
+    made = pack(LENGTHS, 90, packing=True, shuffle=True, seed=0, epoch=0)
     longest = np.array([LENGTHS[row].max() for row in rows_of(made)])
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2
 
@@ -59,17 +59,17 @@ def test_rows_come_in_random_order_not_by_length():
 def test_a_row_takes_no_more_examples_than_attention_has_segments(shuffle):
     """40 examples of 2 tokens in rows of 512: 31 and 9, since the row's rest is the 32nd segment."""
     assert MAX_EXAMPLES == 31 == Execution.max_segments - 1
-    rows = rows_of(plan(np.full(40, 2), 512, packing=True, shuffle=shuffle, seed=1, epoch=0))
+    rows = rows_of(pack(np.full(40, 2), 512, packing=True, shuffle=shuffle, seed=1, epoch=0))
     assert sorted(map(len, rows)) == [9, 31]
     assert sorted(example for row in rows for example in row) == list(range(40))
-    many = rows_of(plan(np.full(1000, 2), 512, packing=True, shuffle=shuffle, seed=1, epoch=0))
+    many = rows_of(pack(np.full(1000, 2), 512, packing=True, shuffle=shuffle, seed=1, epoch=0))
     assert len(many) == 33 and max(map(len, many)) == 31  # ceil(1000 / 31)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_cap_costs_nothing_where_rows_hold_fewer(shuffle, monkeypatch):
     def make():
-        return rows_of(plan(LENGTHS + 10, 256, packing=True, shuffle=shuffle, seed=0, epoch=0))
+        return rows_of(pack(LENGTHS + 10, 256, packing=True, shuffle=shuffle, seed=0, epoch=0))
 
     capped = make()
     assert 5 < max(map(len, capped)) < 31  # or this shows nothing
@@ -79,7 +79,7 @@ def test_the_cap_costs_nothing_where_rows_hold_fewer(shuffle, monkeypatch):
 
 def test_a_capped_row_still_leaves_its_long_partner_in():
     """One of 100 tokens and 60 of 1 in rows of 200: the long one is placed first and shares its row with 30 others."""
-    rows = rows_of(plan(np.array([1] * 60 + [100]), 200, packing=True, shuffle=True, seed=0, epoch=0))
+    rows = rows_of(pack(np.array([1] * 60 + [100]), 200, packing=True, shuffle=True, seed=0, epoch=0))
     assert sorted(map(len, rows)) == [30, 31] and len(next(row for row in rows if 60 in row)) == 31
 
 
@@ -94,7 +94,7 @@ def test_rollout_rows_hold_what_the_cap_lets_through():
 
 def test_an_example_that_fits_no_row_is_a_defect():
     with pytest.raises(ValueError, match="does not fit"):
-        plan(np.array([11]), 10, packing=True, shuffle=True, seed=0, epoch=0)
+        pack(np.array([11]), 10, packing=True, shuffle=True, seed=0, epoch=0)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def largest(program: Program) -> int:
 # ---- the recipes
 
 
-def recipe(name: str, devices: int = 1) -> tuple[dict, dict[str, Program], programs.Run]:
+def recipe(name: str, devices: int = 1) -> tuple[dict, dict[str, Program], programs.Programs]:
     """The report of a config and its programs."""
     asked = Options(devices=devices)
     config, needed = options.fit_batch(name, [], asked)
@@ -197,7 +197,7 @@ def test_prefill_packs_and_forms_no_logits():
 # ---- whole plans
 
 
-def planned_of(name: str, *words: str, **asked) -> tuple[programs.Shape, programs.Run]:
+def planned_of(name: str, *words: str, **asked) -> tuple[programs.Shape, programs.Programs]:
     """What a plan would compile."""
     config, _ = options.fit_batch(name, list(words), Options(**asked))
     shape = options.shape_of(config, Options(**asked))

@@ -11,6 +11,7 @@ from helpers import grpo_words
 
 from jaxreason import cli, model
 from jaxreason import config as cfg
+from jaxreason.data import tokenizer as tokenizers
 from jaxreason.errors import UserError
 from jaxreason.rl import shapes
 from jaxreason.rl.objective import objective_of
@@ -104,6 +105,12 @@ def own(inputs):
         **{f"mean_{name}": mean(inputs.extras[name]) for name in ("token_reward", "rank", "depth", "old_entropy")},
         "mean_sampler": mean(inputs.sampler_logp),
     }
+
+
+def against(inputs):
+    inputs, _ = losses.clean(inputs)
+    weights = (inputs.mask > 0) / inputs.totals.tokens
+    return jnp.sum(weights * inputs.logp * (inputs.ref_logp - inputs.advantages)), {"mean_ref": jnp.sum(weights * inputs.ref_logp)}
 '''
 
 
@@ -119,6 +126,7 @@ def run(tmp_path_factory):
         f"rollout.hooks=['{own}:depth']",
         f"reward.functions=[{{name: '{own}:length', weight: 0.5}}, {{name: '{own}:truncated', weight: 3}}]", "train.steps=2",
         "rollout.prompts_per_step=4", "train.updates_per_rollout=2", "train.minibatches=2", "run.seed=5",
+        "optimizer.schedule=linear", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.008",
     ]  # fmt: skip
     assert cli.train(["--config", "grpo", *words]) == 0
     return root, words
@@ -126,7 +134,7 @@ def run(tmp_path_factory):
 
 def test_a_run_with_everything_of_ones_own_by_hand(run):
     root, _ = run
-    first, _ = [json.loads(line) for line in (root / "grpo" / "metrics.jsonl").read_text().split("\n") if line]
+    first, second = [json.loads(line) for line in (root / "grpo" / "metrics.jsonl").read_text().split("\n") if line]
     # Samples 0, 1, 2 have 3, 4, 5 tokens with their stop, sample 3 has 5 and is cut off.
     counts = np.array([3, 4, 5, 5])
     assert first["completion_tokens"] == counts.mean() and first["truncated_fraction"] == 0.25
@@ -137,8 +145,10 @@ def test_a_run_with_everything_of_ones_own_by_hand(run):
     # Ranks of 1.5, 2, 2.5, 5.5.
     assert [s["advantage"] for s in samples[:4]] == [-1.5, -0.5, 0.5, 1.5]
     # What is graded is the text without its stop token: the last token of a completion that was cut off is text.
-    tokens = [len(s["completion"]) for s in samples[:4]]
-    assert tokens[3] > tokens[2] > tokens[1] > tokens[0]
+    tokenizer = tokenizers.load("embedded")
+    assert [s["completion"] for s in samples[:4]] == [tokenizer.decode([100 + s] * (s + 2)) for s in range(4)]
+    # Four updates in all, at 8, 6, 4 and 2 thousandths: means of two.
+    assert (first["learning_rate"], second["learning_rate"]) == (pytest.approx(0.007), pytest.approx(0.003))
     assert first["mean_old_entropy"] == pytest.approx(first["entropy"], rel=0.05) and first["mean_old_entropy"] > 1
 
 
@@ -201,6 +211,16 @@ def test_what_nobody_fills_or_makes_is_refused_at_the_start(run, tmp_path, capsy
     argv += [change.format(own=own), f"run.dir={tmp_path / 'runs'}"]
     assert cli.train(["--config", "grpo", *argv]) == 2
     assert part in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_reads_the_reference_gets_one_without_a_kl(run, tmp_path):
+    """What a loss reads decides what is scored; at the first step the reference is the policy."""
+    root, words = run
+    argv = [w for w in words if not w.startswith(("loss.name", "rollout.hooks", "run.dir", "train.updates", "train.minibatches"))]
+    argv += [f"loss.name={root / 'own.py'}:against", f"run.dir={tmp_path}", "train.steps=1"]
+    assert cli.train(["--config", "grpo", *argv]) == 0
+    (line,) = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().split("\n") if line]
+    assert line["mean_ref"] < -3 and line["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_example_trains(tmp_path):

@@ -4,6 +4,6 @@
 recorded rollout without training, ``finish`` turns the files of runs into the tables on the terminal and the report.
 """
 
-from jaxreason.compare.work import Planned, finish, offline, plan, train
+from jaxreason.compare.work import Entry, entries_of, finish, offline, train
 
-__all__ = ["Planned", "finish", "offline", "plan", "train"]
+__all__ = ["Entry", "entries_of", "finish", "offline", "train"]

@@ -19,7 +19,7 @@ from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason import sampler as samplers
 from jaxreason.compare.read import number
-from jaxreason.compare.runs import Planned
+from jaxreason.compare.runs import Entry
 from jaxreason.data.prompts import PromptStream
 from jaxreason.errors import UserError
 from jaxreason.rewards.pool import RewardPool
@@ -39,11 +39,11 @@ from jaxreason.types import Batch, TrainState
 _SHOWN = ("ratio_min", "ratio_max", "clip_fraction", "policy_kl", "kl", "entropy")
 
 
-def measure(planned: Sequence[Planned], found: Sequence[losses.Loss]) -> dict:
+def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     """The measurement as plain values, ready for JSON.
 
     Args:
-      planned: runs of a comparison; the first of each loss counts, and the first of all says what is rolled out.
+      entries: runs of a comparison; the first of each loss counts, and the first of all says what is rolled out.
       found: the loss of each, as ``check`` returns them.
 
     Returns: ``rollout`` (what was recorded), ``losses`` (labels), ``points`` with for ``start`` and ``stale`` the
@@ -51,8 +51,8 @@ def measure(planned: Sequence[Planned], found: Sequence[losses.Loss]) -> dict:
 
     Raises: UserError for an SFT config and for everything that a user can fix.
     """
-    firsts = list({item.loss: item for item in reversed(planned)}.values())[::-1]
-    configs = [item.config for item in firsts if isinstance(item.config, GrpoConfig)]
+    firsts = list({item.loss: item for item in reversed(entries)}.values())[::-1]
+    configs = [item.config for item in firsts if isinstance(item.config, cfg.GrpoConfig)]
     if len(configs) < len(firsts):
         raise UserError("--offline compares policy losses on a rollout; this config's algorithm is sft")
     config = _whole(configs[0])

@@ -23,7 +23,7 @@ _ALGORITHMS = {"grpo": grpo, "sft": sft}
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class Entry:
     """One run of a comparison."""
 
     loss: str  # as the user wrote it
@@ -40,7 +40,7 @@ def folder(config: cfg.RunConfig, out: str | None) -> Path:
     return Path(out) if out else Path(config.run.dir) / f"{config.run.name}-compare"
 
 
-def plan(name: str, specs: Sequence[str], seeds: int, words: Sequence[str], out: str | None) -> list[Planned]:
+def entries_of(name: str, specs: Sequence[str], seeds: int, words: Sequence[str], out: str | None) -> list[Entry]:
     """The runs of config ``name`` with each loss and each of ``seeds`` seeds from ``run.seed`` on, seeds innermost.
 
     Args:
@@ -55,7 +55,7 @@ def plan(name: str, specs: Sequence[str], seeds: int, words: Sequence[str], out:
         raise UserError(f"--seeds {seeds}: at least one seed is needed")
     base = cfg.load(name, words)
     where = folder(base, out)
-    planned: list[Planned] = []
+    entries: list[Entry] = []
     owners: dict[str, str] = {}
     for spec in specs:
         loss, *options = spec.split("@")
@@ -68,8 +68,8 @@ def plan(name: str, specs: Sequence[str], seeds: int, words: Sequence[str], out:
         changes = [f"loss.name={json.dumps(loss)}", *(f"loss.options.{option}" for option in options)]
         for seed in range(base.run.seed, base.run.seed + seeds):
             place = [f"run.dir={json.dumps(str(where))}", f"run.name={slug}-seed{seed}", f"run.seed={seed}"]
-            planned.append(Planned(spec, seed, cfg.load(name, [*words, *changes, *place])))
-    return planned
+            entries.append(Entry(spec, seed, cfg.load(name, [*words, *changes, *place])))
+    return entries
 
 
 def _slug(spec: str) -> str:
@@ -82,20 +82,20 @@ def _loss_of(config: cfg.RunConfig) -> losses.Loss:
     return sft.find_loss(config) if isinstance(config, cfg.SftConfig) else objective_of(config).loss
 
 
-def check(planned: Sequence[Planned]) -> list[losses.Loss]:
+def check(entries: Sequence[Entry]) -> list[losses.Loss]:
     """Every loss found and tried on a tiny batch, every folder free or resumable, before anything trains.
 
-    Returns the losses in order, one for each ``Planned.loss``. Raises UserError.
+    Returns the losses in order, one for each ``Entry.loss``. Raises UserError.
     """
     found = {}
-    for item in planned:
+    for item in entries:
         if item.loss not in found:
             found[item.loss] = _loss_of(item.config)
         RunFolder(item.config)
     return list(found.values())
 
 
-def train_all(planned: Sequence[Planned]) -> list[str] | None:
+def train_all(entries: Sequence[Entry]) -> list[str] | None:
     """Trains what is not trained yet. Returns a message for each run that failed while training, or None if the user
     stopped it.
 
@@ -104,13 +104,13 @@ def train_all(planned: Sequence[Planned]) -> list[str] | None:
     """
     failures: list[str] = []
     spent: list[float] = []
-    train = _ALGORITHMS[planned[0].config.algorithm].train
-    open_runs = sum(RunFolder(item.config).summary() is None for item in planned)
-    for number, item in enumerate(planned, 1):
+    train = _ALGORITHMS[entries[0].config.algorithm].train
+    open_runs = sum(RunFolder(item.config).summary() is None for item in entries)
+    for number, item in enumerate(entries, 1):
         fresh = RunFolder(item.config).summary() is None
         left = sum(spent) / len(spent) * (open_runs - len(spent)) if spent else None
         eta = f", about {max(1, round(left / 60))} min to go" if fresh and left is not None else ""
-        console.rule(f"run {number} of {len(planned)}: {item.path.name}{eta}")
+        console.rule(f"run {number} of {len(entries)}: {item.path.name}{eta}")
         clock = time.monotonic()
         try:
             done = train(item.config)

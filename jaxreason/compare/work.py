@@ -8,35 +8,35 @@ import jax
 from jaxreason.compare.gradients import measure
 from jaxreason.compare.read import write_offline
 from jaxreason.compare.report import write_report
-from jaxreason.compare.runs import Planned, check, has_steps, plan, train_all
+from jaxreason.compare.runs import Entry, check, entries_of, has_steps, train_all
 from jaxreason.compare.tables import ONE_UPDATE, show
 from jaxreason.errors import UserError
 from jaxreason.terminal import console
 
-__all__ = ["Planned", "finish", "offline", "plan", "train"]
+__all__ = ["Entry", "entries_of", "finish", "offline", "train"]
 
 
-def train(planned: Sequence[Planned]) -> None:
+def train(entries: Sequence[Entry]) -> None:
     """Trains what is not trained yet, then reports. Raises UserError, after the report, if a run failed on its way."""
-    check(planned)
-    if planned[0].config.algorithm == "grpo" and planned[0].config.train.updates_per_rollout == 1:
+    check(entries)
+    if entries[0].config.algorithm == "grpo" and entries[0].config.train.updates_per_rollout == 1:
         console.print(ONE_UPDATE)
-    failures = train_all(planned)
+    failures = train_all(entries)
     if failures is None:
         console.print("the comparison stopped; the same command goes on")
         return
-    finish(planned[0].path.parent, [item.path for item in planned if has_steps(item.path)])
+    finish(entries[0].path.parent, [item.path for item in entries if has_steps(item.path)])
     if failures:
         raise UserError("\n".join(failures))
 
 
-def offline(planned: Sequence[Planned]) -> None:
+def offline(entries: Sequence[Entry]) -> None:
     """Measures the losses on one rollout, then reports, together with the comparison's runs as far as there are any."""
-    where = planned[0].path.parent
-    measured = measure(planned, check(planned))
+    where = entries[0].path.parent
+    measured = measure(entries, check(entries))
     if jax.process_index() == 0:
         write_offline(where, measured)
-    finish(where, [item.path for item in planned if has_steps(item.path)])
+    finish(where, [item.path for item in entries if has_steps(item.path)])
 
 
 def finish(where: Path, runs: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from jaxreason.data.pack import Plan, plan
+from jaxreason.data.pack import Packing, pack
 from jaxreason.data.store import Store
 from jaxreason.types import Batch
 
@@ -48,7 +48,7 @@ class Rows:
         self._store, self._pad_id, self.weights = store, pad_id, weights
         self._order = order
         self._lock = threading.Lock()  # grain reads steps from threads
-        self._plans: dict[int, Plan] = {}
+        self._packings: dict[int, Packing] = {}
         self._ends: list[int] = []  # rows in epochs 0..e together
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
@@ -74,7 +74,7 @@ class Rows:
             if not self.endless:
                 return np.zeros(0, np.int64)
         first = self._end(epoch - 1) if epoch else 0
-        return self._plan(epoch).row(row - first)
+        return self._packing(epoch).row(row - first)
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch[np.ndarray]:
         """This process's rows of step ``step``: numpy arrays [batch_size / process_count, T].
@@ -120,17 +120,17 @@ class Rows:
 
     def _end(self, epoch: int) -> int:
         while len(self._ends) <= epoch:
-            self._plan(len(self._ends))
+            self._packing(len(self._ends))
         return self._ends[epoch]
 
-    def _plan(self, epoch: int) -> Plan:
+    def _packing(self, epoch: int) -> Packing:
         with self._lock:
-            if epoch not in self._plans:
-                made = plan(self.lengths, self.length, epoch=epoch, **vars(self._order))
-                self._plans = {e: p for e, p in self._plans.items() if abs(e - epoch) == 1} | {epoch: made}
+            if epoch not in self._packings:
+                made = pack(self.lengths, self.length, epoch=epoch, **vars(self._order))
+                self._packings = {e: p for e, p in self._packings.items() if abs(e - epoch) == 1} | {epoch: made}
                 if len(self._ends) == epoch:
                     self._ends.append((self._ends[-1] if epoch else 0) + len(made))
-            return self._plans[epoch]
+            return self._packings[epoch]
 
 
 class _Steps:

@@ -18,7 +18,7 @@ _WINDOW = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Packing:
     """Row r holds the examples ``order[bounds[r]:bounds[r + 1]]``."""
 
     order: np.ndarray  # [n] int64
@@ -31,7 +31,7 @@ class Plan:
         return self.order[self.bounds[index] : self.bounds[index + 1]]
 
 
-def plan(lengths: np.ndarray, max_length: int, *, packing: bool, shuffle: bool, seed: int, epoch: int) -> Plan:
+def pack(lengths: np.ndarray, max_length: int, *, packing: bool, shuffle: bool, seed: int, epoch: int) -> Packing:
     """Rows of at most ``max_length`` tokens and ``MAX_EXAMPLES`` examples; every example in exactly one.
 
     Shuffled packing is best-fit decreasing within windows of a random order, then a random order of rows. Unshuffled
@@ -43,7 +43,7 @@ def plan(lengths: np.ndarray, max_length: int, *, packing: bool, shuffle: bool, 
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(count) if shuffle else np.arange(count)
     if not packing:
-        return Plan(order.astype(np.int64), np.arange(count + 1, dtype=np.int64))
+        return Packing(order.astype(np.int64), np.arange(count + 1, dtype=np.int64))
     if not shuffle:
         return _flat(_next_fit(lengths, max_length))
     rows = []
@@ -82,6 +82,6 @@ def _next_fit(lengths: np.ndarray, max_length: int) -> list[list[int]]:
     return rows
 
 
-def _flat(rows: list[list[int]]) -> Plan:
+def _flat(rows: list[list[int]]) -> Packing:
     bounds = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return Plan(np.array([example for row in rows for example in row], np.int64), bounds)
+    return Packing(np.array([example for row in rows for example in row], np.int64), bounds)

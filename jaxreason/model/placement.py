@@ -14,16 +14,18 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec
 
-ROW_AXES, SHARD_AXIS, HEAD_AXIS = ("data", "fsdp"), "fsdp", "tensor"
+from jaxreason.types import BATCH_AXES
+
+SHARD_AXIS, HEAD_AXIS = "fsdp", "tensor"
 
 
 def row_axes(rows: int) -> tuple[str, ...] | None:
     """The mesh axes that ``rows`` rows are split over; None if they are on one device, or cannot be split evenly."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(ROW_AXES) <= set(mesh.shape):
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.shape):
         return None
-    ways = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    return ROW_AXES if ways > 1 and rows % ways == 0 else None
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return BATCH_AXES if ways > 1 and rows % ways == 0 else None
 
 
 def row_ways(rows: int) -> int:

@@ -1,6 +1,5 @@
 """Named architectures: ``architectures.yaml``, as configs."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import yaml
 from jaxreason.errors import UserError
 from jaxreason.model.config import ModelConfig, RopeScaling
 from jaxreason.model.families import make_config
+from jaxreason.plugins import nearest
 from jaxreason.types import MAX_SEGMENTS
 
 
@@ -34,16 +34,12 @@ PRESETS: dict[str, ModelConfig] = {name: make_config(**_typed(entry, name)) for 
 def preset(name: str, overrides: dict[str, Any] | None = None) -> ModelConfig:
     """The named architecture with some fields changed. Raises UserError for unknown names and fields."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"model.preset {name!r} is unknown{hint}; known: {', '.join(PRESETS)}")
+        raise UserError(f"model.preset {name!r} is unknown{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
     overrides, config = overrides or {}, PRESETS[name]
     known = vars(config.arch) | {"max_segments": config.execution.max_segments}
     for key, value in overrides.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"model.overrides.{key}: no such field of the architecture{hint}")
+            raise UserError(f"model.overrides.{key}: no such field of the architecture{nearest(key, known)}")
         wanted = type(known[key])
         if wanted in (int, float, bool) and (isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, wanted))):
             raise UserError(f"model.overrides.{key} is {value!r}; it is a {wanted.__name__}")

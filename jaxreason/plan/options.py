@@ -13,7 +13,7 @@ from jaxreason.plan.phases import Place
 from jaxreason.plan.programs import Shape
 from jaxreason.rl import shapes
 from jaxreason.rl.objective import objective_of
-from jaxreason.sharding import BATCH_AXES
+from jaxreason.types import BATCH_AXES
 
 _PHRASE_TOKENS = 64  # of a second turn's phrase and template, which no tokenizer is here to count
 

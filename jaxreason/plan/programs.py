@@ -60,14 +60,14 @@ class Decoding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Programs:
     planned: dict[str, Planned]  # the update first
     frozen: dict[str, int]  # models that stay on the devices all the time, in bytes of one device
     decoding: Decoding | None  # of the rollout, or of the evaluation where there is no rollout
     head_again: bool  # whether the head's backward pass makes the logits again, chunk by chunk
 
 
-def of(s: Shape) -> Run:
+def of(s: Shape) -> Programs:
     """Every program that takes memory worth counting, in the order of a step."""
     return _sft(s) if s.config.algorithm == "sft" else _grpo(s)
 
@@ -82,7 +82,7 @@ def _bytes_of(s: Shape, model: ModelConfig) -> int:
     return device_bytes(phases.abstract_params(model, s.place.mesh, model.execution.compute_dtype))
 
 
-def _sft(s: Shape) -> Run:
+def _sft(s: Shape) -> Programs:
     c = s.config
     loss = sft.find_loss(c)
     weighted = (c.data.think_weight, c.data.answer_weight) != (1.0, 1.0)
@@ -110,10 +110,10 @@ def _sft(s: Shape) -> Run:
         sampling = Sampling(temperature=0.0, max_completion_tokens=limit)
         found, decoding = _decoding(s, "", c.eval.slots, prompt, sampling, state | frozen)
         planned |= {"decoding weights": _weights(s, moments | frozen)} | found
-    return Run(planned, frozen, decoding, head_again=not loss.tokenwise)
+    return Programs(planned, frozen, decoding, head_again=not loss.tokenwise)
 
 
-def _grpo(s: Shape) -> Run:
+def _grpo(s: Shape) -> Programs:
     c = s.config
     loss, batch, temperature = s.loss, s.rl.batch(s.place.mesh), c.rollout.temperature
     models = {"reference": s.model} if keeps_reference(c, loss) else {}
@@ -145,7 +145,7 @@ def _grpo(s: Shape) -> Run:
         greedy = Sampling(temperature=0.0, max_completion_tokens=c.eval.max_completion_tokens)
         found, graded = _decoding(s, "evaluation: ", c.eval.slots, s.rl.longest_prompt, greedy, state | frozen)
         planned |= found if graded.cache_bytes > decoding.cache_bytes else {}
-    return Run(planned, frozen, decoding, head_again=True)
+    return Programs(planned, frozen, decoding, head_again=True)
 
 
 def _weights(s: Shape, beside: dict[str, int]) -> Planned:

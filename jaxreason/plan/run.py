@@ -14,7 +14,7 @@ from jaxreason.model.flops import matmul_weights, train_flops_per_token
 from jaxreason.plan import architecture, compile, phases, programs, roofline
 from jaxreason.plan.changes import changes
 from jaxreason.plan.options import Options, fit_batch, shape_of
-from jaxreason.plan.programs import Run, Shape
+from jaxreason.plan.programs import Programs, Shape
 
 DECODE_FRACTION = 0.71  # of the bandwidth limit: what SkyRL-tx, the fastest published JAX engine, reached
 
@@ -39,7 +39,7 @@ def compiled(config: cfg.RunConfig, options: Options) -> dict:
     return report_of(s, run, {name: planned.compile() for name, planned in run.planned.items()}, options)
 
 
-def report_of(s: Shape, run: Run, made: dict[str, compile.Program], options: Options) -> dict:
+def report_of(s: Shape, run: Programs, made: dict[str, compile.Program], options: Options) -> dict:
     """What the compiled programs say."""
     target, config = s.place.target, s.config
     with assume_capability(target.capability):
@@ -90,7 +90,7 @@ def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Opti
     }  # fmt: skip
 
 
-def _memory(made: dict[str, compile.Program], run: Run, s: Shape) -> dict:
+def _memory(made: dict[str, compile.Program], run: Programs, s: Shape) -> dict:
     target, state = s.place.target, phases.abstract_state(s.model, s.config.optimizer, s.place.mesh, s.config.train.freeze)
     params, optimizer = compile.device_bytes(state.params), compile.device_bytes(state.opt_state)
     weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
@@ -109,7 +109,7 @@ def _memory(made: dict[str, compile.Program], run: Run, s: Shape) -> dict:
     }  # fmt: skip
 
 
-def _speed(s: Shape, run: Run, options: Options, price: float) -> dict:
+def _speed(s: Shape, run: Programs, options: Options, price: float) -> dict:
     target, c = s.place.target, s.config
     document = _document(s, options)
     flops = train_flops_per_token(s.model, [document])

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import plugins
-from jaxreason.data.pack import plan
+from jaxreason.data.pack import pack
 from jaxreason.errors import UserError
 from jaxreason.losses import Loss, PolicyInputs
 from jaxreason.rl.advantages import advantages_of, fill
@@ -41,7 +41,7 @@ def row_layout(lengths: Many[int], row_length: int, rows: int, microbatches: int
     As many rows as sequences always suffice. Packed row k is put where microbatch k // m finds it (row r belongs to
     microbatch r mod count), so that full rows fill the first microbatches and the step skips the empty ones.
     """
-    packed = plan(np.array(lengths), row_length, packing=True, shuffle=False, seed=0, epoch=0)
+    packed = pack(np.array(lengths), row_length, packing=True, shuffle=False, seed=0, epoch=0)
     if len(packed) > rows:
         raise ValueError(f"{len(lengths)} sequences fill {len(packed)} rows of {row_length} tokens, and there are {rows}")
     size = rows // microbatches

@@ -53,7 +53,8 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     problems = held_out_problems(config, setup, inputs.chat)
     updates, per_step = config.train.updates_per_rollout, config.rollout.prompts_per_step
     total = config.train.steps or math.ceil(config.train.epochs * len(inputs.prompts) / per_step)
-    if done := folder.finished(total * updates):
+    span = Span(total, updates, SHOWN)
+    if done := folder.finished(span.all_updates):
         console.print(f"{folder.path} is finished ({total} steps); delete it or set run.name to train again")
         return done
 
@@ -61,7 +62,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     mesh = make_mesh(config.mesh)
     folder.agree(total)
     shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh, jax.process_count())
-    optimizer = opt.make(config.optimizer, total * updates, config.run.seed)
+    optimizer = opt.make(config.optimizer, span.all_updates, config.run.seed)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     sampler = samplers.make(config.rollout.sampler, model, setup.tokenizer.stop_ids, mesh)
     show_table("grpo", [
@@ -73,12 +74,12 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     if dry_run:
         console.print(f"first prompt: {inputs.prompts[0].text!r}, gold {inputs.prompts[0].gold!r}", markup=False)
         return None
-    train_step = compile_step(config, objective, setup, shapes, optimizer, abstract, mesh, total * updates)
+    train_step = compile_step(config, objective, setup, shapes, optimizer, abstract, mesh, span.all_updates)
     score = compile_score(model, shapes, config.rollout.temperature, mesh)
     held_out = HeldOut(config, sampler, problems, setup.tokenizer, inputs.chat) if problems else None
     reward = config.reward
     with (
-        Loop(folder, config, Span(total, updates, SHOWN), model, held_out, evaluate_first=True) as loop,
+        Loop(folder, config, span, model, held_out, evaluate_first=True) as loop,
         RewardPool(objective.graders, reward.workers, reward.timeout_s, reward.on_error) as pool,
         Samples(folder.path) as samples,
     ):

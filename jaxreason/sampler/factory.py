@@ -29,7 +29,8 @@ def make(name: str, model: ModelConfig, stop_ids: tuple[int, ...], mesh: Mesh) -
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"rollout.sampler {name}: called with (model, stop_ids, mesh): {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"rollout.sampler {name}: called with (model, stop_ids, mesh): {what}") from error
     if missing := [method for method in _METHODS if not callable(getattr(found, method, None))]:
         kind = type(found).__name__
         raise UserError(f"rollout.sampler {name}: its {kind} has no method {missing[0]}; it needs {', '.join(_METHODS)}")

@@ -42,6 +42,11 @@ class Span:
     updates: int  # optimizer updates in one of them
     shown: tuple[str, ...]  # metrics of the progress line, in order
 
+    @property
+    def all_updates(self) -> int:
+        """Optimizer updates of the whole run, over which a schedule goes."""
+        return self.total * self.updates
+
 
 class Loop:
     """The frame of one run.

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -164,6 +165,8 @@ def make_gradient(
     def gradient(
         params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None
     ) -> tuple[Array, dict[str, Array], dict, Totals]:
+        chex.assert_rank(jax.tree.leaves(batch), 2)
+        chex.assert_equal_shape(jax.tree.leaves(batch))  # at tracing: every field is [B, T]
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
         second = None if second_config is None else (second_config, second_params)
