@@ -13,7 +13,7 @@ from jaxreason import config as cfg
 from jaxreason.data.tokenizer import load as load_tokenizer
 from jaxreason.errors import UserError
 from jaxreason.sharding import make_mesh
-from jaxreason.weights import Source, locate
+from jaxreason.weights import WeightSource, locate
 
 
 def to_hf(model: str, out: str, dtype: str | None) -> str:
@@ -49,7 +49,7 @@ def from_hf(model: str, out: str) -> str:
     return f"{directory} -> {out} ({stored}); use it as model.weights={out}"
 
 
-def _card(source: Source) -> dict:
+def _card(source: WeightSource) -> dict:
     """What the model card says of the run."""
     card = {}
     if (source.run / "config.yaml").is_file():
