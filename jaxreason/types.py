@@ -4,7 +4,7 @@ Axes: B rows, T tokens, D embed, F mlp, N heads, K kv heads, H head_dim, V vocab
 """
 
 import dataclasses
-from typing import Generic
+from typing import Generic, overload
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,11 @@ def count_unique(ids: Array, mask: Array) -> Array:
     return jnp.sum(first & (ordered >= 0)).astype(jnp.float32)
 
 
-def combine_metrics(name: str, a: Array, b: Array) -> Array:
+@overload
+def combine_metrics(name: str, a: Array, b: Array) -> Array: ...
+@overload
+def combine_metrics(name: str, a: float, b: float) -> Array | float: ...
+def combine_metrics(name: str, a: Array | float, b: Array | float) -> Array | float:
     """One metric of two parts of a step, put together: ``*_max`` and ``*_min`` by that, everything else adds."""
     if name.endswith("_max"):
         return jnp.maximum(a, b)

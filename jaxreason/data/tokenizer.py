@@ -15,7 +15,7 @@ from jaxreason.data import hub
 from jaxreason.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded_tokenizer"
 _STOPS = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>")
@@ -31,10 +31,8 @@ class Tokenizer:
     with any of them; is_stop: the same as a mask over ids; adds_bos: the tokenizer itself begins texts with BOS.
     """
 
-    def __init__(self, hf: "PreTrainedTokenizerFast", generation_config: dict | None = None):
-        if not getattr(hf, "is_fast", False):
-            raise UserError(f"tokenizer {hf.name_or_path}: needs a fast tokenizer (tokenizer.json), found a slow one")
-        self.hf = hf
+    def __init__(self, hf: "PreTrainedTokenizerBase", generation_config: dict | None = None):
+        self.hf = hf = _fast(hf)
         # tokenizer.json may carry both; rows are cut by data.over_length and padded by the batch, nowhere else.
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()
@@ -65,7 +63,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         ids = [int(i) for i in ids]
-        return self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        text = self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one list of ids; transformers returns a list for several
+        return text
 
     def save(self, directory: str | Path, chat_template: str | None = None) -> None:
         """Writes the tokenizer's files, with ``chat_template``, which the model was trained with, for its own."""
@@ -161,6 +161,14 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _fast(hf: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(hf, PreTrainedTokenizerFast):
+        raise UserError(f"tokenizer {hf.name_or_path}: needs a fast tokenizer (tokenizer.json), found a slow one")
+    return hf
 
 
 def _stop_ids(hf: "PreTrainedTokenizerFast", generation_config: dict) -> tuple[int, ...]:

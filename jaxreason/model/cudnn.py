@@ -151,8 +151,8 @@ def _packed_fwd(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: 
 
 def _packed_bwd(max_segments: int, saved: tuple[Array, ...], grad: Array) -> tuple[Array | np.ndarray, ...]:
     q, k, v, segment_ids, out, lse = saved
-    backward = functools.partial(_backward, max_segments=max_segments)
-    backward = _per_device(backward, q.shape[0], k.shape[2], "rttttht", "ttt")
+    local = functools.partial(_backward, max_segments=max_segments)
+    backward = _per_device(local, q.shape[0], k.shape[2], "rttttht", "ttt")
     return *backward(segment_ids, q, k, v, out, lse, grad), np.zeros(segment_ids.shape, jax.dtypes.float0)
 
 

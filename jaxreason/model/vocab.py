@@ -273,7 +273,7 @@ def _vocab_walk(hidden: Array, head: Array, targets: Array, temperature: float, 
         return (new_top, total, weighted, target, plain + jnp.where(live, z, 0.0).sum(-1)), None
 
     zero = jnp.zeros(hidden.shape[0], jnp.float32)
-    start = (zero - jnp.inf, zero, zero, zero, zero)
+    start: tuple[Array, ...] = (zero - jnp.inf, zero, zero, zero, zero)
     (top, total, weighted, target, plain), _ = lax.scan(body, start, (jnp.arange(len(pieces)), pieces))
     lse = jnp.log(total) + top
     return HeadStats(target - lse, lse - weighted / total, lse, plain / vocab - lse)
@@ -303,7 +303,11 @@ def _head_bwd(temperature: float, needs: frozenset[str], budget: int, saved: tup
     if chunk == vocab:
         dx, dw = one(0, pieces[0])
     else:
-        step = lambda acc, item: (lambda dx, dw: (acc + dx, dw))(*one(*item))  # noqa: E731
+
+        def step(whole: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
+            dx, dw = one(*item)
+            return whole + dx, dw
+
         dx, dw = lax.scan(step, jnp.zeros(hidden.shape, jnp.float32), (jnp.arange(len(pieces)), pieces))
         dw = dw.reshape(-1, head.shape[1])[:vocab]
     return dx.astype(hidden.dtype), dw, np.zeros(targets.shape, jax.dtypes.float0)
