@@ -110,7 +110,8 @@ def own(inputs):
 def against(inputs):
     inputs, _ = losses.clean(inputs)
     weights = (inputs.mask > 0) / inputs.totals.tokens
-    return jnp.sum(weights * inputs.logp * (inputs.ref_logp - inputs.advantages)), {"mean_ref": jnp.sum(weights * inputs.ref_logp)}
+    value = jnp.sum(weights * inputs.logp * (inputs.ref_logp - inputs.advantages))
+    return value, {"mean_ref": jnp.sum(weights * inputs.ref_logp)}
 '''
 
 

@@ -57,9 +57,7 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
         return [[] for _ in groups]
     if _beta(config, objective) and estimator.name == "reinforce_pp":
         return _reinforce_pp(groups, objective, config)
-    given: dict[str, object] = {}
-    if "lengths_P_G" in estimator.reads:
-        given["lengths_P_G"] = _table(groups, lambda s: len(s.completion.tokens))
+    given: dict[str, object] = {"lengths_P_G": _table(groups, lambda s: len(s.completion.tokens))}
     if "rewards_F_P_G" in estimator.reads:
         names = labels(tuple(reward.name for reward, _ in objective.graders))
         given["rewards_F_P_G"] = np.stack([_table(groups, functools.partial(_reward, name)) for name in names])
@@ -70,9 +68,9 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
         given["sequences_P_G"] = groups
     found, extras = estimator(rewards_P_G, **given)
     for name, values in extras.items():
-        fill(groups, name, values, f"advantage {estimator.name}")
-    if isinstance(found, list):
-        return found
+        fill(groups, name, hosts.mine(values), f"advantage {estimator.name}")
+    if isinstance(found, list):  # of an estimator of one's own: nested lists, by token or not
+        return hosts.mine(found)
     return [[float(a) for a in row] for row in hosts.mine(np.asarray(found))]
 
 

@@ -1,8 +1,12 @@
 """Host arrays across the processes of a run; with one process everything is the identity."""
 
+from typing import TypeVar
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+Rows = TypeVar("Rows", np.ndarray, list)
 
 
 def gather(values: np.ndarray) -> np.ndarray:
@@ -12,8 +16,8 @@ def gather(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(np.asarray(values), tiled=True))
 
 
-def mine(values: np.ndarray) -> np.ndarray:
-    """This process's part of what ``gather`` put together."""
+def mine(values: Rows) -> Rows:
+    """This process's part of what ``gather`` put together, or of a list in the same order."""
     size = len(values) // jax.process_count()
     return values[jax.process_index() * size :][:size]
 
