@@ -50,7 +50,7 @@ def _start(deterministic: bool = False, cluster: distributed.Cluster | None = No
 
 
 @command
-def train(argv=None) -> None:
+def train(argv: Sequence[str] | None = None) -> None:
     """Trains what a config says: SFT or GRPO. A run that finds its own checkpoint resumes."""
     parser = argparse.ArgumentParser(prog="train.py", description=train.__doc__)
     parser.add_argument("--config", required=True, help="a name below configs/ (sft, llama3.2-3b/sft) or a YAML file")
@@ -70,11 +70,14 @@ def train(argv=None) -> None:
     cluster = distributed.detect(args.coordinator, args.num_processes, args.process_id)
     with distributed.joined(cluster):
         _start(config.run.deterministic, cluster, args.connect_timeout)
-        if config.algorithm == "sft":
-            from jaxreason.train.sft import train as run
+        if isinstance(config, cfg.SftConfig):
+            from jaxreason.train import sft
+
+            summary = sft.train(config, args.dry_run)
         else:
-            from jaxreason.rl.grpo import train as run
-        summary = run(config, args.dry_run)
+            from jaxreason.rl import grpo
+
+            summary = grpo.train(config, args.dry_run)
     if summary:
         from jaxreason.terminal import show_table
 
@@ -83,7 +86,7 @@ def train(argv=None) -> None:
 
 
 @command
-def convert(argv=None) -> None:
+def convert(argv: Sequence[str] | None = None) -> None:
     """Converts between this project's checkpoints and Hugging Face directories."""
     parser = argparse.ArgumentParser(prog="convert.py", description=convert.__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -103,7 +106,7 @@ def convert(argv=None) -> None:
 
 
 @command
-def generate(argv=None) -> None:
+def generate(argv: Sequence[str] | None = None) -> None:
     """Answers a prompt, streaming the text."""
     parser = argparse.ArgumentParser(prog="generate.py", description=generate.__doc__)
     parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
@@ -118,7 +121,7 @@ def generate(argv=None) -> None:
 
 
 @command
-def evaluate(argv=None) -> None:
+def evaluate(argv: Sequence[str] | None = None) -> None:
     """Accuracy of a model on problems with known answers."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=evaluate.__doc__)
     parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
@@ -141,7 +144,7 @@ def evaluate(argv=None) -> None:
 
 
 @command
-def compare(argv=None) -> None:
+def compare(argv: Sequence[str] | None = None) -> None:
     """Trains losses from the same start on the same prompts and seeds, and writes one HTML report."""
     parser = argparse.ArgumentParser(prog="compare.py", description=compare.__doc__)
     parser.add_argument("--config", help="a name below configs/ (grpo, sft) or a YAML file")
@@ -170,7 +173,7 @@ def compare(argv=None) -> None:
 
 
 @command
-def plan(argv=None) -> None:
+def plan(argv: Sequence[str] | None = None) -> None:
     """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
     parser = argparse.ArgumentParser(prog="plan.py", description=plan.__doc__)
     parser.add_argument("--config", required=True, help="a name below configs/ (llama3.2-3b/sft) or a YAML file")

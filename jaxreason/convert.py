@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -51,7 +52,7 @@ def from_hf(model: str, out: str) -> str:
 
 def _card(source: WeightSource) -> dict:
     """What the model card says of the run."""
-    card = {}
+    card: dict[str, Any] = {}
     if (source.run / "config.yaml").is_file():
         recipe = yaml.safe_load((source.run / "config.yaml").read_text())
         card |= {"base_model": recipe["model"]["weights"] or f"random weights ({recipe['model']['preset']})",

@@ -32,6 +32,13 @@ def absolute(target: str) -> str:
     return f"{Path(place).expanduser().resolve()}:{attribute}" if place.endswith(".py") else target
 
 
+def mark(function: Callable, **marks: Any) -> Callable:
+    """The function itself, with ``marks`` as attributes: what a decorator declares of it."""
+    for name, value in marks.items():
+        setattr(function, name, value)
+    return function
+
+
 def load(target: str, key: str) -> Callable:
     """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
 

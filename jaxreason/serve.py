@@ -43,7 +43,8 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
     opened = open_model(name, options)
     chat = chats.resolve(opened.tokenizer, options.template, options.system_prompt)
     prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
-    stops, written, seen = opened.stop_ids, "", []
+    stops, written = opened.stop_ids, ""
+    seen: list[int] = []
 
     def show(prompt_index: int, sample_index: int, tokens: Iterable[int]) -> None:
         nonlocal written
@@ -69,4 +70,4 @@ def measure(name: str, task: str, samples: int, options: cfg.Task) -> tuple[dict
     prompts = load_prompts(data, opened.tokenizer, options.seed)
     grader = rewards.get(options.grader)
     job = Job(sampling_of(options), samples, options.seed, slots=options.slots)
-    return evaluate(opened.sampler, prompts, opened.tokenizer, grader, job)
+    return evaluate(opened.sampler, prompts.prompts, opened.tokenizer, grader, job)

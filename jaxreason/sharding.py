@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
@@ -78,13 +78,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def microbatch_sizes(batch_size: int, mesh: Mesh) -> list[int]:
+def microbatch_sizes(batch_size: int, mesh: Mesh | AbstractMesh) -> list[int]:
     """Rows that a microbatch may have: divisors of the batch that the devices share evenly."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return [m for m in range(ways, batch_size + 1, ways) if batch_size % m == 0]
 
 
-def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh, name: str = "data.batch_size") -> None:
+def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh | AbstractMesh, name: str = "data.batch_size") -> None:
     """Rows must divide evenly into microbatches and over the devices. Raises UserError with sizes that do.
 
     ``name`` says what makes ``batch_size``.

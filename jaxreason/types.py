@@ -4,44 +4,50 @@ Axes: B rows, T tokens, D embed, F mlp, N heads, K kv heads, H head_dim, V vocab
 """
 
 import dataclasses
+from typing import Generic, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from typing_extensions import TypeVar
 
 # Segments of a packed row, its padding included, for which cuDNN's attention is compiled: its softmax statistics take
 # memory in proportion, 25 MB a layer for one row of 8k tokens at 32. What packs rows stays below it on every backend, so
 # that a run has the same rows wherever it runs.
 MAX_SEGMENTS = 32
 
+Leaf = TypeVar("Leaf", Array, np.ndarray, jax.ShapeDtypeStruct, default=Array)
+
 BATCH_AXES = ("data", "fsdp")  # mesh axes that the rows of a batch are split over
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[Leaf]):
     """Rows of one optimizer step, or of one microbatch of it.
 
     Position t predicts ``targets[:, t]``, which is ``tokens[:, t + 1]`` of the same segment; every float field is
-    aligned with ``targets``. Segment 0 is padding; segments of a row count from 1 and their positions from 0.
+    aligned with ``targets``. Segment 0 is padding; segments of a row count from 1 and their positions from 0. Its fields are
+    on devices (``Batch``), on the host (``Batch[np.ndarray]``), or shapes alone (``Batch[jax.ShapeDtypeStruct]``).
     """
 
-    tokens: Array  # [B, T] int32
-    targets: Array  # [B, T] int32
-    positions: Array  # [B, T] int32
-    segment_ids: Array  # [B, T] int32
-    loss_mask: Array  # [B, T] float32, 1 where the target is trained
-    sequence_ids: Array | None = None  # [B, T] int32, which sequence of the step; None: as segment_ids within a row
-    group_ids: Array | None = None  # [B, T] int32, which prompt of the step
-    advantages: Array | None = None  # [B, T] float32
-    old_logp: Array | None = None  # [B, T] float32, log-probs at the rollout's parameters
-    ref_logp: Array | None = None  # [B, T] float32, log-probs of the reference model
-    sampler_logp: Array | None = None  # [B, T] float32, log-probs that the sampler itself reported
-    group_tokens: Array | None = None  # [B, T] float32, trained tokens of the prompt in the whole step
-    selected: Array | None = None  # [B, T] float32, what the loss's step-wide rule picked
-    token_weights: Array | None = None  # [B, T] float32, weight of the target in a supervised loss
-    entropy_coef: Array | None = None  # [B, T] float32, this step's coefficient of an adaptive entropy bonus
-    extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # [B, T] float32 each, what a loss of one's own reads
+    tokens: Leaf  # [B, T] int32
+    targets: Leaf  # [B, T] int32
+    positions: Leaf  # [B, T] int32
+    segment_ids: Leaf  # [B, T] int32
+    loss_mask: Leaf  # [B, T] float32, 1 where the target is trained
+    sequence_ids: Leaf | None = None  # [B, T] int32, which sequence of the step; None: as segment_ids within a row
+    group_ids: Leaf | None = None  # [B, T] int32, which prompt of the step
+    advantages: Leaf | None = None  # [B, T] float32
+    old_logp: Leaf | None = None  # [B, T] float32, log-probs at the rollout's parameters
+    ref_logp: Leaf | None = None  # [B, T] float32, log-probs of the reference model
+    sampler_logp: Leaf | None = None  # [B, T] float32, log-probs that the sampler itself reported
+    group_tokens: Leaf | None = None  # [B, T] float32, trained tokens of the prompt in the whole step
+    selected: Leaf | None = None  # [B, T] float32, what the loss's step-wide rule picked
+    token_weights: Leaf | None = None  # [B, T] float32, weight of the target in a supervised loss
+    entropy_coef: Leaf | None = None  # [B, T] float32, this step's coefficient of an adaptive entropy bonus
+    extras: dict[str, Leaf] = dataclasses.field(default_factory=dict)  # [B, T] float32 each, what a loss of one's own reads
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +97,11 @@ def count_unique(ids: Array, mask: Array) -> Array:
     return jnp.sum(first & (ordered >= 0)).astype(jnp.float32)
 
 
-def combine_metrics(name: str, a: Array, b: Array) -> Array:
+@overload
+def combine_metrics(name: str, a: Array, b: Array) -> Array: ...
+@overload
+def combine_metrics(name: str, a: float, b: float) -> Array | float: ...
+def combine_metrics(name: str, a: Array | float, b: Array | float) -> Array | float:
     """One metric of two parts of a step, put together: ``*_max`` and ``*_min`` by that, everything else adds."""
     if name.endswith("_max"):
         return jnp.maximum(a, b)

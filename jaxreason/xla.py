@@ -64,7 +64,7 @@ def compile_options(devices: int, deterministic: bool) -> dict[str, bool | int |
     """
     given = _names(os.environ.get("XLA_FLAGS", ""))
     wanted = [flag for flag in flags("gpu", devices, deterministic) if _name(flag) not in given]
-    values = {"true": True, "false": False, "on": "COLLECTIVE_PIPELINING_MODE_ON"}
+    values: dict[str, bool | str] = {"true": True, "false": False, "on": "COLLECTIVE_PIPELINING_MODE_ON"}
     pairs = [flag.removeprefix("--").split("=") for flag in wanted]
     return {name: values[value] if value in values else int(value) for name, value in pairs}
 
@@ -108,7 +108,7 @@ def configure(platform: Literal["cpu", "gpu"], devices: int = 1, deterministic: 
         ours = [flag for flag in strange if flag in wanted]
         fix = f"this jaxlib is another than jaxreason was made for: {ours}" if ours else "remove it from XLA_FLAGS"
         raise UserError(f"the installed XLA does not know {', '.join(strange)}; {fix}")
-    chosen = {}
+    chosen: dict[str, str] = {}
     if platform == "gpu":
         chosen |= {name: os.environ[name] for name in _FRACTION_NAMES if name in os.environ} or {
             _FRACTION_NAMES[0]: MEMORY_FRACTION

@@ -61,6 +61,19 @@ def test_functions_take_at_most_ten_parameters():
     assert not {name: count for name, count in many.items() if count > 10}
 
 
+def test_every_parameter_is_annotated():
+    """Of every function that has a name; mypy then checks what is passed."""
+    bare = []
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                a = node.args
+                every = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+                names = [p.arg for p in every if p.annotation is None and p.arg not in ("self", "cls")]
+                bare += [f"{path.relative_to(ROOT)}:{node.lineno} {node.name}({name})" for name in names]
+    assert not bare
+
+
 def test_the_loops_are_short():
     """Set-up and a body that is read at a glance."""
     for name in ("train/sft.py", "rl/grpo.py"):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -90,10 +90,10 @@ def chart(title: str, lines: Sequence[Line], points: bool) -> Markup:
     )  # fmt: skip
 
 
-def _line(line: Line, x, y, points: bool) -> Markup:
+def _line(line: Line, x: Callable[[float], float], y: Callable[[float], float], points: bool) -> Markup:
     """Band, mean and the values that the reader's cursor asks for."""
     pieces = []
-    band = [(s, a, b) for s, a, b in zip(line.steps, line.low, line.high) if a is not None]
+    band = [(s, a, b) for s, a, b in zip(line.steps, line.low, line.high) if a is not None and b is not None]
     if any(a != b for _, a, b in band):
         outline = [(x(s), y(b)) for s, _, b in band] + [(x(s), y(a)) for s, a, _ in reversed(band)]
         pieces.append(Markup('<polygon class="band" points="{}"/>').format(_points(outline)))

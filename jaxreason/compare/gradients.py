@@ -52,9 +52,10 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     Raises: UserError for an SFT config and for everything that a user can fix.
     """
     firsts = list({item.loss: item for item in reversed(entries)}.values())[::-1]
-    if firsts[0].config.algorithm != "grpo":
+    configs = [item.config for item in firsts if isinstance(item.config, cfg.GrpoConfig)]
+    if len(configs) < len(firsts):
         raise UserError("--offline compares policy losses on a rollout; this config's algorithm is sft")
-    config = _whole(firsts[0].config)
+    config = _whole(configs[0])
     inputs, mesh = open_inputs(config), make_mesh(config.mesh)
     model, temperature = inputs.setup.config, config.rollout.temperature
     # The learning rate that training ends its warm-up with, from the first step on.
@@ -62,7 +63,7 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     optimizer = opt.make(steady, 1)
     state = start_state(config, inputs.setup, optimizer, mesh)
     rollout = _roll_out(config, inputs, state, mesh)
-    batches = [_batch(item.config, inputs, rollout, state, mesh) for item in firsts]
+    batches = [_batch(own, inputs, rollout, state, mesh) for own in configs]
     shapes = shapes_of(config, found[0], inputs.longest_prompt, mesh)
     count = shapes.microbatches
     score = compile_score(model, shapes, temperature, mesh)

@@ -136,7 +136,7 @@ def _compared(config: dict) -> dict[str, Any]:
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}

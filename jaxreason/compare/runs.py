@@ -5,7 +5,7 @@ import gc
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -20,9 +20,6 @@ from jaxreason.train import sft
 from jaxreason.train.folder import RunFolder
 
 _ALGORITHMS = {"grpo": grpo, "sft": sft}
-_LOSS: dict[str, Callable[[cfg.RunConfig], losses.Loss]] = {
-    "grpo": lambda config: objective_of(config).loss, "sft": sft.find_loss,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +55,8 @@ def entries_of(name: str, specs: Sequence[str], seeds: int, words: Sequence[str]
         raise UserError(f"--seeds {seeds}: at least one seed is needed")
     base = cfg.load(name, words)
     where = folder(base, out)
-    entries, owners = [], {}
+    entries: list[Entry] = []
+    owners: dict[str, str] = {}
     for spec in specs:
         loss, *options = spec.split("@")
         if not loss:
@@ -80,6 +78,10 @@ def _slug(spec: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "@".join([loss.rsplit("/", 1)[-1], *options])).strip("-.") or "loss"
 
 
+def _loss_of(config: cfg.RunConfig) -> losses.Loss:
+    return sft.find_loss(config) if isinstance(config, cfg.SftConfig) else objective_of(config).loss
+
+
 def check(entries: Sequence[Entry]) -> list[losses.Loss]:
     """Every loss found and tried on a tiny batch, every folder free or resumable, before anything trains.
 
@@ -88,7 +90,7 @@ def check(entries: Sequence[Entry]) -> list[losses.Loss]:
     found = {}
     for item in entries:
         if item.loss not in found:
-            found[item.loss] = _LOSS[item.config.algorithm](item.config)
+            found[item.loss] = _loss_of(item.config)
         RunFolder(item.config)
     return list(found.values())
 
@@ -100,7 +102,8 @@ def train_all(entries: Sequence[Entry]) -> list[str] | None:
     A loss that diverges is a result of the comparison: the others go on. A run that fails before its first step fails
     for a reason that the next one has too, and that is raised.
     """
-    failures, spent = [], []
+    failures: list[str] = []
+    spent: list[float] = []
     train = _ALGORITHMS[entries[0].config.algorithm].train
     open_runs = sum(RunFolder(item.config).summary() is None for item in entries)
     for number, item in enumerate(entries, 1):

@@ -107,7 +107,7 @@ def _percent(value: float | None) -> str:
 
 
 def _interval(found: Estimate | None, clip: bool = False) -> str:
-    if found is None or found.low is None:
+    if found is None or found.low is None or found.high is None:
         return "–"
     low, high = (max(0.0, found.low), min(1.0, found.high)) if clip else (found.low, found.high)
     return f"{100 * low:.1f} to {100 * high:.1f}"
@@ -118,7 +118,7 @@ def _difference(found: Estimate | None) -> str:
     if found is None:
         return "–"
     around = ""
-    if found.low is not None:
+    if found.low is not None and found.high is not None:
         around = f" ({100 * max(-1.0, found.low):+.1f} to {100 * min(1.0, found.high):+.1f})"
     mark = "" if not found.excludes_zero else " ▲" if found.mean > 0 else " ▼"
     return f"{100 * found.mean:+.1f}{around}{mark}"

@@ -17,6 +17,8 @@ from jaxreason.config.schema import Section
 from jaxreason.errors import UserError
 from jaxreason.plugins import nearest
 
+AnySection = typing.TypeVar("AnySection", bound=Section)
+
 
 def find(name: str) -> Path:
     """The YAML file that ``--config NAME|PATH`` means. Raises UserError with the known names."""
@@ -40,7 +42,7 @@ def load(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
     return build(_read_yaml(path.read_text(), str(path)), overrides, str(path))
 
 
-def build(values: dict, overrides: typing.Sequence[str] = (), where: str = "config") -> RunConfig:
+def build(values: dict[str, Any], overrides: typing.Sequence[str] = (), where: str = "config") -> RunConfig:
     """A validated config from plain values and ``key=value`` overrides; ``where`` names the file in messages."""
     values = _copy(values)
     words = {}
@@ -49,7 +51,7 @@ def build(values: dict, overrides: typing.Sequence[str] = (), where: str = "conf
         if not equals or not key:
             raise UserError(f"{word!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
         words[key] = word
-        _assign(values, key, _word_value(ALGORITHMS.get(values.get("algorithm")), key, text, word), word)
+        _assign(values, key, _word_value(ALGORITHMS.get(values.get("algorithm", "")), key, text, word), word)
     algorithm = values.get("algorithm")
     if algorithm not in ALGORITHMS:
         raise UserError(f"{where}: algorithm is {algorithm!r}; it is one of {', '.join(ALGORITHMS)}")
@@ -60,9 +62,9 @@ def build(values: dict, overrides: typing.Sequence[str] = (), where: str = "conf
         raise UserError(_explain(error, config_class, where, words)) from None
 
 
-def parse_words(section: type[Section], words: typing.Sequence[str]) -> Section:
+def parse_words(section: type[AnySection], words: typing.Sequence[str]) -> AnySection:
     """A section from ``key=value`` overrides alone. Raises UserError."""
-    values = {}
+    values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -81,7 +83,7 @@ def dump(config: RunConfig) -> str:
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Keys (dotted) whose values differ between two dumped configs, with both values."""
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

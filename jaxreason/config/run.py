@@ -1,10 +1,10 @@
 """The kinds of run, and what a resumed one may change."""
 
 from jaxreason.config.grpo import GrpoConfig
-from jaxreason.config.schema import Section, SftConfig
+from jaxreason.config.schema import SftConfig
 
 RunConfig = SftConfig | GrpoConfig
-ALGORITHMS: dict[str, type[Section]] = {"sft": SftConfig, "grpo": GrpoConfig}
+ALGORITHMS: dict[str, type[RunConfig]] = {"sft": SftConfig, "grpo": GrpoConfig}
 
 # Keys and sections that a resumed run may change: they move where and how fast it runs, and what is measured of it, not
 # what it computes (apart from the rounding of sums in another order).

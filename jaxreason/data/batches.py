@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Rows:
         first = self._end(epoch - 1) if epoch else 0
         return self._packing(epoch).row(row - first)
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch[np.ndarray]:
         """This process's rows of step ``step``: numpy arrays [batch_size / process_count, T].
 
         Sequence ids are unique in the whole step, over all processes. Raises IndexError after the last batch of rows
@@ -90,11 +91,12 @@ class Rows:
         rows = [self.examples(first + row) for row in range(process_index * share, (process_index + 1) * share)]
         return self._assemble(rows, process_index * share)
 
-    def _assemble(self, rows: Sequence[np.ndarray], first_row: int) -> Batch:
+    def _assemble(self, rows: Sequence[np.ndarray], first_row: int) -> Batch[np.ndarray]:
         shape = (len(rows), self.length)
         tokens, targets = np.full(shape, self._pad_id, np.int32), np.full(shape, self._pad_id, np.int32)
         positions, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         weights = None if self.weights is None else np.ones(shape, np.float32)
+        of_thought, of_answer = self.weights or (1.0, 1.0)
         for r, examples in enumerate(rows):
             at = 0
             for segment, example in enumerate(examples, 1):
@@ -108,7 +110,7 @@ class Rows:
                 mask[r, at + self._store.starts[stored] - 1 : end - 1] = 1
                 if weights is not None:
                     answer = min(at + self._store.answers[stored] - 1, end)
-                    weights[r, at:answer], weights[r, answer:end] = self.weights
+                    weights[r, at:answer], weights[r, answer:end] = of_thought, of_answer
                 at = end
         # Each row holds fewer than T segments, so a row's ids cannot reach the next row's.
         sequence_ids = (np.arange(first_row, first_row + len(rows), dtype=np.int32)[:, None] * self.length) + segments
@@ -141,11 +143,20 @@ class _Steps:
     def __len__(self) -> int:
         return self.num_steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch[np.ndarray]:
         return self.rows.batch(step, *self.process)
 
     def __repr__(self) -> str:
         return f"_Steps(num_steps={self.num_steps})"
+
+
+class Batches(Protocol):
+    """An iterator over batches that tells where it is, and goes on from there."""
+
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Batch[np.ndarray]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 def loader(
@@ -157,7 +168,7 @@ def loader(
     process_count: int = 1,
     threads: int = 1,
     prefetch: int = 2,
-) -> Iterator[Batch]:
+) -> Batches:
     """A grain iterator over the batches of steps start_step … num_steps - 1, made ahead in threads.
 
     Its ``get_state()`` is a small JSON-able dict for the checkpoint and ``set_state()`` goes on from there. Threads

@@ -9,6 +9,7 @@ import datetime
 import functools
 import json
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -48,9 +49,11 @@ class Chat:
     def render(self, example: Example) -> tuple[str, str]:
         """(prompt, completion) of an example with an answer; the completion holds the whole thought and answer.
 
-        Raises Reject where the template opens a thought that the example does not have.
+        Raises Reject for an example without an answer, and where the template opens a thought that it does not have.
         """
         prompt, reply = self.render_prompt(example), example.reply
+        if reply is None:
+            raise Reject("no answer to train on")
         whole = self._render([*self._messages(example), {"role": "assistant", "content": reply}], False)
         completion = whole[len(prompt) :] if whole.startswith(prompt) else ""
         if reply.removeprefix(_opened(prompt, reply)) in completion:
@@ -80,7 +83,7 @@ class Chat:
         system = self.system_prompt if example.system is None else example.system
         turns = [] if system is None else [{"role": "system", "content": system}]
         turns += [{"role": role, "content": text} for role, text in example.history]
-        return [*turns, {"role": "user", "content": example.user}]
+        return [*turns, {"role": "user", "content": example.question}]
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
@@ -167,10 +170,16 @@ class _Generation(jinja2.ext.Extension):
 def _compile(template: str) -> jinja2.Template:
     """Compiled as transformers does it, sandboxed, but with the clock pinned."""
 
-    def raise_exception(message: str):
+    def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

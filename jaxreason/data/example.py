@@ -34,6 +34,13 @@ class Example:
     row: Mapping[str, Any] | None = None  # further columns, for a reward function that reads them
 
     @property
+    def question(self) -> str:
+        """The user's text. Raises Reject for plain text, which has none."""
+        if self.user is None:
+            raise Reject("plain text asks nothing")
+        return self.user
+
+    @property
     def reply(self) -> str | None:
         """The assistant's text: ``<think>\\n{think}\\n</think>\\n\\n{answer}``, or the answer alone."""
         if self.answer is None or self.think is None:

@@ -5,11 +5,14 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxreason.data import hub
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 CHUNK_BYTES = 4 << 20
@@ -23,8 +26,12 @@ Row = dict[str, Any]
 class Chunk(Protocol):
     """Some rows of a source. ``origin`` names the file, whose rows share one format."""
 
-    origin: str
-    weight: int  # of the source's ``total``, for progress
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def weight(self) -> int:
+        """Of the source's ``total``, for progress."""
 
     def rows(self) -> Iterator[tuple[int, Row | Example]]:
         """(key, row) pairs; ``place(key)`` names the row for a message. Raises UserError for a damaged file."""
@@ -175,7 +182,8 @@ def _first_byte(path: Path) -> bytes:
 
 def _array_chunks(path: Path) -> Iterator[Inline]:
     """Objects of one JSON array, decoded one after the other from a growing buffer, never the whole file at once."""
-    items, first, weight = [], 0, 0
+    items: list[Row] = []
+    first = weight = 0
     for row, size in _array_items(path):
         items.append(_require_object(row, lambda key: f"{path}, element {key + 1}", first + len(items)))
         weight += size
@@ -193,7 +201,9 @@ def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
         buffer, want, line = file.read(CHUNK_BYTES).lstrip(), CHUNK_BYTES, 1
         at = 1  # after the "["
         while True:
-            begin = separator.match(buffer, at).end()
+            matched = separator.match(buffer, at)
+            assert matched is not None  # the pattern also matches no character
+            begin = matched.end()
             if buffer[begin : begin + 1] == "]":
                 return
             try:
@@ -213,7 +223,7 @@ def _array_items(path: Path) -> Iterator[tuple[Any, int]]:
             at = end
 
 
-def _parquet(path: Path | str):
+def _parquet(path: Path | str) -> "pyarrow.parquet.ParquetFile":
     import pyarrow
     import pyarrow.parquet
 

@@ -23,7 +23,7 @@ def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] % _EVAL_OF == 0
 
 
-def examples(name: str, split: str, n: int | None, seed: int) -> list[Example]:
+def examples(name: str, split: str | None, n: int | None, seed: int) -> list[Example]:
     """The first ``n`` different problems of a split; fewer where the task runs out of new ones.
 
     The gold is the task's own answer; ``Example.row`` is the whole entry, by which the reward ``reasoning_gym`` grades.

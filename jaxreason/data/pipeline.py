@@ -1,6 +1,7 @@
 """From ``config.Data`` to batches: read, encode, cut to length, split off held-out rows, pack."""
 
 import dataclasses
+import functools
 import hashlib
 
 import numpy as np
@@ -49,20 +50,21 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     sources, held_out, train = [source], None, kept
     if eval_source is not None:
         limit = data.eval_rows or None
-        eval_store, held_out, report = _source(data, eval_source, eval_split, limit, tokenizer, chat, seed, progress)
-        sources.append(report)
+        eval_store, held_out, of_eval = _source(data, eval_source, eval_split, limit, tokenizer, chat, seed, progress)
+        sources.append(of_eval)
     elif data.eval_rows:
         eval_store, (held_out, train) = store, _split(kept, data, seed)
 
     length = _row_length(data, [train] if held_out is None else [train, held_out])
-    shared = {"length": length, "batch_size": data.batch_size, "pad_id": tokenizer.pad_id}
+    make = functools.partial(Rows, length=length, batch_size=data.batch_size, pad_id=tokenizer.pad_id)
     order = Order(data.packing, data.shuffle, seed)
-    rows = Rows(store, train.index, train.lengths, order=order, endless=True, weights=_weights(data), **shared)
+    rows = make(store, train.index, train.lengths, order=order, endless=True, weights=_weights(data))
     eval_rows = None
     if held_out is not None:
         in_order = dataclasses.replace(order, shuffle=False)
-        eval_rows = Rows(eval_store, held_out.index, held_out.lengths, order=in_order, endless=False, **shared)
-    report = Report(tuple(sources), _rows_report(rows), eval_rows and _rows_report(eval_rows), chat.origin)
+        eval_rows = make(eval_store, held_out.index, held_out.lengths, order=in_order, endless=False)
+    eval_report = None if eval_rows is None else _rows_report(eval_rows)
+    report = Report(tuple(sources), _rows_report(rows), eval_report, chat.origin)
     used = [(store, train)] if held_out is None else [(store, train), (eval_store, held_out)]
     return Prepared(rows, eval_rows, report, chat, _fingerprint(used), store, tokenizer)
 

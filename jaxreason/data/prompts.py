@@ -89,15 +89,17 @@ def load_prompts(
     """
     chat = chat or chats.resolve(tokenizer, data.template, data.system_prompt)
     source = open_source(data.source, data.split, data.max_rows, seed)
-    prompts, dropped, rows = [], collections.Counter(), 0
+    prompts: list[Prompt] = []
+    dropped: collections.Counter[str] = collections.Counter()
+    rows = 0
     for chunk, schema in row_formats(source, data.row_schema, keep_only_correct=False):
         found, read = _examples(chunk, _FORMAT.get(schema, schema), rows, data, dropped)
-        texts = [chat.render_prompt(example) for _, example in found]
-        for (index, example), text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
+        texts = [chat.render_prompt(example) for _, example, _ in found]
+        for (index, example, gold), text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
             else:
-                prompts.append(Prompt(tuple(ids), text, example.gold, example.user, index, example.row))
+                prompts.append(Prompt(tuple(ids), text, gold, example.question, index, example.row))
         rows += read
         if rows == data.max_rows:
             break
@@ -108,9 +110,9 @@ def load_prompts(
 
 
 def _examples(
-    chunk: Chunk, schema: str, first: int, data: Problems, dropped: collections.Counter
-) -> tuple[list[tuple[int, Example]], int]:
-    """(ordinal, example) of the chunk's usable rows, and how many rows were read."""
+    chunk: Chunk, schema: str, first: int, data: Problems, dropped: collections.Counter[str]
+) -> tuple[list[tuple[int, Example, str]], int]:
+    """(ordinal, example, gold) of the chunk's usable rows, and how many rows were read."""
     found, read = [], 0
     for key, row in chunk.rows():
         if first + read == data.max_rows:
@@ -123,7 +125,7 @@ def _examples(
                 raise Reject("plain text asks nothing")
             if example.gold is None:
                 raise Reject("no gold answer")
-            found.append((first + read, example))
+            found.append((first + read, example, example.gold))
         except Reject as reject:
             dropped[reject.reason] += 1
         read += 1

@@ -7,11 +7,15 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxreason.data import hub
 from jaxreason.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded_tokenizer"
 _STOPS = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>")
@@ -27,10 +31,8 @@ class Tokenizer:
     with any of them; is_stop: the same as a mask over ids; adds_bos: the tokenizer itself begins texts with BOS.
     """
 
-    def __init__(self, hf, generation_config: dict | None = None):
-        if not getattr(hf, "is_fast", False):
-            raise UserError(f"tokenizer {hf.name_or_path}: needs a fast tokenizer (tokenizer.json), found a slow one")
-        self.hf = hf
+    def __init__(self, hf: "PreTrainedTokenizerBase", generation_config: dict | None = None):
+        self.hf = hf = _fast(hf)
         # tokenizer.json may carry both; rows are cut by data.over_length and padded by the batch, nowhere else.
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()
@@ -61,7 +63,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         ids = [int(i) for i in ids]
-        return self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        text = self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one list of ids; transformers returns a list for several
+        return text
 
     def save(self, directory: str | Path, chat_template: str | None = None) -> None:
         """Writes the tokenizer's files, with ``chat_template``, which the model was trained with, for its own."""
@@ -100,7 +104,7 @@ def load(name_or_dir: str | Path) -> Tokenizer:
     return Tokenizer(hf, _hub_generation_config(name, offline))
 
 
-def _auto_tokenizer() -> type:
+def _auto_tokenizer() -> "type[AutoTokenizer]":
     """transformers' AutoTokenizer, imported without the advice that torch is missing: nothing here needs it."""
     before = os.environ.get(_NO_ADVICE)
     os.environ[_NO_ADVICE] = "1"
@@ -113,7 +117,7 @@ def _auto_tokenizer() -> type:
     return AutoTokenizer
 
 
-def _class_for(path: Path) -> type:
+def _class_for(path: Path) -> "type[AutoTokenizer | PreTrainedTokenizerFast]":
     """What reads ``tokenizer.json`` as it is, where there is one.
 
     AutoTokenizer would make some model types' own tokenizer of it instead (any directory of a Qwen2 gets Qwen2's rules for
@@ -159,7 +163,15 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
-def _stop_ids(hf, generation_config: dict) -> tuple[int, ...]:
+def _fast(hf: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(hf, PreTrainedTokenizerFast):
+        raise UserError(f"tokenizer {hf.name_or_path}: needs a fast tokenizer (tokenizer.json), found a slow one")
+    return hf
+
+
+def _stop_ids(hf: "PreTrainedTokenizerFast", generation_config: dict) -> tuple[int, ...]:
     listed = generation_config.get("eos_token_id")
     ids = set(listed if isinstance(listed, list) else [listed])
     vocabulary = hf.get_vocab()
@@ -170,7 +182,7 @@ def _stop_ids(hf, generation_config: dict) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _pad_id(hf) -> int:
+def _pad_id(hf: "PreTrainedTokenizerFast") -> int:
     vocabulary = hf.get_vocab()
     known = [hf.pad_token_id, *(vocabulary.get(token) for token in _PADS), hf.eos_token_id, 0]
     return next(i for i in known if i is not None)

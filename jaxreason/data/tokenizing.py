@@ -48,6 +48,8 @@ def tokenize(
     if store is None:
         _build(path, source, encoder, schema, max_rows, workers, progress)
         store = open_store(path)
+    if store is None:
+        raise UserError(f"{path}: was written just now and is gone; make the tokens again")
     return store
 
 
@@ -58,7 +60,9 @@ def _key(source: Source, encoder: Encoder, schema: str, max_rows: int | None) ->
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
 
 
-def _build(path, source, encoder, schema, max_rows, workers, progress) -> None:
+def _build(
+    path: Path, source: Source, encoder: Encoder, schema: str, max_rows: int | None, workers: int, progress: bool
+) -> None:
     writer, rows, names = Writer(path, encoder.tokenizer.vocab_size), 0, []
     rejects: dict[str, dict] = {}
     try:
@@ -125,6 +129,7 @@ def _start(encoder: Encoder) -> None:
 
 
 def _work(chunk: Chunk, schema: str) -> Encoded:
+    assert _encoder is not None  # _start has run: it is the pool's initializer
     return _encoder.chunk(chunk, schema)
 
 
@@ -143,7 +148,7 @@ def _encode_all(
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(encoder,)
     )
-    waiting = collections.deque()
+    waiting: collections.deque[tuple[Chunk, str, concurrent.futures.Future[Encoded]]] = collections.deque()
     try:
         for chunk, schema in chunks:
             waiting.append((chunk, schema, pool.submit(_work, chunk, schema)))
@@ -161,7 +166,9 @@ def _encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _advance(source: Source, parts: Iterator, progress: bool) -> Iterator:
+def _advance(
+    source: Source, parts: Iterator[tuple[Chunk, str, Encoded]], progress: bool
+) -> Iterator[tuple[Chunk, str, Encoded]]:
     """The parts, with a progress bar on a terminal and a line now and then in a log."""
     console, done, rows, told = Console(stderr=True), 0, 0, time.monotonic()
     columns = (TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"))

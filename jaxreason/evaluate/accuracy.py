@@ -40,7 +40,7 @@ def sample_of(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, limi
 def _right(grader: Reward, sample: Sample) -> float:
     """1, 0, or NaN where there is no telling. What a grader raises costs a problem, not the run."""
     ((kind, value, _),) = call(grader, [sample])
-    return math.nan if kind != "reward" or value is None else float(value >= 1.0)
+    return math.nan if kind != "reward" or not isinstance(value, float) else float(value >= 1.0)
 
 
 def evaluate(

@@ -5,7 +5,7 @@ import gc
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Leaf:
         """Values at ``index``, one contiguous slice an axis, in ``dtype``."""
         bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)]
         out = np.empty([part.stop - part.start for part in bounds], self.dtype)
+        pairs: Iterable[tuple[np.ndarray, _Tensor]]
         if self.stacked:
             pairs, bounds = zip(out, self.tensors[bounds[0]]), bounds[1:]
         else:
@@ -62,6 +63,7 @@ class Leaf:
         """
         places: dict[tuple, list] = {}
         for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+            assert index is not None  # these devices are this process's own
             bounds = tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
             places.setdefault(bounds, []).append(device)
         copies = []
@@ -148,7 +150,7 @@ def _put(values: np.ndarray, devices: list) -> list[Array]:
     return copies
 
 
-def _open(file: Path):
+def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, "np")
     except FileNotFoundError:

@@ -31,7 +31,7 @@ def rows(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool, jax.
 
 def flatten(tree: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """Leaves of nested dicts by path."""
-    leaves = {}
+    leaves: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
         leaves |= flatten(value, (*prefix, key)) if isinstance(value, dict) else {(*prefix, key): value}
     return leaves

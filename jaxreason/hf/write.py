@@ -79,7 +79,9 @@ class _Source:
 
 def _check_tree(params: dict, config: ModelConfig) -> list[_Source]:
     """The tensors to write, layer by layer; raises where ``params`` is not a tree of this architecture."""
-    leaves, before, layers, after = flatten(params), [], [], []
+    leaves, layers = flatten(params), []
+    before: list[_Source] = []
+    after: list[_Source] = []
     for pattern, path, transposed, spec in rows(config):
         if path not in leaves:
             raise UserError(f"cannot export: parameter {'.'.join(path)} {list(spec.shape)} is missing")
@@ -109,7 +111,8 @@ def _plan_shards(sources: list[_Source], itemsize: int, shard_bytes: int) -> lis
 
 
 def _write_weights(directory: Path, shards: list[tuple[list[_Source], int]], params: dict, dtype: str) -> None:
-    leaves, weight_map = flatten(params), {}
+    leaves = flatten(params)
+    weight_map: dict[str, str] = {}
     for number, (sources, _) in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         _write_file(directory / file, sources, leaves, dtype)

@@ -78,15 +78,13 @@ def tiny_inputs(kind: str, extras: Iterable[str] = ()) -> Inputs:
         return {name: jnp.abs(normal()) if "entropy" in name else normal() for name in extras}
 
     logp = -jnp.abs(normal()) - 0.05
-    common = {
-        "logp": logp,
-        "mask": jnp.asarray(mask),
-        "sequence_ids": jnp.asarray(ids),
-        "entropy": jnp.abs(normal()) + 0.1,
-    }
+    entropy, sequence_ids = jnp.abs(normal()) + 0.1, jnp.asarray(ids)
     if kind == "sft":
         return SftInputs(
-            **common,
+            logp=logp,
+            mask=jnp.asarray(mask),
+            sequence_ids=sequence_ids,
+            entropy=entropy,
             logsumexp=normal(),
             mean_logp=-jnp.abs(normal()) - 3.0,
             ref_logp=logp + normal(0.3),
@@ -98,7 +96,10 @@ def tiny_inputs(kind: str, extras: Iterable[str] = ()) -> Inputs:
         )
     old_logp = logp + normal(0.3)
     return PolicyInputs(
-        **common,
+        logp=logp,
+        mask=jnp.asarray(mask),
+        sequence_ids=sequence_ids,
+        entropy=entropy,
         old_logp=old_logp,
         advantages=normal(),
         ref_logp=old_logp + normal(0.3),
@@ -119,7 +120,7 @@ def reads_of(name: str, function: Callable, options: Mapping[str, Any], kind: st
 def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Array, dict, dict]]:
     """inputs -> (value, metrics, gradient of the value by input)."""
 
-    def value_and_metrics(parts: dict[str, Array], inputs: Inputs) -> tuple[Array, dict]:
+    def value_and_metrics(parts: dict[str, Any], inputs: Inputs) -> tuple[Array, dict]:
         result = loss(dataclasses.replace(inputs, **parts))
         _check_result(loss.name, result)
         return result
@@ -149,7 +150,7 @@ def _failed(name: str, error: BaseException) -> UserError:
         hint = " (optional inputs outside its `needs` are None)"
     elif isinstance(error, AttributeError) and isinstance(error.obj, PolicyInputs | SftInputs):
         fields = [f.name for f in dataclasses.fields(error.obj)]
-        hint = f"{nearest(error.name, fields)}; it has {', '.join(fields)}"
+        hint = f"{nearest(error.name or '', fields)}; it has {', '.join(fields)}"
     elif isinstance(error, KeyError):
         hint = " (extras outside its `needs` are not in inputs.extras)"
     elif isinstance(error, _OF_TRACING):

@@ -19,8 +19,7 @@ def estimator(*, fills: Iterable[str] = ()) -> Callable[[Callable], Callable]:
     """Declares a function of your own as an advantage estimator that ``fills`` extras; see :class:`Estimator`."""
 
     def declare(function: Callable) -> Callable:
-        function.fills = tuple(fills)
-        return function
+        return plugins.mark(function, fills=tuple(fills))
 
     return declare
 

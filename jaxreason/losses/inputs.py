@@ -6,7 +6,7 @@ Fields are aligned: position t of every array speaks about the same target token
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import chex
 import jax
@@ -68,6 +68,7 @@ class PolicyInputs:
 
 
 Inputs = SftInputs | PolicyInputs
+AnyInputs = TypeVar("AnyInputs", bound=Inputs)
 Fraction = Annotated[float, Field(ge=0, le=1)]  # the type of an option
 
 # Inputs that cost the caller something to produce; ``Loss.needs`` names those that a loss reads, and its extras.
@@ -80,7 +81,7 @@ OPTIONAL_INPUTS = {
 FIXED = frozenset({"mask", "sequence_ids", "group_ids", "totals"})  # what is no per-token value and stays as it is
 
 
-def clean(inputs: Inputs) -> tuple[Inputs, Sequences]:
+def clean(inputs: AnyInputs) -> tuple[AnyInputs, Sequences]:
     """Replaces every per-token value at masked positions by 0, in float32, and locates the sequences.
 
     This is the inner half of the double ``where``: whatever a masked position held (1e30, NaN), every later ``exp``
@@ -108,7 +109,7 @@ def totals_of(inputs: Inputs, sequences: Sequences) -> Totals:
     return Totals(tokens=tokens, sequences=count, prompts=prompts)
 
 
-def only(inputs: Inputs, needs: Iterable[str]) -> Inputs:
+def only(inputs: AnyInputs, needs: Iterable[str]) -> AnyInputs:
     """The inputs without those optional ones, and those extras, that ``needs`` does not name."""
     kind = "sft" if isinstance(inputs, SftInputs) else "policy"
     unread: dict[str, Any] = {name: None for name in OPTIONAL_INPUTS[kind] if name not in needs}

@@ -8,7 +8,7 @@ from jax import Array
 from jax.lax import stop_gradient
 from pydantic import Field
 
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.losses.inputs import Fraction, PolicyInputs, clean, need, totals_of
 from jaxreason.losses.kl import KlEstimator, kl
 from jaxreason.losses.ratio import Ratio, log_ratio
@@ -94,8 +94,9 @@ def policy_loss(
         loss = loss * keep
         metrics["off_policy_dropped"] = _mean(1.0 - keep, sequences.live, totals)
     if top_entropy is not None:
-        loss = jnp.where(selected > 0, loss, 0.0)
-        metrics["selected_fraction"] = _mean(selected > 0, sequences.live, totals)
+        picked = present(selected, "PolicyInputs.selected (top_entropy)")
+        loss = jnp.where(picked > 0, loss, 0.0)
+        metrics["selected_fraction"] = _mean(picked > 0, sequences.live, totals)
     if rho is not None:
         loss = loss if corrected else loss * rho
         metrics["correction_mean"] = _mean(rho, sequences.live, totals)
@@ -123,7 +124,7 @@ def policy_loss(
     if inputs.entropy_coef is not None or entropy_coef != 0:
         bonus = coef * need(inputs, "entropy", "entropy_coef")
         if entropy_over == "top" and top_entropy is not None:
-            bonus = bonus * selected
+            bonus = bonus * present(selected, "PolicyInputs.selected (top_entropy)")
         value = value - jnp.sum(jnp.where(sequences.live, bonus, 0.0)) / jnp.maximum(totals.tokens, 1.0)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
 

@@ -53,7 +53,9 @@ def reads(function: Callable, inputs: Inputs, options: Mapping[str, Any]) -> fro
     A loss that is called inside counts with what it declares, not with what it looks at.
     """
     base = type(inputs)
-    known = {"base": base, "fields": set(), "extra_names": set()}
+    fields: set[str] = set()
+    extra_names: set[str] = set()
+    known = {"base": base, "fields": fields, "extra_names": extra_names}
     noting = type(base.__name__, (_Noting, base), known)  # the name is what an error in the function calls its argument
 
     def run(arrays: dict[str, Any]) -> None:
@@ -61,7 +63,7 @@ def reads(function: Callable, inputs: Inputs, options: Mapping[str, Any]) -> fro
 
     jax.eval_shape(run, dict(vars(inputs)))
     kind = "sft" if base is SftInputs else "policy"
-    return frozenset(known["fields"] & set(OPTIONAL_INPUTS[kind]) | known["extra_names"])
+    return frozenset(fields & set(OPTIONAL_INPUTS[kind]) | extra_names)
 
 
 def unnoted(inputs: Inputs, needs: Iterable[str]) -> Inputs:

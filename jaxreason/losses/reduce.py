@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxreason.errors import UserError
-from jaxreason.losses.inputs import Inputs, clean, totals_of
+from jaxreason.losses.inputs import AnyInputs, PolicyInputs, clean, totals_of
 from jaxreason.losses.segments import Sequences, sequence_counts
 from jaxreason.types import Totals
 
@@ -20,7 +20,7 @@ Reduce = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "tok
 
 def reduction_weights(
     name: Reduce,
-    inputs: Inputs,
+    inputs: PolicyInputs,
     sequences: Sequences,
     totals: Totals,
     max_completion_tokens: int | None = None,
@@ -63,7 +63,7 @@ def group_token_counts(group_ids: Array, mask: Array) -> Array:
     return jnp.zeros_like(live).at[order].set(counts).reshape(group_ids.shape)
 
 
-def whole_step(inputs: Inputs) -> Inputs:
+def whole_step(inputs: AnyInputs) -> AnyInputs:
     """The inputs with ``totals`` and, of groups, ``group_tokens`` filled in if this batch is the whole optimizer
     step."""
     if inputs.totals is not None:
@@ -74,7 +74,7 @@ def whole_step(inputs: Inputs) -> Inputs:
     return type(inputs)(**values)
 
 
-def _group_tokens(inputs: Inputs) -> Array:
+def _group_tokens(inputs: PolicyInputs) -> Array:
     if inputs.group_tokens is not None:
         return inputs.group_tokens
     if inputs.group_ids is None:

@@ -75,9 +75,7 @@ def loss(
     """
 
     def declare(function: Callable) -> Callable:
-        function.kind, function.tokenwise = kind, tokenwise
-        function.needs, function.advantage = needs, advantage
-        return function
+        return plugins.mark(function, kind=kind, tokenwise=tokenwise, needs=needs, advantage=advantage)
 
     return declare
 
@@ -217,7 +215,7 @@ def _custom(name: str, wanted: Kind | None, options: dict[str, Any]) -> Loss:
         inputs = whole_step(inputs)
         found = function(only(inputs, needs), **given)
         # In addition to a policy loss's own metrics there are those of every policy, so that losses compare; its own win.
-        return (found[0], shared_metrics(inputs) | found[1]) if kind == "policy" and _is_pair(found) else found
+        return (found[0], shared_metrics(inputs) | found[1]) if isinstance(inputs, PolicyInputs) and _is_pair(found) else found
 
     return Loss(
         name=name,
@@ -266,4 +264,5 @@ def _annotated_kind(function: Callable) -> Kind | None:
     with contextlib.suppress(Exception):
         annotation = typing.get_type_hints(function).get(first.name, annotation)
     name = getattr(annotation, "__name__", str(annotation)).rpartition(".")[2]
-    return {"SftInputs": "sft", "PolicyInputs": "policy"}.get(name)
+    kinds: dict[str, Kind] = {"SftInputs": "sft", "PolicyInputs": "policy"}
+    return kinds.get(name)

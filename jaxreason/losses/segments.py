@@ -11,7 +11,7 @@ class Sequences(NamedTuple):
     """Where the supervised positions are and which sequence of its row each position belongs to."""
 
     live: Array  # [B, T] bool
-    index: Array | None  # [B, T] int32, counts from 0 within a row; None: one sequence a row
+    number: Array | None  # [B, T] int32, counts from 0 within a row; None: one sequence a row
 
 
 def sequences_of(live: Array, sequence_ids: Array | None) -> Sequences:
@@ -26,10 +26,10 @@ def sequences_of(live: Array, sequence_ids: Array | None) -> Sequences:
 def sequence_sum(values: Array, sequences: Sequences) -> Array:
     """[B, T]: at every position the sum of ``values`` [B, T] over the supervised positions of its sequence."""
     values = jnp.where(sequences.live, values, 0.0)
-    if sequences.index is None:
+    if sequences.number is None:
         return jnp.broadcast_to(jnp.sum(values, axis=1, keepdims=True), values.shape)
     # One row at a time, so that rows sharded over devices need no communication.
-    return jax.vmap(_row_sum)(values, sequences.index)
+    return jax.vmap(_row_sum)(values, sequences.number)
 
 
 def sequence_counts(sequences: Sequences) -> Array:

@@ -12,7 +12,10 @@ from jax import Array
 from jax.lax import stop_gradient
 from jax.nn import sigmoid
 
+from jaxreason.errors import present
 from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
+
+_SELECTED = "PolicyInputs.selected (the step-wide rule's pick)"
 
 
 class Tokens(NamedTuple):
@@ -151,10 +154,10 @@ def dppo(x: Tokens, *, max_rise: float = 0.2, max_fall: float = 0.2, log_ratio_c
 def clip_cov(x: Tokens, *, clip_low: float = 0.2, clip_high: float = 1.0) -> Surrogate:
     """``ppo_clip`` with the gradient of the selected tokens removed. Clip-Cov (2505.22617)."""
     clipped = ppo_clip(x, clip_low=clip_low, clip_high=clip_high)
-    return clipped._replace(loss=jnp.where(x.selected > 0, stop_gradient(clipped.loss), clipped.loss))
+    return clipped._replace(loss=jnp.where(present(x.selected, _SELECTED) > 0, stop_gradient(clipped.loss), clipped.loss))
 
 
 def kl_cov(x: Tokens, *, cov_kl_coef: float = 1.0) -> Surrogate:
     """-w A, plus ``cov_kl_coef`` |log w| on the selected tokens. KL-Cov (2505.22617)."""
-    penalty = jnp.where(x.selected > 0, jnp.abs(x.log_w), 0.0)
+    penalty = jnp.where(present(x.selected, _SELECTED) > 0, jnp.abs(x.log_w), 0.0)
     return _unclipped(-jnp.exp(x.log_w) * x.advantages + cov_kl_coef * penalty)

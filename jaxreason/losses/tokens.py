@@ -11,7 +11,7 @@ def reward_to_go(rewards: Array, sequences: Sequences, gamma: float = 1.0) -> Ar
     """[B, T] G_t = r_t + gamma G_{t+1} within each sequence, over its supervised positions only."""
     live = sequences.live
     rewards = jnp.where(live, rewards, 0.0).astype(jnp.float32)
-    index = jnp.zeros(live.shape, jnp.int32) if sequences.index is None else sequences.index
+    index = jnp.zeros(live.shape, jnp.int32) if sequences.number is None else sequences.number
     last = jnp.concatenate([index[:, 1:] != index[:, :-1], jnp.ones_like(live[:, :1])], axis=1)
     # A masked position passes the sum on undiscounted; the last position of a sequence takes nothing from its right.
     decay = jnp.where(last, 0.0, jnp.where(live, gamma, 1.0))

@@ -14,6 +14,7 @@ from jaxreason.model import cudnn
 from jaxreason.model.product import times_transposed
 from jaxreason.types import MAX_SEGMENTS
 
+Index = Array | int  # of a block
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN; exp of it is 0 compared with any real score
 
 
@@ -114,7 +115,7 @@ def _flash(q: Array, k: Array, v: Array, segment_ids: Array, block: int) -> Arra
     return _flash_forward(q, k, v, segment_ids, block)[0]
 
 
-def _flash_fwd_rule(q: Array, k: Array, v: Array, segment_ids: Array, block: int):
+def _flash_fwd_rule(q: Array, k: Array, v: Array, segment_ids: Array, block: int) -> tuple[Array, tuple[Array, ...]]:
     out, lse = _flash_forward(q, k, v, segment_ids, block)
     # Named, so that a remat policy can keep exactly these and never run the forward a second time.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -130,7 +131,7 @@ def _first_blocks(segment_ids: Array, block: int) -> Array:
     return jnp.min(starts[:, ::block], axis=0) // block
 
 
-def _take(x: Array, i: Array, block: int, axis: int) -> Array:
+def _take(x: Array, i: Index, block: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
 
@@ -143,7 +144,7 @@ def _scores(q_block: Array, k_block: Array, mask: Array) -> Array:
     return jnp.where(mask[:, None, None], flat.reshape(b, kv, g, rows, -1) * h**-0.5, _MASKED)
 
 
-def _mask(segment_ids: Array, i: Array, j: Array, block: int) -> Array:
+def _mask(segment_ids: Array, i: Index, j: Index, block: int) -> Array:
     query, key = _take(segment_ids, i, block, 1), _take(segment_ids, j, block, 1)
     causal = (i * block + jnp.arange(block))[:, None] >= (j * block + jnp.arange(block))[None]
     return (query[:, :, None] == key[:, None, :]) & causal
@@ -167,14 +168,14 @@ def _columns_times(weights: Array, x: Array) -> Array:
     )  # fmt: skip
 
 
-def _flash_forward(q: Array, k: Array, v: Array, segment_ids: Array, block: int):
+def _flash_forward(q: Array, k: Array, v: Array, segment_ids: Array, block: int) -> tuple[Array, Array]:
     b, kv, g, t, h = q.shape
     blocks, first = t // block, _first_blocks(segment_ids, block)
 
-    def query_block(i: Array | int):
+    def query_block(i: Index) -> tuple[Array, Array]:
         q_block = _take(q, i, block, 3)
 
-        def key_block(j: Array | int, carry: tuple):
+        def key_block(j: Index, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             top, total, acc = carry
             s = _scores(q_block, _take(k, j, block, 2), _mask(segment_ids, i, j, block))
             new_top = jnp.maximum(top, s.max(-1))
@@ -196,13 +197,13 @@ def _flash_forward(q: Array, k: Array, v: Array, segment_ids: Array, block: int)
     return jnp.moveaxis(out, 0, 3).reshape(q.shape), jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
 
 
-def _flash_bwd_rule(block: int, saved: tuple, grad: Array):
+def _flash_bwd_rule(block: int, saved: tuple[Array, ...], grad: Array) -> tuple[Array | np.ndarray, ...]:
     q, k, v, segment_ids, out, lse = saved
     b, kv, g, t, h = q.shape
     blocks, first, scale = t // block, _first_blocks(segment_ids, block), h**-0.5
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-    def pair(i: Array | int, j: Array | int):
+    def pair(i: Index, j: Index) -> tuple[Array, ...]:
         """p and ds of one tile, and the blocks that they multiply."""
         q_i, g_i = _take(q, i, block, 3), _take(grad, i, block, 3)
         k_j, v_j = _take(k, j, block, 2), _take(v, j, block, 2)
@@ -217,8 +218,8 @@ def _flash_bwd_rule(block: int, saved: tuple, grad: Array):
         dq, dk, dv = _rows_times(ds, k), _columns_times(ds, q), _columns_times(p, grad)
     else:
 
-        def query_block(carry: tuple, i: Array | int):
-            def key_block(j: Array | int, inner: tuple):
+        def query_block(carry: tuple[Array, Array], i: Index) -> tuple[tuple[Array, Array], Array]:
+            def key_block(j: Index, inner: tuple[Array, ...]) -> tuple[Array, ...]:
                 dq, dk, dv = inner
                 p, ds, q_i, g_i, k_j = pair(i, j)
                 dk = lax.dynamic_update_slice_in_dim(dk, _take(dk, j, block, 2) + _columns_times(ds, q_i), j * block, 2)

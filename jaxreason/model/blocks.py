@@ -132,8 +132,10 @@ class Attention(nn.Module):
         if write is not None:
             cache = write(cache, k, v)
         if visible is None:
+            assert segment_ids is not None  # rows that attend to themselves have segments
             out = attention(q, k, v, segment_ids, run.attention, run.max_segments)
         else:
+            assert cache is not None  # what is visible is visible in it
             out = cached_attention(q, *cache, visible, run.attention)
         out = out.reshape(-1, c.num_heads * c.head_dim)
         return checkpoint_name(Dense(c.embed_dim, self.output_bias, self.config, name="o")(out), "projection"), cache

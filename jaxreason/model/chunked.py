@@ -3,7 +3,7 @@
 The backward pass computes a chunk's logits again, so between the passes only hidden states are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,12 +41,12 @@ def from_logits(function: Callable[..., Any], targets: Array, heads: tuple[Head,
     return jax.tree.map(lambda a: a.reshape(targets.shape), found)
 
 
-def _walk(function: Callable, targets: Array, xs: tuple, tables: tuple, budget: int):
+def _walk(function: Callable, targets: Array, xs: Sequence[Array], tables: Sequence[Array], budget: int) -> Any:
     size = targets.shape[0]
     chunk, pad = chunk_of(size, max(table.shape[0] for table in tables), budget)
 
     @jax.checkpoint
-    def one(piece: tuple):
+    def one(piece: tuple[Array, Sequence[Array]]) -> Any:
         y, parts = piece
         # Cast within the chunk, so that the tables' gradients add up in their own dtype.
         return function(y, *(logits_of(x, table.astype(x.dtype), 1.0) for x, table in zip(parts, tables)))

@@ -68,7 +68,7 @@ _SETTINGS = {
 _UNUSED = {"score_mod_name": None, "score_mod_jaxpr": None}  # jax 0.12's flexible scores
 
 
-def _private():
+def _private() -> Any:
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
@@ -141,7 +141,7 @@ def packed(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int) 
     return _packed_fwd(q, k, v, segment_ids, max_segments)[0]
 
 
-def _packed_fwd(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int):
+def _packed_fwd(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int) -> tuple[Array, tuple[Array, ...]]:
     forward = functools.partial(_forward, max_segments=max_segments)
     out, lse = _per_device(forward, q.shape[0], k.shape[2], "rttt", "th")(segment_ids, q, k, v)
     # Named, so that a remat policy can keep exactly these and never run the forward a second time.
@@ -149,17 +149,17 @@ def _packed_fwd(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: 
     return out, (q, k, v, segment_ids, out, lse)
 
 
-def _packed_bwd(max_segments: int, saved: tuple, grad: Array):
+def _packed_bwd(max_segments: int, saved: tuple[Array, ...], grad: Array) -> tuple[Array | np.ndarray, ...]:
     q, k, v, segment_ids, out, lse = saved
-    backward = functools.partial(_backward, max_segments=max_segments)
-    backward = _per_device(backward, q.shape[0], k.shape[2], "rttttht", "ttt")
+    local = functools.partial(_backward, max_segments=max_segments)
+    backward = _per_device(local, q.shape[0], k.shape[2], "rttttht", "ttt")
     return *backward(segment_ids, q, k, v, out, lse, grad), np.zeros(segment_ids.shape, jax.dtypes.float0)
 
 
 packed.defvjp(_packed_fwd, _packed_bwd)
 
 
-def _forward(segment_ids: Array, q: Array, k: Array, v: Array, max_segments: int):
+def _forward(segment_ids: Array, q: Array, k: Array, v: Array, max_segments: int) -> tuple[Array, Array]:
     """out [B, T, N, H] and the log-sum-exp [B·M, N, T] float32 of the rows and heads on one device."""
     fa = _private()
     out, lse = fa._dot_product_attention_fwd_p.bind(
@@ -169,7 +169,9 @@ def _forward(segment_ids: Array, q: Array, k: Array, v: Array, max_segments: int
     return out, lse
 
 
-def _backward(segment_ids: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, grad: Array, max_segments: int):
+def _backward(
+    segment_ids: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, grad: Array, max_segments: int
+) -> tuple[Array, ...]:
     fa = _private()
     return tuple(
         fa._dot_product_attention_bwd_p.bind(
@@ -196,7 +198,7 @@ def _operands(segment_ids: Array, q: Array, k: Array, max_segments: int) -> tupl
     )  # fmt: skip
 
 
-def _per_device(function: Callable, rows: int, kv_heads: int, operands: str, results: str):
+def _per_device(function: Callable, rows: int, kv_heads: int, operands: str, results: str) -> Callable:
     """``function`` on each device's own rows and heads; the partitioner cannot look into a custom call.
 
     Operands and results are described by a letter each: ``r`` has rows first, ``h`` also heads second, ``t`` heads
@@ -224,7 +226,7 @@ def cached(q: Array, k: Array, v: Array, lengths: Array) -> Array:
     return out
 
 
-def _decode(lengths: Array, q: Array, k: Array, v: Array):
+def _decode(lengths: Array, q: Array, k: Array, v: Array) -> tuple[Array]:
     fa = _private()
     none = jnp.zeros(0, q.dtype)
     settings = _settings(

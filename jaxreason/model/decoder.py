@@ -8,6 +8,7 @@ Parameters (stacked over layers for training; :func:`unstack` makes per-layer di
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,12 @@ def hidden(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
-    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids, noise)
+    return _apply(Decoder(config), params, tokens, positions, segment_ids, noise)
+
+
+def _apply(module: nn.Module, params: dict, *arguments: Any) -> Any:
+    """The module's results alone: by its types, flax may also return variables that changed, and here none can."""
+    return module.apply({"params": params}, *arguments)
 
 
 def head_kernel(params: dict, config: ModelConfig) -> Array:
@@ -181,7 +187,7 @@ def prefill(params: dict, config: ModelConfig, tokens: Array, segment_ids: Array
 
     entries = []
     for weights in params["layers"]:
-        x, entry = layer.apply({"params": weights}, x, tokens.shape, tables, segment_ids, None, keep)
+        x, entry = _apply(layer, weights, x, tokens.shape, tables, segment_ids, None, keep)
         entries.append(entry)
     return entries
 
@@ -200,9 +206,9 @@ def step_cached(
     x, layer = _embed(params, config, tokens), family_of(config).layer(config, None)
     tables, new = rope_tables(positions, config.arch), []
     for weights, cache in zip(params["layers"], caches):
-        x, cache = layer.apply({"params": weights}, x, tokens.shape, tables, None, cache, write, visible)
+        x, cache = _apply(layer, weights, x, tokens.shape, tables, None, cache, write, visible)
         new.append(cache)
-    x = Norm(config).apply({"params": params["norm"]}, x)
+    x = _apply(Norm(config), params["norm"], x)
     return x.reshape(*tokens.shape, config.arch.embed_dim), new
 
 

@@ -28,6 +28,9 @@ from jax.typing import DTypeLike
 from jaxreason.model.placement import SHARD_AXIS, row_axes, row_ways
 from jaxreason.types import combine_metrics, empty_metrics
 
+Value = tuple[Array, dict[str, Array]]  # of the loss, with its metrics
+Walked = tuple[Any, Any, Any]  # a Value, and the gradients of hidden and head, which are None where they are not wanted
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ def token_loss(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _token_loss(
     hidden: Array, head: Array, targets: Array, aux: dict, consts: Any, loss: Callable, needs: frozenset[str], budget: int
-):
+) -> Value:
     return _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=False)[0]
 
 
@@ -118,7 +121,7 @@ def _walk_by_device(
     needs: frozenset[str],
     budget: int,
     with_grad: bool,
-):
+) -> Walked:
     """:func:`_token_walk` over each device's own tokens with the whole table, gathered once; dw is summed once.
 
     The partitioner would walk all devices through the same chunks and add up their logits.
@@ -130,7 +133,7 @@ def _walk_by_device(
     scattered = with_grad and head.shape[1] % mesh.shape[SHARD_AXIS] == 0
     reduce = {"_max": lax.pmax, "_min": lax.pmin}
 
-    def local(x: Array, table: Array, y: Array, a: dict, shared: Any):
+    def local(x: Array, table: Array, y: Array, a: dict, shared: Any) -> Walked:
         (value, metrics), dx, dw = _token_walk(x, table, y, a, shared, loss, needs, budget, with_grad)
         metrics = {name: reduce.get(name[-4:], lax.psum)(metric, axes) for name, metric in metrics.items()}
         if scattered:
@@ -157,11 +160,11 @@ def _token_walk(
     needs: frozenset[str],
     budget: int,
     with_grad: bool,
-):
+) -> Walked:
     chunk, pad = chunk_of(hidden.shape[0], head.shape[0], budget)
     table = head.astype(hidden.dtype)
 
-    def one(x: Array, y: Array, a: dict):
+    def one(x: Array, y: Array, a: dict) -> Walked:
         z = logits_of(x, table, 1.0)
         stats = dense_stats(z, y)
         if not with_grad:
@@ -182,7 +185,7 @@ def _token_walk(
     shapes = jax.eval_shape(lambda p: one(*jax.tree.map(lambda x: x[0], p))[0], pieces)
     start = jnp.zeros(shapes[0].shape, shapes[0].dtype), empty_metrics(shapes[1])
 
-    def body(carry: tuple, piece: tuple):
+    def body(carry: tuple, piece: tuple) -> tuple[tuple, Array]:
         (value, metrics), dw = carry
         (v, m), dx, dw_piece = one(*piece)
         metrics = {k: combine_metrics(k, metrics[k], m[k]) for k in metrics}
@@ -196,12 +199,12 @@ def _token_walk(
 
 def _token_fwd(
     hidden: Array, head: Array, targets: Array, aux: dict, consts: Any, loss: Callable, needs: frozenset[str], budget: int
-):
+) -> tuple[Value, tuple]:
     out, dx, dw = _walk_by_device(hidden, head, targets, aux, consts, loss, needs, budget, with_grad=True)
     return out, (dx, dw.astype(head.dtype), targets, aux, consts)
 
 
-def _token_bwd(loss: Callable, needs: frozenset[str], budget: int, saved: tuple, cotangent: tuple):
+def _token_bwd(loss: Callable, needs: frozenset[str], budget: int, saved: tuple, cotangent: tuple) -> tuple:
     dx, dw, targets, aux, consts = saved
     g = cotangent[0]
     return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), _no_grad(targets), _no_grad(aux), _no_grad(consts)
@@ -210,8 +213,8 @@ def _token_bwd(loss: Callable, needs: frozenset[str], budget: int, saved: tuple,
 _token_loss.defvjp(_token_fwd, _token_bwd)
 
 
-def _no_grad(tree: Any):
-    def zero(x: Array):
+def _no_grad(tree: Any) -> Any:
+    def zero(x: Array) -> Array | np.ndarray:
         return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
 
     return jax.tree.map(zero, tree)
@@ -241,7 +244,7 @@ def head_stats(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _head_stats(hidden: Array, head: Array, targets: Array, temperature: float, needs: frozenset[str], budget: int):
+def _head_stats(hidden: Array, head: Array, targets: Array, temperature: float, needs: frozenset[str], budget: int) -> HeadStats:
     return _vocab_walk(hidden, head, targets, temperature, budget)
 
 
@@ -257,7 +260,7 @@ def _vocab_walk(hidden: Array, head: Array, targets: Array, temperature: float, 
     if chunk == vocab:
         return dense_stats(logits_of(hidden, pieces[0], temperature), targets)
 
-    def body(carry: tuple, item: tuple):
+    def body(carry: tuple[Array, ...], item: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
         top, total, weighted, target, plain = carry
         i, piece = item
         z = logits_of(hidden, piece, temperature)
@@ -270,23 +273,25 @@ def _vocab_walk(hidden: Array, head: Array, targets: Array, temperature: float, 
         return (new_top, total, weighted, target, plain + jnp.where(live, z, 0.0).sum(-1)), None
 
     zero = jnp.zeros(hidden.shape[0], jnp.float32)
-    start = (zero - jnp.inf, zero, zero, zero, zero)
+    start: tuple[Array, ...] = (zero - jnp.inf, zero, zero, zero, zero)
     (top, total, weighted, target, plain), _ = lax.scan(body, start, (jnp.arange(len(pieces)), pieces))
     lse = jnp.log(total) + top
     return HeadStats(target - lse, lse - weighted / total, lse, plain / vocab - lse)
 
 
-def _head_fwd(hidden: Array, head: Array, targets: Array, temperature: float, needs: frozenset[str], budget: int):
+def _head_fwd(
+    hidden: Array, head: Array, targets: Array, temperature: float, needs: frozenset[str], budget: int
+) -> tuple[HeadStats, tuple]:
     stats = _vocab_walk(hidden, head, targets, temperature, budget)
     return stats, (hidden, head, targets, stats)
 
 
-def _head_bwd(temperature: float, needs: frozenset[str], budget: int, saved: tuple, grads: HeadStats):
+def _head_bwd(temperature: float, needs: frozenset[str], budget: int, saved: tuple, grads: HeadStats) -> tuple:
     hidden, head, targets, stats = saved
     vocab = head.shape[0]
     pieces, chunk = _vocab_pieces(head, hidden.shape[0], hidden.dtype, budget)
 
-    def one(i: Array | int, piece: Array):
+    def one(i: Array | int, piece: Array) -> tuple[Array, Array]:
         z = logits_of(hidden, piece, temperature)
         column = i * chunk + jnp.arange(chunk)
         dz = _dz(z, column == targets[:, None], stats, grads, vocab, needs) / temperature
@@ -298,7 +303,11 @@ def _head_bwd(temperature: float, needs: frozenset[str], budget: int, saved: tup
     if chunk == vocab:
         dx, dw = one(0, pieces[0])
     else:
-        step = lambda acc, item: (lambda dx, dw: (acc + dx, dw))(*one(*item))  # noqa: E731
+
+        def step(whole: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
+            dx, dw = one(*item)
+            return whole + dx, dw
+
         dx, dw = lax.scan(step, jnp.zeros(hidden.shape, jnp.float32), (jnp.arange(len(pieces)), pieces))
         dw = dw.reshape(-1, head.shape[1])[:vocab]
     return dx.astype(hidden.dtype), dw, np.zeros(targets.shape, jax.dtypes.float0)

@@ -61,14 +61,16 @@ def candidates(config: cfg.RunConfig, options: Options, worst: str) -> list[tupl
     combined = [[word for change in single for word in change]] if len(single) > 1 else []
     together = [[*(word for change in single for word in change), *change] for change in [*remat, *fewer]] if single else []
     here = [(change, options.devices) for change in [*single, *fewer, *remat, *combined, *together]]
-    more = [([], options.devices * factor) for factor in (2, 4, 8) if options.devices * factor <= 8]
+    more: list[tuple[list[str], int]] = [([], options.devices * factor) for factor in (2, 4, 8) if options.devices * factor <= 8]
     return [*here[:5], *more[:1], *here[5:], *more[1:]]
 
 
 def _slots(config: cfg.RunConfig, worst: str) -> list[list[str]]:
     """Half and a quarter of the slots that decode: of the evaluation where that is what needs most."""
-    graded = config.algorithm == "sft" or worst.startswith("evaluation")
-    name, slots = ("eval.slots", config.eval.slots) if graded else ("rollout.slots", config.rollout.slots)
+    if isinstance(config, cfg.SftConfig) or worst.startswith("evaluation"):
+        name, slots = "eval.slots", config.eval.slots
+    else:
+        name, slots = "rollout.slots", config.rollout.slots
     return [[f"{name}={slots // part}"] for part in (2, 4) if slots >= part]
 
 

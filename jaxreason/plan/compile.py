@@ -6,13 +6,14 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import xla
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.model import cudnn
 from jaxreason.plan import hlo
 from jaxreason.sharding import make_mesh
@@ -90,13 +91,20 @@ def compiling_for(target: Target, mesh: Mesh) -> Iterator[None]:
 
 
 def compile_program(
-    name: str, jitted, *arguments, target: Target, mesh: Mesh, loops: int = 1, deterministic: bool = False
+    name: str,
+    jitted: jax.stages.Wrapped,
+    *arguments: Any,
+    target: Target,
+    mesh: Mesh,
+    loops: int = 1,
+    deterministic: bool = False,
 ) -> Program:
     """Compiles ``jitted`` for shapes ``arguments``, each with a sharding on ``mesh``, with the XLA flags of such a run."""
     started = time.monotonic()
     with compiling_for(target, mesh):
-        compiled = jitted.lower(*arguments).compile(xla.compile_options(mesh.size, deterministic))
-    memory = compiled.memory_analysis()
+        options = xla.compile_options(mesh.size, deterministic)
+        compiled = jitted.lower(*arguments).compile(options)  # type: ignore[arg-type]  # jax takes numbers as well
+    memory = present(compiled.memory_analysis(), "the memory of XLA's program")
     return Program(
         name,
         memory.argument_size_in_bytes,
@@ -106,14 +114,14 @@ def compile_program(
         memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         time.monotonic() - started,
         loops,
-        compiled.as_text(),
+        present(compiled.as_text(), "the text of XLA's program"),
     )
 
 
-def device_bytes(tree) -> int:
+def device_bytes(tree: Any) -> int:
     """Bytes that the arrays described by ``tree`` take on one device."""
 
-    def one(leaf) -> int:
+    def one(leaf: jax.ShapeDtypeStruct) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         count = 1
         for length in shape:

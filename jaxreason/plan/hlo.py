@@ -58,9 +58,10 @@ def instructions(text: str, loops: int = 1, fused: bool = False) -> list[Instruc
             bodies[name] = []
             entry = name if header[1] else entry
         elif name and (found := _INSTRUCTION.match(line)):
-            bodies[name].append(found.groups())
+            bodies[name].append((found[1], found[2], found[3]))
     times: dict[str, int] = collections.Counter()
-    _count(entry, 1, bodies, times, loops, fused)
+    if entry is not None:
+        _count(entry, 1, bodies, times, loops, fused)
     return [
         Instruction(kind, type_text, rest, times[name])
         for name, body in bodies.items()
@@ -83,6 +84,14 @@ def _count(name: str, count: int, bodies: dict, times: dict, loops: int, fused: 
                 _count(called, count * rounds, bodies, times, loops, fused)
 
 
+def _found(pattern: str, text: str) -> str:
+    """The pattern's group. Raises ValueError where an instruction is not written as this file expects."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"an instruction of the compiled program has no {pattern}: {text[:200]}")
+    return match[1]
+
+
 def matmul_flops(text: str, loops: int = 1) -> int:
     """FLOPs of all matrix products; attention's custom calls are not among them."""
     types = dict(_DEFINITION.findall(text))
@@ -90,8 +99,8 @@ def matmul_flops(text: str, loops: int = 1) -> int:
     for one in instructions(text, loops, fused=True):
         if one.kind != "dot" and not (one.kind == "custom-call" and "__cublas" in one.rest):
             continue
-        left = shapes(types[re.match(r"%?([\w.$-]+)", one.rest)[1]])[0][1]
-        contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', one.rest)[1]
+        left = shapes(types[_found(r"^%?([\w.$-]+)", one.rest)])[0][1]
+        contracted = _found(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', one.rest)
         depth = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
         total += 2 * math.prod(shapes(one.type)[0][1]) * depth * one.times
     return total

@@ -64,13 +64,13 @@ def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunCon
         rows = math.ceil(rows / wanted) * wanted
         if config.algorithm == "grpo":
             group = config.rollout.group_size * (1 + config.second_turn.samples)
-            prompts = rows * config.train.minibatches / group
-            if prompts != int(prompts) or int(prompts) % options.hosts:
+            exact = rows * config.train.minibatches / group
+            if exact != int(exact) or int(exact) % options.hosts:
                 raise UserError(
                     f"{least} devices need a multiple of {wanted} sequences in an update, and {options.hosts} hosts one of "
                     f"{options.hosts} prompts: change rollout.prompts_per_step or rollout.group_size"
                 )
-            found[1:] = [f"rollout.prompts_per_step={int(prompts)}"]
+            found[1:] = [f"rollout.prompts_per_step={int(exact)}"]
         else:
             found.append(f"data.batch_size={rows}")
     return cfg.load(name, [*words, *found]), found

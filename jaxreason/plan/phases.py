@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class Place:
     mesh: Mesh
     deterministic: bool = False
 
-    def compile(self, name: str, jitted, *arguments, loops: int = 1) -> Program:
+    def compile(self, name: str, jitted: jax.stages.Wrapped, *arguments: Any, loops: int = 1) -> Program:
         return compile_program(name, jitted, *arguments, loops=loops, **vars(self))
 
 
@@ -46,7 +47,7 @@ def update(
     config: ModelConfig,
     optimizer: cfg.Optimizer,
     loss: losses.Loss,
-    batch: Batch,
+    batch: Batch[jax.ShapeDtypeStruct],
     microbatches: int,
     temperature: float = 1.0,
     second: ModelConfig | None = None,
@@ -64,7 +65,7 @@ def update(
     return place.compile("update", jitted, state, batch, other, loops=microbatches)
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str):
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str) -> dict:
     """Sharded parameters in ``dtype``."""
     wanted, stored = shapes(config), jnp.dtype(dtype)
     return jax.tree.map(
@@ -73,7 +74,13 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str):
 
 
 def score(
-    place: Place, name: str, config: ModelConfig, dtype: str, batch: Batch, microbatches: int, temperature: float
+    place: Place,
+    name: str,
+    config: ModelConfig,
+    dtype: str,
+    batch: Batch[jax.ShapeDtypeStruct],
+    microbatches: int,
+    temperature: float,
 ) -> Program:
     """Log-probs under parameters in ``dtype``: the policy's own before an update, a reference's, or a teacher's."""
     function = jax.jit(make_score(config, microbatches, temperature), out_shardings=batch_sharding(place.mesh))
@@ -81,7 +88,7 @@ def score(
     return place.compile(name, function, *arguments, loops=microbatches)
 
 
-def held_out_loss(place: Place, name: str, config: ModelConfig, batch: Batch) -> Program:
+def held_out_loss(place: Place, name: str, config: ModelConfig, batch: Batch[jax.ShapeDtypeStruct]) -> Program:
     """The nll of held-out rows, all of a batch at once."""
     nll, one = losses.get("nll"), Totals(*(jnp.ones(()),) * 3)
     function = jax.jit(lambda params, batch: batch_loss(params, config, nll, batch, one)[0])
@@ -94,7 +101,7 @@ def weights(place: Place, name: str, config: ModelConfig) -> Program:
     return place.compile(name, function, abstract_params(config, place.mesh, config.execution.param_dtype))
 
 
-def rollout_params(config: ModelConfig, mesh: Mesh):
+def rollout_params(config: ModelConfig, mesh: Mesh) -> dict:
     """Per-layer weights in the compute dtype, whole on every device, as decoding reads them."""
     return _whole(jax.eval_shape(lambda params: unstack(params, config), shapes(config)), mesh)
 
@@ -115,5 +122,5 @@ def decode(place: Place, engine: Engine, length: int, name: str = "decode") -> P
     return place.compile(name, engine.programs().decode, params, *state, loops=engine.chunk)
 
 
-def _whole(tree, mesh: Mesh):
+def _whole(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated(mesh)), tree)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from jaxreason import config as cfg
+from jaxreason.errors import present
 from jaxreason.losses import Loss
 from jaxreason.model import ModelConfig
 from jaxreason.plan import architecture, phases
@@ -69,7 +70,9 @@ class Programs:
 
 def of(s: Shape) -> Programs:
     """Every program that takes memory worth counting, in the order of a step."""
-    return _sft(s) if s.config.algorithm == "sft" else _grpo(s)
+    if isinstance(s.config, cfg.SftConfig):
+        return _sft(s, s.config)
+    return _grpo(s, s.config, present(s.loss, "Shape.loss"), present(s.rl, "Shape.rl"))
 
 
 def _state(s: Shape) -> tuple[dict[str, int], dict[str, int]]:
@@ -82,23 +85,26 @@ def _bytes_of(s: Shape, model: ModelConfig) -> int:
     return device_bytes(phases.abstract_params(model, s.place.mesh, model.execution.compute_dtype))
 
 
-def _sft(s: Shape) -> Programs:
-    c = s.config
+def _sft(s: Shape, c: cfg.SftConfig) -> Programs:
     loss = sft.find_loss(c)
     weighted = (c.data.think_weight, c.data.answer_weight) != (1.0, 1.0)
     batch = abstract_batch(s.rows, s.length, s.place.mesh, ("token_weights",) if weighted else ())
-    other = name = None
+    other: ModelConfig | None = None
+    frozen: dict[str, int] = {}
     if "teacher_divergence" in loss.needs:
-        other, name = architecture.teacher(c.model, c.teacher.weights), "teacher model"
+        other = architecture.teacher(c.model, present(c.teacher.weights, "teacher.weights"))
+        frozen = {"teacher model": _bytes_of(s, other)}
     elif not loss.needs.isdisjoint(COMPARED):
-        other, name = s.model, "reference model"
-    frozen = {name: _bytes_of(s, other)} if other else {}
+        other, frozen = s.model, {"reference model": _bytes_of(s, s.model)}
 
     def update() -> Program:
-        extra = {"second": other, "noise": sft.noise_of(c), "freeze": c.train.freeze}
-        return phases.update(s.place, s.model, c.optimizer, loss, batch, s.microbatches, **extra)
+        return phases.update(
+            s.place, s.model, c.optimizer, loss, batch, s.microbatches, second=other, noise=sft.noise_of(c),
+            freeze=c.train.freeze,
+        )  # fmt: skip
 
-    planned, decoding = {"update": Planned(update, {})}, None  # the frozen model is among the update's arguments
+    planned = {"update": Planned(update, {})}  # the frozen model is among the update's arguments
+    decoding: Decoding | None = None
     state, moments = _state(s)
     if c.data.eval_rows or c.data.eval_source:
         whole = abstract_batch(s.rows, s.length, s.place.mesh)
@@ -113,9 +119,8 @@ def _sft(s: Shape) -> Programs:
     return Programs(planned, frozen, decoding, head_again=not loss.tokenwise)
 
 
-def _grpo(s: Shape) -> Programs:
-    c = s.config
-    loss, batch, temperature = s.loss, s.rl.batch(s.place.mesh), c.rollout.temperature
+def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
+    batch, temperature = rl.batch(s.place.mesh), c.rollout.temperature
     models = {"reference": s.model} if keeps_reference(c, loss) else {}
     if c.teacher.weights:
         models["teacher"] = architecture.teacher(c.model, c.teacher.weights)
@@ -134,7 +139,7 @@ def _grpo(s: Shape) -> Programs:
 
     planned = {"update": Planned(update, frozen), "decoding weights": _weights(s, moments | frozen)}
     slots = math.ceil(c.rollout.slots / s.hosts)
-    found, decoding = _decoding(s, "", slots, s.rl.longest_prompt, sampling_of(c.rollout), state | frozen)
+    found, decoding = _decoding(s, "", slots, rl.longest_prompt, sampling_of(c.rollout), state | frozen)
     planned |= found
     for name, model in models.items():
         beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
@@ -143,7 +148,7 @@ def _grpo(s: Shape) -> Programs:
         planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.execution.param_dtype), moments | frozen)
     if c.eval.problems:
         greedy = Sampling(temperature=0.0, max_completion_tokens=c.eval.max_completion_tokens)
-        found, graded = _decoding(s, "evaluation: ", c.eval.slots, s.rl.longest_prompt, greedy, state | frozen)
+        found, graded = _decoding(s, "evaluation: ", c.eval.slots, rl.longest_prompt, greedy, state | frozen)
         planned |= found if graded.cache_bytes > decoding.cache_bytes else {}
     return Programs(planned, frozen, decoding, head_again=True)
 
@@ -152,7 +157,9 @@ def _weights(s: Shape, beside: dict[str, int]) -> Planned:
     return Planned(lambda: phases.weights(s.place, "decoding weights", s.model), beside)
 
 
-def _decoding(s: Shape, prefix: str, slots: int, prompt: int, sampling: Sampling, beside: dict[str, int]):
+def _decoding(
+    s: Shape, prefix: str, slots: int, prompt: int, sampling: Sampling, beside: dict[str, int]
+) -> tuple[dict[str, Planned], Decoding]:
     """Prefill and decoding of ``slots`` sequences over one process's devices, each with whole weights; and a Decoding."""
     share = math.ceil(slots / devices_for(slots, s.devices // s.hosts))
     length = cache.longest(prompt + sampling.max_completion_tokens)

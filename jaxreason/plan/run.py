@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
 from jaxreason import config as cfg
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.model import param_count
 from jaxreason.model.attention import resolve as resolve_attention
 from jaxreason.model.cudnn import assume_capability
@@ -98,7 +99,7 @@ def _memory(made: dict[str, compile.Program], run: Programs, s: Shape) -> dict:
     # Accumulating, the sum and one microbatch's gradient are float32 side by side; without, they need not all live at once.
     gradients = min(4 * weights * (2 if s.microbatches > 1 else 1), temporary)
     totals = {name: p.total_bytes + sum(run.planned[name].beside.values()) for name, p in made.items()}
-    worst = max(totals, key=totals.get)
+    worst = max(totals, key=lambda name: totals[name])
     copied = {"decoding_weights": made["decoding weights"].output_bytes} if run.decoding else {}
     return {
         "parameters": params, "optimizer": optimizer, "gradients": gradients, "activations": temporary - gradients,
@@ -115,7 +116,7 @@ def _speed(s: Shape, run: Programs, options: Options, price: float) -> dict:
     flops = train_flops_per_token(s.model, [document])
     trained = roofline.train_speed(flops, s.rows * s.length, target, s.devices)
     updates, rollouts = _steps(s, options, document)
-    record = {
+    record: dict[str, Any] = {
         "flops_per_token": flops, "document_tokens": document, "step_tokens": s.rows * s.length,
         "train": [dataclasses.asdict(speed) for speed in trained], "updates": updates, "rollouts": rollouts,
         "usd_per_gpu_hour": price,
@@ -165,11 +166,13 @@ def _steps(s: Shape, options: Options, document: int) -> tuple[int | None, int]:
     """(optimizer updates, rollouts) of the whole recipe; None if that needs the data."""
     c, examples = s.config, options.examples or s.config.data.max_rows
     if c.algorithm == "grpo":
-        rollouts = c.train.steps or (examples and math.ceil(c.train.epochs * examples / c.rollout.prompts_per_step))
+        rollouts = c.train.steps
+        if rollouts is None and examples:
+            rollouts = math.ceil(present(c.train.epochs, "train.epochs") * examples / c.rollout.prompts_per_step)
         return (rollouts * c.train.updates_per_rollout, rollouts) if rollouts else (None, 0)
     if c.train.steps:
         return c.train.steps, 0
     if examples is None:
         return None, 0
     rows = examples * document / s.length if c.data.packing else examples
-    return math.ceil(c.train.epochs * rows / s.rows), 0
+    return math.ceil(present(c.train.epochs, "train.epochs") * rows / s.rows), 0

@@ -66,7 +66,9 @@ def evaluate(text: str) -> tuple[Fraction, list[Fraction]] | None:
 
 
 def _value(node: ast.expr, used: list[Fraction]) -> Fraction:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(node.value):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and math.isfinite(node.value):
+        if isinstance(node.value, bool):
+            raise ValueError("not arithmetic")
         used.append(Fraction(str(node.value)))
         return used[-1]
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

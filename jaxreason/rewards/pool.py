@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import connection as mp_connection
 from typing import Literal
 
@@ -147,7 +147,7 @@ class RewardPool:
             for item, results in outcomes:
                 for sample, (kind, value, filled) in zip(item.samples, results, strict=True):
                     if kind != "reward":
-                        errors.append((sample, item.function, kind, value))
+                        errors.append((sample, item.function, kind, str(value)))
                         if self._stop:
                             raise UserError(str(self._error(*errors[-1])))
                         continue
@@ -166,7 +166,7 @@ class RewardPool:
     def _error(self, sample: int, function: int, kind: Kind, message: str) -> GradeError:
         return GradeError(self.names[function], sample, kind, message)
 
-    def _outcomes(self, samples: Sequence[Sample]) -> Iterator[tuple[_Call, list[Outcome]]]:
+    def _outcomes(self, samples: Sequence[Sample]) -> Generator[tuple[_Call, list[Outcome]], None, None]:
         calls = []
         if samples:
             calls += [_Call(f, tuple(range(len(samples)))) for f, r in enumerate(self._rewards) if r.batch]
@@ -178,7 +178,7 @@ class RewardPool:
 
     def _in_workers(
         self, calls: list[_Call], samples: Sequence[Sample]
-    ) -> Iterator[tuple[_Call, list[Outcome]]]:
+    ) -> Generator[tuple[_Call, list[Outcome]], None, None]:
         queue = collections.deque(calls)
         chunk = max(1, min(MAX_CHUNK, len(calls) // (4 * len(self._workers))))
         try:

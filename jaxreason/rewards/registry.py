@@ -20,7 +20,7 @@ REWARDS: dict[str, Callable] = {
     "repetition": length.repetition,
 }
 ALIASES = {"exact_answer": "accuracy"}
-_PREPARE = {"accuracy": answer.prepare, "cosine": answer.prepare, "reasoning_gym": gym.prepare}
+_PREPARE: dict[str, Callable[..., None]] = {"accuracy": answer.prepare, "cosine": answer.prepare, "reasoning_gym": gym.prepare}
 
 
 @dataclasses.dataclass(frozen=True)

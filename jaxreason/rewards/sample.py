@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxreason import plugins
 from jaxreason.text import THINK_CLOSE, THINK_OPEN
 
 
@@ -17,7 +18,7 @@ class Sample:
     completion_tokens: int
     max_completion_tokens: int
     truncated: bool  # the completion ran into max_completion_tokens before a stop token
-    row: dict[str, Any] | None = None  # further columns of the prompt's row
+    row: Mapping[str, Any] | None = None  # further columns of the prompt's row
     tokens: tuple[int, ...] = ()  # the completion's ids, the stop token included
 
     @property
@@ -44,8 +45,7 @@ def reward(*, fills: Iterable[str] = (), batch: bool = False) -> Callable[[Calla
     """
 
     def declare(function: Callable) -> Callable:
-        function.fills, function.batch = tuple(fills), batch
-        return function
+        return plugins.mark(function, fills=tuple(fills), batch=batch)
 
     return declare
 

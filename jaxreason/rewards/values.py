@@ -113,8 +113,8 @@ def same(gold: Value, answer: Value, symbolic: Literal["auto", "never"]) -> bool
     mathematical = symbolic == "auto" and not gold.unit and not _is_prose(gold)
     if mathematical and gold.kind == "expression" and not _parse(_formula(gold)):
         return None
-    if gold.kind == answer.kind == "number":
-        return _same_number(gold, answer)
+    if gold.number is not None and answer.number is not None:
+        return _same_number(gold.number, gold.unit, answer.number, answer.unit)
     if gold.text == answer.text:
         return True
     if not mathematical or _is_prose(answer) or not is_math_verify_installed():
@@ -166,12 +166,11 @@ def _read_unit(tail: str) -> str | None:
     return _UNITS[match["word"]] + power + ("/" + _UNITS[match["per"]] if match["per"] else "")
 
 
-def _same_number(gold: Value, answer: Value) -> bool:
-    a, b = gold.number, answer.number
-    if (gold.unit == "%") != (answer.unit == "%"):
-        percent, plain = (a, b) if gold.unit == "%" else (b, a)
-        return not (gold.unit and answer.unit) and plain in (percent, percent / 100)
-    return a == b and (gold.unit == answer.unit or not gold.unit or not answer.unit)
+def _same_number(gold: Fraction, gold_unit: str, answer: Fraction, answer_unit: str) -> bool:
+    if (gold_unit == "%") != (answer_unit == "%"):
+        percent, plain = (gold, answer) if gold_unit == "%" else (answer, gold)
+        return not (gold_unit and answer_unit) and plain in (percent, percent / 100)
+    return gold == answer and (gold_unit == answer_unit or not gold_unit or not answer_unit)
 
 
 def _is_prose(value: Value) -> bool:

@@ -138,6 +138,7 @@ def _serve(connection: Connection) -> None:
             # process even inside a C call, so that no orphan computes for ever.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
+            reply: list[Outcome] | tuple[str, str]
             try:
                 reply = call(rewards[index], samples)
             except UserError as error:

@@ -1,14 +1,18 @@
 """From rewards to advantages: the estimator over groups, KL in the reward, a teacher's part by token, both turns."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike
 
 from jaxreason import config as cfg
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.losses import kl, tokens
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence, labels
@@ -56,7 +60,7 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
     given: dict[str, object] = {"lengths_P_G": _table(groups, lambda s: len(s.completion.tokens))}
     if "rewards_F_P_G" in estimator.reads:
         names = labels(tuple(reward.name for reward, _ in objective.graders))
-        given["rewards_F_P_G"] = np.stack([_table(groups, lambda s, n=name: s.rewards[n]) for name in names])
+        given["rewards_F_P_G"] = np.stack([_table(groups, functools.partial(_reward, name)) for name in names])
         given["weights_F"] = np.array([weight for _, weight in objective.graders])
     if "sequences_P_G" in estimator.reads:
         if jax.process_count() > 1:
@@ -70,7 +74,7 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
     return [[float(a) for a in row] for row in hosts.mine(np.asarray(found))]
 
 
-def fill(groups: Groups, name: str, values: Many[Many[Many[float]]], who: str) -> None:
+def fill(groups: Groups, name: str, values: Many[Many[ArrayLike]], who: str) -> None:
     """Puts ``values`` [P][G] of [n] into the sequences' ``extras``. Raises UserError if they do not fit the completions."""
     if len(values) != len(groups) or any(len(row) < len(group) for row, group in zip(values, groups)):
         raise UserError(f"{who}: {name} is not one list for every sample of every group")
@@ -93,6 +97,10 @@ def _table(groups: Groups, value: Callable[[Sequence], float]) -> np.ndarray:
     return hosts.gather(table)
 
 
+def _reward(name: str, sequence: Sequence) -> float:
+    return sequence.rewards[name]
+
+
 def _finite(value: float) -> float:
     return float(value) if np.isfinite(value) else 0.0
 
@@ -104,7 +112,7 @@ def _beta(config: cfg.GrpoConfig, objective: Objective) -> float:
 
 def _penalty(sequence: Sequence, config: cfg.GrpoConfig) -> np.ndarray:
     """β-free KL of every token, [n]."""
-    return kl.value(config.kl.estimator or "k1", sequence.completion.policy_logp, sequence.ref_logp)
+    return kl.value(config.kl.estimator or "k1", sequence.completion.policy_logp, present(sequence.ref_logp, "Sequence.ref_logp"))
 
 
 def _total(sequence: Sequence, config: cfg.GrpoConfig, objective: Objective) -> float:
@@ -133,15 +141,15 @@ def _reinforce_pp(groups: Groups, objective: Objective, config: cfg.GrpoConfig) 
     flat = [s for group in groups for s in group]
     width = hosts.largest(max(len(s.completion.tokens) for s in flat))
 
-    def table(values: Callable[[Sequence], np.ndarray | float]) -> np.ndarray:
+    def table(values: Callable[[Sequence], np.ndarray | float]) -> Array:
         out = np.zeros((len(flat), width), np.float32)
         for row, s in zip(out, flat):
             row[: len(s.completion.tokens)] = values(s)
-        return hosts.gather(out)
+        return jnp.asarray(hosts.gather(out))
 
     scores, mask = table(lambda s: np.nan_to_num(s.reward)), table(lambda s: float(s.trained))
     penalty = table(lambda s: _penalty(s, config))
     options = {**objective.estimator.options, "kl_coef": config.kl.coef}
-    found = np.asarray(tokens.reinforce_pp_tokens(scores, penalty, np.zeros_like(penalty), mask, **options))  # k = old - ref
+    found = np.asarray(tokens.reinforce_pp_tokens(scores, penalty, jnp.zeros_like(penalty), mask, **options))  # k = old - ref
     rows = iter(hosts.mine(found))
     return [[row[: len(s.completion.tokens)] for s, row in zip(group, rows)] for group in groups]

@@ -5,6 +5,7 @@ itself) does so there, and what the host then decides (advantages, inputs of a l
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 
@@ -16,15 +17,16 @@ from jax.sharding import Mesh
 from jaxreason import config as cfg
 from jaxreason import plugins
 from jaxreason.data.pack import pack
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.losses import Loss, PolicyInputs
+from jaxreason.model.vocab import HeadStats
 from jaxreason.rl.advantages import advantages_of, fill
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence
 from jaxreason.rl.shapes import OLD_ENTROPY, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
-from jaxreason.train.setup import put
+from jaxreason.train.setup import place, put
 from jaxreason.types import Batch
 
 Place = tuple[int, slice, slice]  # row, columns of the whole sequence, columns whose targets are the completion
@@ -85,7 +87,7 @@ class Packed:
         found = hosts.rows(array)
         return [found[row, answer] for row, _, answer in self.places]
 
-    def batch(self, pad_id: int, mask_truncated: bool, first: int = 0) -> Batch:
+    def batch(self, pad_id: int, mask_truncated: bool, first: int = 0) -> Batch[np.ndarray]:
         """What the completions alone decide, numpy; position t predicts token t + 1, and the mask covers completions.
 
         ``first``: the number of the first sequence in the whole step, where other processes have others.
@@ -105,7 +107,8 @@ class Packed:
         for s in self.sequences:
             group_tokens[s.group] = group_tokens.get(s.group, 0) + live[id(s)] * len(s.completion.tokens)
         return Batch(
-            tokens, targets, loss_mask=self.field(lambda s: live[id(s)]), **ints,
+            tokens, targets, ints["positions"], ints["segment_ids"], self.field(lambda s: live[id(s)]),
+            sequence_ids=ints["sequence_ids"], group_ids=ints["group_ids"],
             sampler_logp=self.field(lambda s: s.completion.behaviour_logp),
             group_tokens=self.field(lambda s: group_tokens[s.group]),
         )  # fmt: skip
@@ -179,30 +182,31 @@ class Batcher:
     def _completed(self, batch: Batch, packed: Packed, params: dict, step: int, entropy_coef: float | None) -> Batch:
         """The batch with every field that the loss reads."""
         loss = self.objective.loss
-        added: dict[str, np.ndarray] = {"advantages": packed.field(lambda s: s.advantage)}
+        added = {"advantages": packed.field(lambda s: s.advantage)}
         if entropy_coef is not None:
             added["entropy_coef"] = np.full((packed.rows, packed.row_length), entropy_coef, np.float32)
-        extras = {name: packed.field(lambda s, n=name: _extra(s, n, loss)) for name in loss.extras - {OLD_ENTROPY}}
-        batch = put(dataclasses.replace(batch, **added, extras=extras), self.mesh)
+        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in loss.extras - {OLD_ENTROPY}}
+        placed, more = ({name: place(x, self.mesh) for name, x in fields.items()} for fields in (added, extras))
+        batch = dataclasses.replace(batch, **placed, extras=more)
         if "old_logp" in self.shapes.fields:
             stats = self.score(params, batch)
             old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}
             batch = dataclasses.replace(batch, old_logp=stats.logp, extras=batch.extras | old)
             if loss.select is not None:
-                batch = dataclasses.replace(batch, selected=_selected(loss, stats, batch, self.config.run.seed, step))
+                batch = dataclasses.replace(batch, selected=_selected(loss.select, stats, batch, self.config.run.seed, step))
         return batch
 
 
-def _selected(loss: Loss, stats: object, batch: Batch, seed: int, step: int) -> Array:
+def _selected(select: Callable[..., Array], stats: HeadStats, batch: Batch, seed: int, step: int) -> Array:
     """What the loss's step-wide rule picks."""
     inputs = PolicyInputs(
-        stats.logp, stats.logp, batch.advantages, batch.loss_mask, entropy=stats.entropy,
+        stats.logp, stats.logp, present(batch.advantages, "Batch.advantages"), batch.loss_mask, entropy=stats.entropy,
         sequence_ids=batch.sequence_ids, group_ids=batch.group_ids, extras=batch.extras,
     )  # fmt: skip
-    return loss.select(inputs, jax.random.fold_in(jax.random.key(seed), step))
+    return select(inputs, jax.random.fold_in(jax.random.key(seed), step))
 
 
-def _extra(sequence: Sequence, name: str, loss: Loss) -> np.ndarray | float:
+def _extra(loss: Loss, name: str, sequence: Sequence) -> np.ndarray | float:
     if name in sequence.extras:
         return sequence.extras[name]
     if not sequence.trained:  # what could not be graded has no per-token reward either, and is masked

@@ -18,6 +18,7 @@ from jaxreason import sampler as samplers
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
+from jaxreason.errors import present
 from jaxreason.losses.policy import adapt_entropy_coef
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.rewards.pool import RewardPool
@@ -52,7 +53,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     setup, objective, model = inputs.setup, inputs.objective, inputs.setup.config
     problems = held_out_problems(config, setup, inputs.chat)
     updates, per_step = config.train.updates_per_rollout, config.rollout.prompts_per_step
-    total = config.train.steps or math.ceil(config.train.epochs * len(inputs.prompts) / per_step)
+    total = config.train.steps or math.ceil(present(config.train.epochs, "train.epochs") * len(inputs.prompts) / per_step)
     span = Span(total, updates, SHOWN)
     if done := folder.finished(span.all_updates):
         console.print(f"{folder.path} is finished ({total} steps); delete it or set run.name to train again")
@@ -232,12 +233,12 @@ class Bonus:
 
     def after(self, entropy: float | None) -> dict[str, float]:
         """Takes this step's entropy; returns the coefficient that the step used, as a metric."""
-        if self.now is None:
+        used, target = self.now, self._settings.target
+        if used is None or target is None:
             return {}
-        used = self.now
-        target = self._settings.target
-        _, self._carried = adapt_entropy_coef(self._carried, entropy, target, self._settings.delta)
-        self.now = self._carried if entropy <= target else 0.0
+        measured = present(entropy, "the metric entropy")
+        _, self._carried = adapt_entropy_coef(self._carried, measured, target, self._settings.delta)
+        self.now = self._carried if measured <= target else 0.0
         return {"entropy_coef": used}
 
     def state(self) -> dict[str, float]:

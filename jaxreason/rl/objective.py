@@ -57,7 +57,8 @@ def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
 
 def _options_from_sections(config: cfg.GrpoConfig) -> dict[str, float | str]:
     """Options of a built-in loss that other sections of the config decide."""
-    given, found = config.loss.options, {}
+    given = config.loss.options
+    found: dict[str, float | str] = {}
     known = losses.defaults(config.loss.name)
     placement = config.kl.placement or losses.get(config.loss.name).kl_placement
     for name in ("kl_coef", "kl_estimator"):

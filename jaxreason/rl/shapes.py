@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxreason import config as cfg
@@ -32,7 +33,7 @@ class Shapes:
     def microbatches(self) -> int:
         return self.rows // self.microbatch
 
-    def batch(self, mesh: Mesh) -> Batch:
+    def batch(self, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
         """The batch as shapes."""
         return abstract_batch(self.rows, self.row_length, mesh, self.fields, self.extras, grouped=True)
 

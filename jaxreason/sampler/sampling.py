@@ -112,7 +112,7 @@ def _threshold(weights: Array, mass: Array, amount: Array) -> Array:
     """
     bits = lax.bitcast_convert_type(weights, jnp.int32)
 
-    def halve(_, bounds):
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # enough mass at low, too little at high
         middle = low + (high - low) // 2
         enough = jnp.sum(jnp.where(bits >= middle, mass, 0.0), axis=-1, keepdims=True) >= amount

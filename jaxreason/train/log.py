@@ -4,7 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,10 +35,10 @@ class Log:
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """One object a step."""
-        if not self._primary:
+        if self._file is None:
             return
         self._last, self._at = (step, record), self._file.tell()
-        self._put(record)
+        self._put(self._file, record)
         for sink in self._sinks:
             sink(step, record)
         self._show(step, record)
@@ -50,20 +50,20 @@ class Log:
 
     def amend(self, found: dict[str, float]) -> None:
         """Adds what was measured after the newest line was written: to that line, and to what people see."""
-        if not self._primary:
+        if self._file is None:
             return
         step, record = self._last
         self._file.truncate(self._at)
         self._last = (step, record | found)
-        self._put(record | found)
+        self._put(self._file, record | found)
         for sink in self._sinks:
             sink(step, found)
         self._spoke = 0.0
         self._show(step, record | found)
 
-    def _put(self, record: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": self._last[0], **{k: _number(v) for k, v in record.items()}}) + "\n")
-        self._file.flush()
+    def _put(self, file: TextIO, record: dict[str, float]) -> None:
+        file.write(json.dumps({"step": self._last[0], **{k: _number(v) for k, v in record.items()}}) + "\n")
+        file.flush()
 
     def _show(self, step: int, record: dict[str, float]) -> None:
         text = " ".join(f"{name} {_short(record[name])}" for name in self._shown if name in record)

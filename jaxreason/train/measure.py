@@ -33,8 +33,9 @@ class Meter:
             flops = train_flops_per_token(self._model, lengths) * float(np.sum(lengths)) * passes
             metrics["mfu"] = flops / (seconds * self._peak)
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in self._devices]
-        if None not in peaks:
-            metrics["memory_peak_gib"] = max(peaks) / 2**30
+        known = [peak for peak in peaks if peak is not None]
+        if len(known) == len(peaks):
+            metrics["memory_peak_gib"] = max(known) / 2**30
         return metrics
 
 
@@ -65,7 +66,7 @@ class Trace:
 
     def after(self, step: int) -> None:
         """To be called once a step's results are on the host."""
-        if self._running and step == self._steps[1]:
+        if self._running and self._steps and step == self._steps[1]:
             self.close()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxreason import config as cfg
 
@@ -83,16 +84,16 @@ def stored_as(inner: optax.GradientTransformation, dtype: str, seed: int = 0) ->
     ``inner``'s state has a ``count`` of updates, from which and from ``seed`` the rounding to bfloat16 is drawn.
     """
 
-    def cast(state, to):
+    def cast(state: Any, to: DTypeLike) -> Any:
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
-    def rounded(state):
+    def rounded(state: Any) -> Any:
         leaves, tree = jax.tree.flatten(state)
         words = _words(seed, state.count, _MOMENTS, len(leaves))
         stored = [stochastic_round(x, w) if x.dtype == jnp.float32 else x for x, w in zip(leaves, words)]
         return jax.tree.unflatten(tree, stored)
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = inner.update(updates, cast(state, jnp.float32), params)
         return updates, state if dtype == "float32" else rounded(state)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jaxreason.data.pipeline import held_out_source
 from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.model import ModelConfig, init, preset
 from jaxreason.sharding import batch_sharding, shardings
 from jaxreason.train import state as states
@@ -61,7 +62,8 @@ def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
     resolved = folder.resolved if folder else cfg.Resolved()
     if model.weights is None:
         source = None
-        found = preset(model.preset, model.overrides).replace(param_dtype=model.param_dtype, compute_dtype=model.compute_dtype)
+        found = preset(present(model.preset, "model.preset"), model.overrides)
+        found = found.replace(param_dtype=model.param_dtype, compute_dtype=model.compute_dtype)
     else:
         source = _source(model.weights, folder, resolved)
         found = source.config(model.param_dtype, model.compute_dtype)
@@ -118,28 +120,28 @@ def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompt
     return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=chat)
 
 
-def put(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows, placed as its part of the global batch; what is on the devices already stays."""
-    sharding = batch_sharding(mesh)
+def put(batch: Batch[np.ndarray], mesh: Mesh) -> Batch:
+    """This process's rows, placed as its part of the global batch."""
+    return jax.tree.map(lambda x: place(x, mesh), batch)
 
-    def place(x: np.ndarray | jax.Array) -> jax.Array:
-        return x if isinstance(x, jax.Array) else jax.make_array_from_process_local_data(sharding, x)
 
-    return jax.tree.map(place, batch)
+def place(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """This process's rows [B, …] of one field as its part of the global array."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
 
 
 def abstract_batch(
     rows: int, length: int, mesh: Mesh, floats: Sequence[str] = (), extras: Sequence[str] = (), grouped: bool = False
-) -> Batch:
+) -> Batch[jax.ShapeDtypeStruct]:
     """A batch [rows, length] of shapes, as a step is compiled for.
 
     ``floats``: the optional float fields that it has in addition to the mask; ``extras``: names of a loss's own inputs;
     ``grouped``: it has ``group_ids``.
     """
-    place = batch_sharding(mesh)
-    ints = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=place)
-    real = jax.ShapeDtypeStruct((rows, length), np.float32, sharding=place)
-    optional = dict.fromkeys(floats, real) | ({"group_ids": ints} if grouped else {})
+    where = batch_sharding(mesh)
+    ints = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=where)
+    real = jax.ShapeDtypeStruct((rows, length), np.float32, sharding=where)
+    optional: dict[str, Any] = dict.fromkeys(floats, real) | ({"group_ids": ints} if grouped else {})
     return Batch(ints, ints, ints, ints, real, sequence_ids=ints, extras=dict.fromkeys(extras, real), **optional)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -15,7 +16,7 @@ from jaxreason.checkpoint import write_json
 from jaxreason.data.batches import loader
 from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.evaluate.accuracy import evaluate
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.sampler import EngineSampler, Job, Sampling
@@ -43,7 +44,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     folder.settle(resolved.model_copy(update={"data": data.fingerprint}))
     problems = held_out_problems(config, setup, data.chat)
     console.print(data.report.table())
-    total = config.train.steps or data.train.num_steps(config.train.epochs)
+    total = config.train.steps or data.train.num_steps(present(config.train.epochs, "train.epochs"))
     if done := folder.finished(total):
         console.print(f"{folder.path} is finished ({total} steps); delete it or set run.name to train again")
         return done
@@ -55,10 +56,11 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     clock = time.monotonic()
     step_of, second_shape = compile_step(config, loss, model, data, compared, abstract, optimizer, mesh, total)
+    memory = present(step_of.memory_analysis(), "the memory of XLA's program")
     show_table("model", [
         *_rows_of(config, data, model, mesh, total), *_compared_rows(compared, second_shape),
         ("state", f"{gib(_bytes(abstract))}; a checkpoint takes as much disk, {config.train.keep_checkpoints} are kept"),
-        ("step's memory", f"{gib(step_of.memory_analysis().temp_size_in_bytes)} in addition to the state, per device"),
+        ("step's memory", f"{gib(memory.temp_size_in_bytes)} in addition to the state, per device"),
         ("compiled in", f"{time.monotonic() - clock:.1f} s"),
     ])  # fmt: skip
     if dry_run:
@@ -86,7 +88,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         return loop.finish(state)
 
 
-def speeds(seconds: float, trained: float, batch: Batch) -> dict[str, float]:
+def speeds(seconds: float, trained: float, batch: Batch[np.ndarray]) -> dict[str, float]:
     """``seconds`` of the step; supervised tokens a second, and tokens of documents (prompts included, padding not)."""
     documents = float((batch.segment_ids > 0).sum()) * jax.process_count()
     return {
@@ -107,7 +109,7 @@ def compile_step(
     batch = abstract_batch(rows, data.train.length, mesh, weighted)
     step = make_train_step(
         model, loss, optimizer, opt.schedule(config.optimizer, total), rows // micro,
-        second_config=compared and compared.config, noise=noise_of(config), seed=config.run.seed,
+        second_config=None if compared is None else compared.config, noise=noise_of(config), seed=config.run.seed,
     )  # fmt: skip
     second = states.abstract(compared.config, optimizer, mesh).params if compared else None
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
@@ -168,7 +170,7 @@ class Compared:
 def compared_with(config: cfg.SftConfig, loss: losses.Loss, setup: Setup) -> tuple[Compared | None, cfg.Resolved]:
     """The second model that ``loss`` reads, and what the config's names mean. Raises UserError."""
     if "teacher_divergence" in loss.needs:
-        teacher, resolved = open_teacher(config.teacher.weights, setup)
+        teacher, resolved = open_teacher(present(config.teacher.weights, "teacher.weights"), setup)
         return Compared(f"teacher {teacher.name}", teacher.config, lambda _, mesh: teacher.params(mesh)), resolved
     if loss.needs.isdisjoint(COMPARED):
         return None, setup.resolved
@@ -205,7 +207,7 @@ class HeldOut:
             found |= {"eval_loss": loss / tokens, "eval_tokens": tokens}
         if self._problems:
             self._sampler.load(state.model_params, int(state.step))
-            metrics, _ = evaluate(self._sampler, self._problems, self._tokenizer, self._grader, self._job)
+            metrics, _ = evaluate(self._sampler, self._problems.prompts, self._tokenizer, self._grader, self._job)
             self._sampler.release()
             found |= {f"eval_{name}": value for name, value in metrics.items()}
         return found

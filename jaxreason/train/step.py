@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from jaxreason.errors import present
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
 from jaxreason.losses.segments import sequences_of
 from jaxreason.losses.sft import neftune_noise
@@ -77,8 +79,9 @@ def batch_loss(
     # Without stored log-probs the policy that sampled is the one being updated, and the ratio is exactly 1.
     old = lax.stop_gradient(stats.logp) if batch.old_logp is None else batch.old_logp
     inputs = PolicyInputs(
-        stats.logp, old, batch.advantages, batch.loss_mask, ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp,
-        entropy=stats.entropy, sequence_ids=ids, group_ids=batch.group_ids, totals=totals,
+        stats.logp, old, present(batch.advantages, "Batch.advantages"), batch.loss_mask,
+        ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp, entropy=stats.entropy, sequence_ids=ids,
+        group_ids=batch.group_ids, totals=totals,
         group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, extras=batch.extras,
     )  # fmt: skip
     return loss(inputs)
@@ -89,7 +92,7 @@ def _supervised(
 ) -> tuple[Array, dict[str, Array]]:
     """One of three ways through the head: what the loss needs decides, and the numbers are the same."""
     wanted = [name for name in STATS if name in loss.needs]
-    weights = {} if batch.token_weights is None else {"token_weights": batch.token_weights}
+    weights: dict[str, Any] = {} if batch.token_weights is None else {"token_weights": batch.token_weights}
     if loss.needs & _WHOLE_LOGITS:
         found = from_logits(_whole_logits(loss, wanted), batch.targets, ((x, head), *_second_head(second, batch)))
         return loss(SftInputs(mask=batch.loss_mask, sequence_ids=ids, totals=totals, **found, **weights))
@@ -98,7 +101,7 @@ def _supervised(
         optional = {name: getattr(stats, name) for name in wanted} | weights
         return loss(SftInputs(stats.logp, batch.loss_mask, sequence_ids=ids, totals=totals, **optional))
 
-    def piece(stats, aux, totals):
+    def piece(stats: HeadStats, aux: dict[str, Array], totals: Totals) -> tuple[Array, dict[str, Array]]:
         optional = {name: getattr(stats, name) for name in wanted} | aux
         return loss(SftInputs(logp=stats.logp[None], totals=totals, **{k: v[None] for k, v in optional.items()}))
 
@@ -121,12 +124,15 @@ def _whole_logits(loss: Loss, wanted: list[str]) -> Callable:
         values = {name: getattr(stats, name) for name in ("logp", *wanted)}
         if "topk_entropy" in loss.needs:
             values["topk_entropy"] = lax.stop_gradient(distill.topk_entropy(logits))
+        if loss.needs.isdisjoint(COMPARED):
+            return values
+        theirs = present(other, f"the model that {loss.name} compares with")
         if "ref_logp" in loss.needs:
-            values["ref_logp"] = dense_stats(other, targets).logp
+            values["ref_logp"] = dense_stats(theirs, targets).logp
         if "ref_kl" in loss.needs:
-            values["ref_kl"] = distill.forward_kl(logits, other)
+            values["ref_kl"] = distill.forward_kl(logits, theirs)
         if "teacher_divergence" in loss.needs:
-            values["teacher_divergence"] = loss.divergence(logits, other)
+            values["teacher_divergence"] = present(loss.divergence, f"the divergence of {loss.name}")(logits, theirs)
         return values
 
     return found
@@ -139,11 +145,11 @@ class Noise:
     alpha: float
     seed: int
 
-    def of(self, step: Array, batch: Batch, width: int) -> Array:
+    def of(self, step: Array | int, batch: Batch, width: int) -> Array:
         """[B, T, width] for the rows of a (micro)batch with the step's ``sequence_ids``."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         # A row's ids are row · T + segment with fewer than T segments.
-        rows = batch.sequence_ids[:, 0] // batch.tokens.shape[1]
+        rows = present(batch.sequence_ids, "Batch.sequence_ids")[:, 0] // batch.tokens.shape[1]
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
         return neftune_noise(keys, sequences_of(batch.segment_ids > 0, batch.segment_ids), width, self.alpha)
 
@@ -169,12 +175,12 @@ def make_gradient(
         chex.assert_equal_shape(jax.tree.leaves(batch))  # at tracing: every field is [B, T]
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
-        second = None if second_config is None else (second_config, second_params)
+        second = None if second_config is None else (second_config, present(second_params, "second_params"))
 
-        def one(micro: Batch):
+        def one(micro: Batch) -> tuple[Array, dict[str, Array], dict]:
             added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
 
-            def value_of(trained: dict):
+            def value_of(trained: dict) -> tuple[Array, dict[str, Array]]:
                 whole = merge(trained, frozen or {})
                 return batch_loss(whole, config, loss, micro, totals, temperature, second, added)
 
@@ -184,7 +190,7 @@ def make_gradient(
         if count == 1:
             return *one(batch), totals
 
-        def body(i, carry):
+        def body(i: Array, carry: tuple[Array, dict[str, Array], dict]) -> tuple[Array, dict[str, Array], dict]:
             value, metrics, grads = one(jax.tree.map(lambda x: x[i], pieces))
             metrics = {k: combine_metrics(k, carry[1][k], metrics[k]) for k in metrics}
             return carry[0] + value, metrics, jax.tree.map(jnp.add, carry[2], grads)
@@ -240,17 +246,17 @@ def make_train_step(
 def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
     """``score(params, batch) -> HeadStats [B, T]`` of the batch's targets: the training graph's forward pass alone."""
 
-    def one(params, micro):
+    def one(params: dict, micro: Batch) -> HeadStats:
         x = hidden(params, config, micro.tokens, micro.positions, micro.segment_ids)
         return head_stats(x, head_kernel(params, config), micro.targets, temperature)
 
-    def score(params, batch):
+    def score(params: dict, batch: Batch) -> HeadStats:
         if count == 1:
             return one(params, batch)
         pieces = microbatches(batch, count)
         empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:])), HeadStats(*(pieces.loss_mask,) * 4))
 
-        def body(i, out):
+        def body(i: Array, out: HeadStats) -> HeadStats:
             stats = one(params, jax.tree.map(lambda x: x[i], pieces))
             return jax.tree.map(lambda whole, part: whole.at[i].set(part), out, stats)
 

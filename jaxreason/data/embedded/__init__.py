@@ -4,8 +4,8 @@
 ``python -m jaxreason.data.embedded`` prints examples and token lengths.
 """
 
-import dataclasses
 import itertools
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def examples(name: str, split: str, n: int | None = None, seed: int = 0) -> list[Example]:
+def examples(name: str, split: str | None, n: int | None = None, seed: int = 0) -> list[Example]:
     """The first ``n`` examples of a split, all of different problems; None: as many as the task's default.
 
     ``name`` may carry parameters (``arithmetic?careful=0.5``). A function of its arguments alone, the same on every
@@ -60,15 +60,15 @@ def parse(name: str) -> tuple[Task, Any]:
     if base not in TASKS:
         raise UserError(f"embedded:{name}: no task {base!r}{nearest(base, TASKS)}; known: {', '.join(sorted(TASKS))}")
     task = TASKS[base]
-    fields = {field.name: field for field in dataclasses.fields(task.parameters)}
-    values = {}
+    fields = typing.get_type_hints(task.parameters)
+    values: dict[str, Any] = {}
     for word in query.split("&") if query else ():
         key, equals, text = word.partition("=")
         if not equals or key in values:
             raise UserError(f"embedded:{name}: {word!r} is not one key=value for each key, e.g. {base}?operations=3")
         if key not in fields:
             raise UserError(f"embedded:{name}: no parameter {key}{nearest(key, fields)}; known: {', '.join(fields)}")
-        kind = fields[key].type
+        kind = fields[key]
         try:
             values[key] = kind(text)
         except ValueError:

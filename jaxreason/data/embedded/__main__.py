@@ -19,7 +19,7 @@ def describe(name: str) -> str:
     lines = []
     for split in SPLITS:
         for example in examples(name, split, 3):
-            lines += [f"[{split}] {example.user}", example.reply, ""]
+            lines += [f"[{split}] {example.user}", example.reply or "", ""]
     pairs = [template.render(example) for example in examples(name, "train", SAMPLE)]
     prompts = [len(ids) for ids in tok.encode_batch([prompt for prompt, _ in pairs])]
     completions = [len(ids) for ids in tok.encode_batch([completion for _, completion in pairs])]

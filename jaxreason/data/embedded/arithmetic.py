@@ -10,11 +10,13 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from random import Random
+from typing import TypeVar
 
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
 
 LOWEST, HIGHEST = 10, 199  # every partial result lies between: at most three digits, and never a leading zero
+Choice = TypeVar("Choice")
 EVAL_SHARE = 8  # one expression in eight is held out
 
 
@@ -219,5 +221,5 @@ def _below(rng: Random, n: int) -> int:
     return int(rng.random() * n)
 
 
-def _pick(rng: Random, choices: tuple[str, ...]) -> str:
+def _pick(rng: Random, choices: tuple[Choice, ...]) -> Choice:
     return choices[_below(rng, len(choices))]

@@ -78,4 +78,5 @@ def write_tokenizer(directory: Path = EMBEDDED) -> None:
 def _task_texts() -> list[str]:
     """Every wording of the task: 6,000 examples use each of them dozens of times."""
     sample = itertools.islice(generate(Arithmetic(operations=4, careful=0.5), "train", 0), 6000)
-    return [*EXTRA_TEXTS, *(text for example in sample for text in (example.user, example.think, example.answer))]
+    parts = (text for example in sample for text in (example.user, example.think, example.answer))
+    return [*EXTRA_TEXTS, *(text for text in parts if text is not None)]

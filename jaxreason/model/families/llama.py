@@ -19,8 +19,7 @@ class Llama(Architecture):
 def _layer(config: ModelConfig, name: str | None = None) -> Block:
     arch = config.arch
     assert isinstance(arch, Llama)
-    biases = {"qkv_bias": arch.attention_bias, "output_bias": arch.attention_bias, "mlp_bias": arch.mlp_bias}
-    return Block(config, **biases, name=name)
+    return Block(config, arch.attention_bias, arch.attention_bias, arch.mlp_bias, name=name)
 
 
 FAMILY = Family(

@@ -5,6 +5,7 @@ attended length is the buffer's length: buffers are as long as the longest live 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,11 @@ def allocate(config: ModelConfig, slots: int, length: int, mesh: Mesh | None = N
     """Empty buffers."""
     c, place = config.arch, placed(mesh)
     shape, dtype = (slots, c.num_kv_heads, length, c.head_dim), config.execution.compute_dtype
-    return [tuple(jnp.zeros(shape, dtype, device=place) for _ in "kv") for _ in range(c.num_layers)]
+
+    def empty() -> Array:
+        return jnp.zeros(shape, dtype, device=place)
+
+    return [(empty(), empty()) for _ in range(c.num_layers)]
 
 
 def num_bytes(config: ModelConfig, slots: int, length: int) -> int:
@@ -65,7 +70,7 @@ def num_bytes(config: ModelConfig, slots: int, length: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _resize_one(buffer: Array, length: int, mesh: Mesh | None) -> Array:
-    def resized(buffer):
+    def resized(buffer: Array) -> Array:
         grow = length - buffer.shape[2]
         return jnp.pad(buffer, ((0, 0), (0, 0), (0, grow), (0, 0))) if grow > 0 else buffer[:, :, :length]
 
@@ -88,7 +93,7 @@ def _take_one(buffer: Array, places: Array, mesh: Mesh | None) -> Array:
     return over(mesh, lambda buffer, places: buffer[places], (SPLIT, SPLIT), SPLIT)(buffer, places)
 
 
-def take(caches: Caches, places: Array, mesh: Mesh | None = None) -> Caches:
+def take(caches: Caches, places: Array | np.ndarray, mesh: Mesh | None = None) -> Caches:
     """The slots at ``places``, which count from 0 on every device, as the only ones. Empties ``caches``."""
     taken = []
     while caches:
@@ -97,22 +102,23 @@ def take(caches: Caches, places: Array, mesh: Mesh | None = None) -> Caches:
     return taken
 
 
-def write_at(positions: Array):
+def write_at(positions: Array) -> Callable[[tuple[Array, Array], Array, Array], tuple[Array, Array]]:
     """``write`` of :func:`jaxreason.model.step_cached` for one new token a slot, at positions [slots]."""
 
-    def write(cache, k, v):
+    def write(cache: tuple[Array, Array], k: Array, v: Array) -> tuple[Array, Array]:
         slots = jnp.arange(positions.shape[0])
-        return tuple(
-            buffer.at[slots, :, positions].set(new[:, 0], unique_indices=True, mode="drop")
-            for buffer, new in zip(cache, (k, v))
-        )
+
+        def written(buffer: Array, new: Array) -> Array:
+            return buffer.at[slots, :, positions].set(new[:, 0], unique_indices=True, mode="drop")
+
+        return written(cache[0], k), written(cache[1], v)
 
     return write
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
 def _copy_one(buffer: Array, prompts: Array, new: Array, rows: Array, mesh: Mesh | None) -> Array:
-    def copied(buffer, prompts, new, rows):
+    def copied(buffer: Array, prompts: Array, new: Array, rows: Array) -> Array:
         if mesh is not None:  # a prompt may be wanted on another device than the one that computed it
             prompts = lax.all_gather(prompts, AXIS, tiled=True)
         # A batch may hold a longer prompt than those that are copied now, which fit into the buffer.
@@ -123,10 +129,16 @@ def _copy_one(buffer: Array, prompts: Array, new: Array, rows: Array, mesh: Mesh
     return over(mesh, copied, (SPLIT,) * 4, SPLIT)(buffer, prompts, new, rows)
 
 
-def copy_rows(caches: Caches, prompts: Caches, new: Array, rows: Array, mesh: Mesh | None = None) -> Caches:
+def copy_rows(
+    caches: Caches, prompts: Caches, new: Array | np.ndarray, rows: Array | np.ndarray, mesh: Mesh | None = None
+) -> Caches:
     """Puts row ``rows[i]`` of the prompts' entries [R, K, S, H] into every slot i that is ``new``; both are [N].
 
     The buffers in ``caches`` are donated. Compiled for one buffer, not for all layers: there is a variant for every
     pair of lengths, and over several devices only one buffer's prompts are on all of them at a time.
     """
-    return [tuple(_copy_one(b, p, new, rows, mesh) for b, p in zip(*pair)) for pair in zip(caches, prompts)]
+
+    def copied(buffer: Array, prompt: Array) -> Array:
+        return _copy_one(buffer, prompt, new, rows, mesh)
+
+    return [(copied(k, new_k), copied(v, new_v)) for (k, v), (new_k, new_v) in zip(caches, prompts)]

@@ -75,7 +75,8 @@ class Engine:
 
     def compiles(self) -> int:
         """Variants of prefill and decoding compiled so far; grows with each new bucket of lengths or number of slots."""
-        return sum(function._cache_size() for pair in self._programs.values() for function in pair)
+        functions = [function for pair in self._programs.values() for function in pair]
+        return sum(function._cache_size() for function in functions)  # type: ignore[attr-defined]  # jax's types lack it
 
     def generate(
         self,

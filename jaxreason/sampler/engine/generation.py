@@ -74,8 +74,10 @@ class Generation:
         useful = 1 << (min(len(prompts), -(-slots // group_size)) - 1).bit_length() if prompts else 1
         useful = -(-useful // self.devices) * self.devices
         self.rows = min(useful, prefill_rows(longest_prompt, slots, self.devices))
-        self.slots, self.caches = empty_slots(slots, engine.pad_id, mesh), None
-        self.first_row, self.prompt_caches = -self.rows, None  # prompts first_row … + rows − 1 are on the device
+        self.slots = empty_slots(slots, engine.pad_id, mesh)
+        self.caches: cache.Caches = []  # none before the first sequence has a slot
+        self.first_row = -self.rows  # prompts first_row … + rows − 1 are on the device
+        self.prompt_caches: cache.Caches = []
         self.tokens = 0
 
     @property
@@ -122,7 +124,7 @@ class Generation:
         segment_ids = np.zeros_like(tokens)
         for row, prompt in enumerate(batch):
             tokens[row, : len(prompt)], segment_ids[row, : len(prompt)] = prompt, 1
-        self.prompt_caches = None  # freed before its successor is made
+        self.prompt_caches = []  # freed before its successor is made
         self.prompt_caches, self.first_row = self.programs.prefill(self.params, tokens, segment_ids), first
 
     def _admit(self, slots: list[int]) -> None:
@@ -152,7 +154,7 @@ class Generation:
         kept = [sorted(group, key=lambda slot: self.running[slot] is None)[:size] for group in groups]
         places = np.array([slot - group[0] for group, slots in zip(groups, kept) for slot in slots], np.int32)
         self.running = [self.running[slot] for slots in kept for slot in slots]
-        self.prompt_caches = None
+        self.prompt_caches = []
         self.slots, self.caches = take(self.slots, places, self.mesh), cache.take(self.caches, places, self.mesh)
 
     def _fit(self) -> None:
@@ -160,6 +162,6 @@ class Generation:
         longest = self.engine.sampling.max_completion_tokens
         needed = max(s.prompt_tokens + min(s.drawn + self.engine.chunk, longest) for s in self.running if s is not None)
         length = cache.bucket(needed, self.limit)
-        if self.caches is None:
+        if not self.caches:
             self.caches = cache.allocate(self.engine.config, len(self.running), length, self.mesh)
         self.caches = cache.resize(self.caches, length, self.mesh)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "slots"
 WHOLE, SPLIT, COLUMNS = PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+Specs = PartitionSpec | tuple["Specs", ...]  # of a function's arguments or results
 
 
 def devices_for(slots: int, devices: int) -> int:
@@ -67,7 +68,7 @@ def placed(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, SPLIT)
 
 
-def over(mesh: Mesh | None, function: Callable, arguments, results) -> Callable:
+def over(mesh: Mesh | None, function: Callable, arguments: Specs, results: Specs) -> Callable:
     """``function`` on each device's own part of ``arguments``, described by WHOLE, SPLIT and COLUMNS, as the results."""
     if mesh is None:
         return function

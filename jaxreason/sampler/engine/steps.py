@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from jaxreason.model import ModelConfig, next_logits, prefill, step_cached
 from jaxreason.sampler.engine import cache
@@ -29,11 +29,15 @@ class Slots:
     key: Array  # [N] key of the sequence
 
 
+Drawn = tuple[Array, ...]  # tokens, behaviour_logp, policy_logp [chunk, N], and the number [N] of valid entries
+Carry = tuple[Array, Slots, cache.Caches, Drawn]
+
+
 class Programs(NamedTuple):
     """The two large programs of an engine."""
 
-    prefill: Callable  # (params, tokens [R, S], segment_ids [R, S]) -> keys and values
-    decode: Callable  # (params, slots, caches, idle_at) -> slots, caches, what was drawn
+    prefill: jax.stages.Wrapped  # (params, tokens [R, S], segment_ids [R, S]) -> keys and values
+    decode: jax.stages.Wrapped  # (params, slots, caches, idle_at) -> slots, caches, what was drawn
 
 
 def programs(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Programs:
@@ -42,18 +46,20 @@ def programs(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...],
 
 
 @functools.cache
-def _prefill_of(config: ModelConfig, mesh: Mesh | None) -> Callable:
-    def fill(params, tokens, segment_ids):
+def _prefill_of(config: ModelConfig, mesh: Mesh | None) -> jax.stages.Wrapped:
+    def fill(params: dict, tokens: Array, segment_ids: Array) -> cache.Caches:
         return prefill(params, config, tokens, segment_ids)
 
     return jax.jit(over(mesh, fill, (WHOLE, SPLIT, SPLIT), SPLIT))
 
 
 @functools.cache
-def _decode_of(config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None) -> Callable:
-    settings = {"config": config, "sampling": sampling, "stop_ids": stop_ids, "chunk": chunk}
+def _decode_of(
+    config: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...], chunk: int, mesh: Mesh | None
+) -> jax.stages.Wrapped:
+    one = functools.partial(_decode, config=config, sampling=sampling, stop_ids=stop_ids, chunk=chunk)
     results = SPLIT, SPLIT, (COLUMNS, COLUMNS, COLUMNS, SPLIT)
-    decode = over(mesh, functools.partial(_decode, **settings), (WHOLE, SPLIT, SPLIT, WHOLE), results)
+    decode = over(mesh, one, (WHOLE, SPLIT, SPLIT, WHOLE), results)
     return jax.jit(decode, donate_argnums=(1, 2))
 
 
@@ -64,10 +70,30 @@ def empty_slots(slots: int, pad_id: int, mesh: Mesh | None = None) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def admit(slots: Slots, new, token, position, seed, step, prompt_number, sample_index, *, mesh: Mesh | None) -> Slots:
+def admit(
+    slots: Slots,
+    new: ArrayLike,
+    token: ArrayLike,
+    position: ArrayLike,
+    seed: ArrayLike,
+    step: ArrayLike,
+    prompt_number: ArrayLike,
+    sample_index: ArrayLike,
+    *,
+    mesh: Mesh | None,
+) -> Slots:
     """Starts a sequence in every slot that is ``new``, from the entries [N] of the other arrays."""
 
-    def admitted(slots, new, token, position, seed, step, prompt_number, sample_index):
+    def admitted(
+        slots: Slots,
+        new: Array,
+        token: Array,
+        position: Array,
+        seed: Array,
+        step: Array,
+        prompt_number: Array,
+        sample_index: Array,
+    ) -> Slots:
         keys = jax.vmap(sequence_key, (None, None, 0, 0))(seed, step, prompt_number, sample_index)
         fresh = Slots(token, position, jnp.zeros_like(token), jnp.ones_like(new), keys)
         return jax.tree.map(lambda a, b: jnp.where(new, a, b), fresh, slots)
@@ -83,8 +109,16 @@ def take(slots: Slots, places: Array, mesh: Mesh | None) -> Slots:
 
 
 def _decode(
-    params: dict, slots: Slots, caches: cache.Caches, idle_at: Array, *, config, sampling, stop_ids, chunk
-) -> tuple[Slots, cache.Caches, tuple[Array, Array, Array, Array]]:
+    params: dict,
+    slots: Slots,
+    caches: cache.Caches,
+    idle_at: Array,
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    chunk: int,
+) -> tuple[Slots, cache.Caches, Drawn]:
     """Up to ``chunk`` steps; fewer once no more than ``idle_at`` slots are live.
 
     Returns the slots, the caches, and tokens, behaviour_logp, policy_logp [chunk, N] with the number [N] of valid entries.
@@ -92,7 +126,7 @@ def _decode(
     size, length = slots.token.shape[0], caches[0][0].shape[2]
     stops = np.array(stop_ids, np.int32)
 
-    def body(carry):
+    def body(carry: Carry) -> Carry:
         i, slots, caches, (tokens, behaviour_logp, policy_logp, counts) = carry
         # A slot that is not live attends to one entry: what reads a cache by its length then reads no more of it.
         position = jnp.where(slots.live, slots.position, 0)
@@ -114,11 +148,12 @@ def _decode(
         )
         return i + 1, slots, caches, outputs
 
-    def unfinished(carry):
+    def unfinished(carry: Carry) -> Array:
         i, slots, *_ = carry
         return (i < chunk) & (jnp.sum(slots.live) > idle_at)
 
     logp = jnp.zeros((chunk, size), jnp.float32)
-    outputs = (jnp.zeros((chunk, size), jnp.int32), logp, logp, jnp.zeros(size, jnp.int32))
-    _, slots, caches, outputs = lax.while_loop(unfinished, body, (jnp.int32(0), slots, caches, outputs))
+    outputs: Drawn = (jnp.zeros((chunk, size), jnp.int32), logp, logp, jnp.zeros(size, jnp.int32))
+    start: Carry = (jnp.int32(0), slots, caches, outputs)
+    _, slots, caches, outputs = lax.while_loop(unfinished, body, start)
     return slots, caches, outputs
