@@ -15,6 +15,7 @@ from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError
 from jaxreason.model import LlamaConfig, param_count, unstack
+from jaxreason.model.cudnn import segment_bound
 from jaxreason.rollout import Engine, Sampling
 from jaxreason.sharding import batch_sharding, check_batch, make_mesh, replicated, within
 from jaxreason.train import optimizer as opt
@@ -48,7 +49,8 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         return done
     trace = Trace(run.path / "profile", config.train.profile_steps, total)
     micro = config.train.microbatch_size or batch_size
-    model = dataclasses.replace(setup.config, remat=config.model.remat)
+    segments = max(part.max_segments(total) for part in (rows, data.eval) if part)
+    model = setup.config.replace(max_segments=segment_bound(segments))
 
     # ---- devices
     mesh = make_mesh(config.mesh)
