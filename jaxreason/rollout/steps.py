@@ -12,9 +12,18 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from jaxreason.model import LlamaConfig, next_logits, prefill, step_cached
+from jaxreason.model.attention import resolve
 from jaxreason.rollout import cache
 from jaxreason.rollout.sampling import Sampling, sample, sequence_key
 from jaxreason.rollout.spread import COLUMNS, SPLIT, WHOLE, over, placed
+
+
+def one_length(config: LlamaConfig) -> bool:
+    """Whether a decoding step costs the same whatever the length of its buffers, so that one program does for all.
+
+    cuDNN reads the visible entries of each slot and no others; other backends read whole buffers.
+    """
+    return resolve(config.attention, config.compute_dtype, config.head_dim) == "cudnn"
 
 
 @jax.tree_util.register_dataclass
