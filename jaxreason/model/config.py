@@ -45,6 +45,7 @@ class LlamaConfig:
     compute_dtype: str = "float32"
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
     remat: Remat = "none"
+    scan_layers: bool = True  # False: training programs with every layer written out, faster and longer to compile
     max_segments: int = MAX_SEGMENTS  # of a packed row, its padding included; what the cudnn backend is compiled for
 
     def __post_init__(self):

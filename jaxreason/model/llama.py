@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxreason.model.attention import attention, cached_attention, resolve
@@ -146,9 +146,28 @@ class Llama(nn.Module):
 
         if c.remat != "none":
             body = nn.remat(body, policy=_POLICIES[c.remat], prevent_cse=False)
-        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-        x, _ = scan(Layer(c, name="layers"), pin_rows(x.reshape(-1, c.embed_dim), batch[0]))
+        x = pin_rows(x.reshape(-1, c.embed_dim), batch[0])
+        if isinstance(self.variables.get("params", {}).get("layers"), list):
+            x = self._unrolled(x, batch, tables, segment_ids)
+        else:
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
+            x, _ = scan(Layer(c, name="layers"), x)
         return Norm(c, name="norm")(x).reshape(*batch, c.embed_dim)
+
+    def _unrolled(self, x: Array, batch: tuple[int, int], tables: tuple[Array, Array], segment_ids: Array) -> Array:
+        """x [B·T, D] after all layers, whose parameters are a list with one dict a layer."""
+        c = self.config
+
+        def one(weights: dict, x: Array) -> Array:
+            x, _ = Layer(c, parent=None).apply({"params": weights}, x, batch, tables, segment_ids)
+            return pin_rows(x, batch[0])
+
+        if c.remat != "none":
+            # What ``matmuls`` leaves to compute again is so little that the compiler may keep it where that is faster.
+            one = jax.checkpoint(one, policy=_POLICIES[c.remat], prevent_cse=c.remat != "matmuls")
+        for weights in self.variables["params"]["layers"]:
+            x = one(weights, x)
+        return x
 
 
 def init(config: LlamaConfig, key: Array) -> dict:
@@ -176,6 +195,46 @@ def logits(params: dict, config: LlamaConfig, tokens, positions=None, segment_id
     x = hidden(params, config, tokens, positions, segment_ids)
     head = head_kernel(params, config).astype(x.dtype)
     return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+
+
+def cast_layers(params: dict, config: LlamaConfig) -> dict:
+    """The same parameters with the layers' in the compute dtype, once for all microbatches; ``layers`` may become a list.
+
+    It does where ``config.scan_layers`` is false: one dict a layer, as :meth:`Llama._unrolled` takes them. The tables
+    stay as they are: gradients of an embedding add up in the dtype of the table.
+    """
+
+    def cast(w: Array) -> Array:
+        return w.astype(config.compute_dtype)
+
+    if config.scan_layers:
+        return {**params, "layers": jax.tree.map(cast, params["layers"])}
+    layers = [jax.tree.map(lambda w, i=i: cast(w[i]), params["layers"]) for i in range(config.num_layers)]
+    return {**params, "layers": layers}
+
+
+def add_gradients(total: dict, grads: dict) -> dict:
+    """``total`` [stacked over layers, float32] plus ``grads`` with respect to what :func:`cast_layers` returned."""
+
+    def add(a: Array, g: Array) -> Array:
+        return a + g.astype(a.dtype)
+
+    if not isinstance(grads["layers"], list):
+        return jax.tree.map(add, total, grads)
+    total, grads = dict(total), dict(grads)
+    stack, layers = total.pop("layers"), grads.pop("layers")
+    # The last layer's gradient is known first, and gone once it is added.
+    for number, layer in reversed([*enumerate(layers)]):
+        # XLA adds in place where it does not know the place; where it does, it copies the whole stack.
+        place = lax.optimization_barrier(jnp.int32(number))
+        stack = jax.tree.map(
+            lambda a, g, place=place: a.at[place].add(
+                g.astype(a.dtype), unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
+            ),
+            stack,
+            layer,
+        )
+    return {**jax.tree.map(add, total, grads), "layers": stack}
 
 
 def unstack(params: dict, config: LlamaConfig) -> dict:

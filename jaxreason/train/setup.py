@@ -45,7 +45,9 @@ def open_model(model: cfg.Model) -> Setup:
     # What generation stops at is what training taught it to stop with, and what the export lists.
     stops = tuple(sorted({*config.stop_ids, *tokenizer.stop_ids}))
     bos_id = tokenizer.bos_id if config.bos_id is None else config.bos_id
-    config = config.replace(attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=bos_id)
+    config = config.replace(
+        attention=model.attention, remat=model.remat, scan_layers=model.scan_layers, stop_ids=stops, bos_id=bos_id
+    )
     return Setup(config, tokenizer, source)
 
 

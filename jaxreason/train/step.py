@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
 from jaxreason.losses.segments import sequences_of
 from jaxreason.losses.sft import neftune_noise
-from jaxreason.model import LlamaConfig, head_kernel, hidden
+from jaxreason.model import LlamaConfig, add_gradients, cast_layers, head_kernel, hidden
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics
@@ -153,8 +153,8 @@ def make_gradient(
 ) -> Callable:
     """``(params, batch, frozen_params=None, step=0) -> (value, metrics, gradient in float32, totals)``.
 
-    Accumulated over ``count`` microbatches by a loop. ``frozen_config``: of the model whose parameters are passed;
-    ``step`` decides the noise.
+    Accumulated over ``count`` microbatches by a loop, with layers cast to the compute dtype before it.
+    ``frozen_config``: of the model whose parameters are passed; ``step`` decides the noise.
     """
 
     def gradient(params, batch, frozen_params=None, step=0):
@@ -165,20 +165,22 @@ def make_gradient(
         def one(micro):
             added = None if noise is None else noise.of(step, micro, config.embed_dim)
             f = lambda p: batch_loss(p, config, loss, micro, totals, temperature, frozen, added)  # noqa: E731
-            (value, metrics), grads = jax.value_and_grad(f, has_aux=True)(params)
-            return value, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            (value, metrics), grads = jax.value_and_grad(f, has_aux=True)(weights)
+            return value, metrics, grads
 
+        weights = cast_layers(params, config)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
-            return *one(batch), totals
+            value, metrics, grads = one(batch)
+            return value, metrics, add_gradients(zeros, grads), totals
 
         def body(i, carry):
             value, metrics, grads = one(jax.tree.map(lambda x: x[i], pieces))
             metrics = {k: combine_metrics(k, carry[1][k], metrics[k]) for k in metrics}
-            return carry[0] + value, metrics, jax.tree.map(jnp.add, carry[2], grads)
+            return carry[0] + value, metrics, add_gradients(carry[2], grads)
 
         pieces = microbatches(batch, count)
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], pieces)))
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         start = (jnp.zeros(()), empty_metrics(shapes[1]), zeros)
         value, metrics, grads = lax.fori_loop(0, _occupied(pieces), body, start)
         return value, metrics, grads, totals
@@ -229,6 +231,7 @@ def make_score(config: LlamaConfig, count: int, temperature: float) -> Callable:
         return head_stats(x, head_kernel(params, config), micro.targets, temperature)
 
     def score(params, batch):
+        params = cast_layers(params, config)
         if count == 1:
             return one(params, batch)
         pieces = microbatches(batch, count)
