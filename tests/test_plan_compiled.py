@@ -152,7 +152,8 @@ def test_gradients_of_layers_written_out_are_added_in_place_and_nothing_else_is_
     again = [one for one in hlo.instructions(program.text, 2) if one.times > 1]
     # Stacks over the three layers are gradients, added in place: each of the loop's fusions reads a slice and writes it.
     stacks = [one for one in again if re.search(r"f32\[3,\d{3,},\d{3,}\]", one.type) and one.kind == "fusion"]
-    assert len(stacks) == 3 * 7 and not [one for one in again if "bf16[3," in one.type]  # a kernel each of q, k, v, o, gate, up and down
+    assert len(stacks) == 3 * 7  # a kernel each of q, k, v, o, gate, up and down
+    assert not [one for one in again if "bf16[3," in one.type]
     bodies = dict(re.findall(r"\n%([\w.-]+) [^\n]*\{\n(.*?)\n\}", program.text, re.S))
     for one in stacks:
         body = bodies[re.search(r"calls=%?([\w.-]+)", one.rest)[1]]
