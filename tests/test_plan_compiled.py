@@ -6,6 +6,7 @@ conftest.py leaves this file out. Where a figure of the 3B recipes is asserted i
 
 import json
 import math
+import re
 
 import pytest
 from rich.console import Console
@@ -76,9 +77,9 @@ def test_the_3b_sft_recipe_fits_with_room_and_computes_nothing_twice(capsys):
     assert list(compiled) == ["update", "held-out loss"] and compiled["held-out loss"].attention_calls == (28, 0)
     # 131,072 tokens x 23.50 GFLOP / 989.4 TFLOP/s; 24 GiB read and written at 3.35 TB/s
     assert report["speed"]["roofline_seconds"] == pytest.approx({"compute": 3.1136, "memory": 0.01534, "links": 0}, rel=1e-3)
-    # what spans the vocabulary is the table (and its gradient and moments), not the logits of a row
+    # what spans the vocabulary is the table (and its gradient and moments) and chunks of logits, not the logits of a row
     spans = [math.prod(dims) for _, dims in made(compiled["update"]) if 128_256 in dims]
-    assert max(spans) == 128_256 * 3072 < 8192 * 128_256
+    assert max(spans) == 128_256 * 4096 < 8192 * 128_256
     show(report, Console(width=100, highlight=False))
     text = capsys.readouterr().out
     assert "fits" in text and "60%" in text and "23.50 GFLOP" in text and "runs 1.00 times forward and 1.00 backward" in text
@@ -89,10 +90,10 @@ def test_the_3b_grpo_recipe_fits_with_reference_and_rollout():
     memory = report["memory"]
     assert list(compiled) == ["update", "decoding weights", "prefill", "decode", "reference", "old log-probs"]
     assert memory["fits"] and memory["spare"] >= 8 * GIB
-    # measured 62.7 GiB in prefill and 61.5 in the update
+    # measured 62.7 GiB in prefill and 62.4 in the update
     assert memory["total"] <= 63.4 * GIB
     totals = {p["name"]: p["total_bytes"] for p in report["programs"]}
-    assert totals["update"] <= 62.2 * GIB
+    assert totals["update"] <= 63.1 * GIB
     assert memory["reference_model"] == 2 * 3_212_749_824 == planned.planned["update"].beside["reference model"]
     state = memory["parameters"] + memory["optimizer"]
     assert abs(planned.planned["decode"].beside["train state"] - state) < 1024
@@ -142,6 +143,23 @@ def test_the_3b_fsdp_step_gathers_layers_and_never_the_whole():
 
 
 # ---- one layer's worth of them
+
+
+def test_gradients_of_layers_written_out_are_added_in_place_and_nothing_else_is_stacked():
+    config = SMALL.replace(scan_layers=False, max_segments=8)
+    card = place()
+    batch = phases.abstract_batch(2, 1024, card.mesh)
+    program = phases.update(card, config, OPTIMIZER, losses.get("nll"), batch, 2)
+    assert program.attention_calls == (2 * 3, 2 * 3)
+    again = [one for one in hlo.instructions(program.text, 2) if one.times > 1]
+    # Stacks over the three layers are gradients, added in place: each of the loop's fusions reads a slice and writes it.
+    stacks = [one for one in again if re.search(r"f32\[3,\d{3,},\d{3,}\]", one.type) and one.kind == "fusion"]
+    assert len(stacks) == 3 * 7  # a kernel each of q, k, v, o, gate, up and down
+    assert not [one for one in again if "bf16[3," in one.type]
+    bodies = dict(re.findall(r"\n%([\w.-]+) [^\n]*\{\n(.*?)\n\}", program.text, re.S))
+    for one in stacks:
+        body = bodies[re.search(r"calls=%?([\w.-]+)", one.rest)[1]]
+        assert " dynamic-slice(" in body and "ROOT" in body and " dynamic-update-slice(" in body.split("ROOT")[1]
 
 
 def test_the_grpo_step_has_no_buffer_of_tokens_times_vocabulary():
