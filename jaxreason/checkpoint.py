@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxreason.errors import UserError
-from jaxreason.model import ModelConfig, RopeScaling, make_config
+from jaxreason.model import Execution, ModelConfig, RopeScaling, make_config
 from jaxreason.types import TrainState
 
 MANIFEST = "manifest.json"
@@ -45,8 +45,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def model_to_json(config: ModelConfig) -> dict:
-    """The family, and the fields of both records, as plain values."""
-    values = {"family": config.arch.family, **config.fields()}
+    """The family, its architecture and the dtype of what is stored, as plain values; how a run ran it is not part of it."""
+    values = {"family": config.arch.family, **vars(config.arch), "param_dtype": config.execution.param_dtype}
     if config.arch.rope_scaling:
         values["rope_scaling"] = dict(vars(config.arch.rope_scaling))
     return values | {"stop_ids": list(config.arch.stop_ids)}
@@ -55,10 +55,13 @@ def model_to_json(config: ModelConfig) -> dict:
 def read_model(step_dir: Path) -> ModelConfig:
     """The model of a checkpoint. Raises UserError where another version wrote what this one does not know.
 
-    Checkpoints from before there were families name none: they are Llamas.
+    Checkpoints from before there were families name none: they are Llamas. Older ones also hold how they were run, which is
+    left out: a bound on segments that fitted one run's rows would refuse another's.
     """
     path = step_dir / "model.json"
     values = json.loads(path.read_text())
+    for name in set(Execution.__dataclass_fields__) - {"param_dtype"}:
+        values.pop(name, None)
     try:
         scaling = values["rope_scaling"]
         values["rope_scaling"] = RopeScaling(**scaling) if scaling else None

@@ -65,6 +65,10 @@ def test_architecture_round_trip(tmp_path):
     written = checkpoint.model_to_json(CONFIG)
     assert read(written) == CONFIG
     assert read({key: value for key, value in written.items() if key != "family"}) == CONFIG  # from before families
+    # A run's bound on segments, its remat and its loops are that run's: an older file that has them opens without them.
+    assert read(written | {"max_segments": 8, "remat": "full", "scan_layers": False}) == CONFIG
+    run_as = CONFIG.replace(max_segments=8, remat="full", scan_layers=False, param_dtype="bfloat16")
+    assert read(checkpoint.model_to_json(run_as)) == CONFIG.replace(param_dtype="bfloat16")
     for wrong in ({"family": "mamba"}, {"num_experts": 8}):
         with pytest.raises(UserError, match=next(iter(wrong.values())) if "family" in wrong else "num_experts"):
             read(written | wrong)
