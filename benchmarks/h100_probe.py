@@ -2,7 +2,7 @@
 
     python benchmarks/h100_probe.py numerics|train|repeat|decode [--preset NAME] [--length N] [--loss NAME] [key=value ...]
 
-benchmarks/h100_first_hour.sh runs all of them, each in a process of its own and under a time limit.
+benchmarks/h100.py runs all of them, each in a process of its own and under a time limit.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from h100_account import account
 
 from jaxreason import config as cfg
 from jaxreason import losses, targets, xla
 from jaxreason.model import init, preset, unstack
 from jaxreason.model.attention import attention, cached_attention, resolve
+from jaxreason.model.cudnn import segment_bound
 from jaxreason.model.flops import train_flops_per_token
 from jaxreason.plan import roofline
 from jaxreason.sampler import Engine, Sampling
@@ -25,7 +27,7 @@ from jaxreason.sharding import batch_sharding, make_mesh, replicated
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.step import make_train_step
-from jaxreason.types import Batch
+from jaxreason.types import MAX_SEGMENTS, Batch
 
 
 def facts() -> dict:
@@ -93,14 +95,19 @@ def numerics(args) -> dict:
     return found | {"ok": bool(close and tight)}
 
 
-def model_of(args):
-    return preset(args.preset).replace(param_dtype="float32", compute_dtype="bfloat16", remat="matmuls")
+def model_of(args, segments: int = MAX_SEGMENTS):
+    return preset(args.preset).replace(
+        param_dtype="float32", compute_dtype="bfloat16", remat="matmuls", scan_layers=not args.unrolled,
+        max_segments=segment_bound(segments),
+    )  # fmt: skip
 
 
 def batch_of(args, vocab: int) -> Batch:
     """Random tokens in packed rows; for a policy loss also what a rollout would have left."""
     random, ids = np.random.default_rng(0), packed_ids(args.rows * jax.device_count() * args.microbatches, args.length,
-                                                       args.length // 2)  # fmt: skip
+                                                       args.length // args.documents)  # fmt: skip
+    if args.documents == 1:
+        ids = np.ones_like(ids)
     tokens = random.integers(0, vocab, ids.shape, np.int32)
     positions = np.arange(args.length) - np.maximum.accumulate(
         np.where(np.diff(ids, axis=1, prepend=-1) != 0, np.arange(args.length), 0), axis=1
@@ -118,11 +125,12 @@ def batch_of(args, vocab: int) -> Batch:
 def stepper(args, words: list[str]):
     """(the compiled step, how to make a fresh state, the batch on the devices, seconds of compiling, the architecture)."""
     overrides = cfg.parse_words(cfg.Optimizer, words) if words else cfg.Optimizer(moment_dtype="bfloat16")
-    config, mesh = model_of(args), make_mesh(cfg.Mesh())
+    rows = batch_of(args, preset(args.preset).arch.vocab_size)
+    config, mesh = model_of(args, int(rows.segment_ids.max()) + 1), make_mesh(cfg.Mesh())
     optimizer, schedule = opt.make(overrides, 1000), opt.schedule(overrides, 1000)
     step = make_train_step(config, losses.get(args.loss), optimizer, schedule, args.microbatches)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch_of(args, config.arch.vocab_size), batch_sharding(mesh))
+        batch = jax.device_put(rows, batch_sharding(mesh))
         state = states.abstract(config, optimizer, mesh)
         out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
         began = time.monotonic()
@@ -145,7 +153,8 @@ def train(args) -> dict:
     memory = compiled.memory_analysis()
     planned = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return {
+    more = {"account": account(lambda: compiled(state, batch))} if args.account else {}
+    return more | {
         "loss_name": args.loss, "compile_seconds": compiling, "step_seconds": seconds, "tokens_per_second": ids.size / seconds,
         "mfu": flops / (jax.device_count() * targets.load(args.target).bf16_flops_per_s), "loss": value,
         "planned_bytes": planned + memory.temp_size_in_bytes, "peak_bytes": statistics.get("peak_bytes_in_use"),
@@ -191,6 +200,9 @@ def main() -> None:
     parser.add_argument("--target", default="h100")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a row, or of a completion")
     parser.add_argument("--loss", default="nll", help="of train and repeat; grpo: a policy's update")
+    parser.add_argument("--documents", type=int, default=2, help="of a row, about; 1: one that fills it")
+    parser.add_argument("--unrolled", action="store_true", help="model.scan_layers: false")
+    parser.add_argument("--account", action="store_true", help="also kernels by kind, from a profile of one more step")
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch on one device")
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)

@@ -84,8 +84,11 @@ class TrainState:
 
 
 def merge(a: dict, b: dict) -> dict:
-    """Two nested dicts without a common leaf as one."""
-    both = {key: merge(a[key], b[key]) for key in a.keys() & b.keys()}
+    """Two nested dicts, or dicts of equally long lists of them, without a common leaf as one."""
+    both = {}
+    for key in a.keys() & b.keys():
+        x, y = a[key], b[key]
+        both[key] = [merge(*pair) for pair in zip(x, y, strict=True)] if isinstance(x, list) else merge(x, y)
     return {key: both.get(key, a.get(key, b.get(key))) for key in [*a, *(key for key in b if key not in a)]}
 
 

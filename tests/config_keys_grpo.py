@@ -186,6 +186,7 @@ ROWS: dict[str, tuple] = {
     "model.compute_dtype": (model, "bfloat16"),
     "model.attention": (model, "reference"),
     "model.remat": (model, "full"),
+    "model.scan_layers": (model, "false"),
     "data.source": (prompts, "{rows}"),
     "data.split": (prompts, "test", *SPLITS),
     "data.schema": (prompts, "problem_answer", "data.source={rows}"),

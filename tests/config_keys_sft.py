@@ -172,6 +172,7 @@ ROWS: dict[str, tuple] = {
     "model.compute_dtype": (program, "bfloat16"),
     "model.attention": (program, "reference"),
     "model.remat": (program, "full"),
+    "model.scan_layers": (program, "false"),
     "data.source": (data, "{rows}", "data.max_length=256"),
     "data.split": (data, "test", *SPLITS),
     "data.schema": (data, "problem_answer", *NOT_EMBEDDED),

@@ -126,6 +126,10 @@ def test_layout_by_hand():
     assert (starts.shape, lengths.shape, starts.dtype, lengths.dtype) == ((3, 4), (3, 3), jnp.int32, jnp.int32)
 
 
+def test_the_kernel_is_compiled_for_the_smallest_bound_that_holds_the_rows():
+    assert [cudnn.segment_bound(n) for n in (1, 4, 5, 8, 9, 16, 17, 32)] == [4, 4, 8, 8, 16, 16, 32, 32]
+
+
 def test_layout_allows_what_the_blockwise_mask_allows():
     starts, lengths = cudnn.packed_layout(ROWS, M)
     allowed = np.zeros((ROWS.size, ROWS.size), bool)

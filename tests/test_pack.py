@@ -190,3 +190,17 @@ def test_processes_share_a_step():
     assert len(pairs) == len({sequence for sequence, _ in pairs}) == segments
     with pytest.raises(ValueError, match="4 is not divisible by 3"):
         rows.batch(0, 0, 3)
+
+
+def test_most_segments_of_the_rows_that_a_run_reads():
+    def rows(lengths, endless):
+        return Rows(
+            None, np.arange(len(lengths)), np.asarray(lengths), length=32, batch_size=2,
+            order=Order(True, True, 0), pad_id=0, endless=endless,
+        )  # fmt: skip
+
+    assert rows([10] * 9, endless=False).max_segments(steps=1) == 4  # three examples, and the two tokens that are left
+    assert rows([32] * 9, endless=True).max_segments(steps=20) == 2
+    mixed = rows(np.random.default_rng(1).integers(2, 20, 40), endless=True)
+    seen = [len(mixed.examples(row)) for row in range(mixed.rows_per_epoch(0) + mixed.rows_per_epoch(1))]
+    assert mixed.max_segments(steps=-(-len(seen) // 2)) >= max(seen) + 1 > max(seen[: mixed.rows_per_epoch(0)])

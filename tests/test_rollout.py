@@ -9,7 +9,7 @@ from jaxreason import config as cfg
 from jaxreason import hf, model
 from jaxreason.errors import UserError
 from jaxreason.sampler import Engine, Sampling
-from jaxreason.sampler.engine import cache
+from jaxreason.sampler.engine import cache, generation
 from jaxreason.sampler.engine.generation import fewer
 from jaxreason.sampler.engine.spread import spread
 from jaxreason.sharding import make_mesh, replicated
@@ -260,6 +260,16 @@ def test_long_sequences_add_one_compile_a_bucket(unstacked):
     again = Engine(config, (), Sampling(100), slots=2, chunk=32)
     again.generate(unstacked, ragged([4]), 2, seed=0, step=0)
     assert again.compiles() == 3  # an engine made anew reuses them
+
+
+def test_where_buffer_length_is_free_one_program_decodes_everything(unstacked, monkeypatch):
+    config, prompts = CONFIG.replace(max_positions=302), ragged([5, 20])
+    wanted = Engine(config, STOPS, Sampling(100), slots=8, chunk=32).generate(unstacked, prompts, 4, seed=0, step=0)
+    monkeypatch.setattr(generation, "one_length", lambda config: True)
+    engine = Engine(config.replace(max_positions=303), STOPS, Sampling(100), slots=8, chunk=32)
+    assert ids(engine.generate(unstacked, prompts, 4, seed=0, step=0)) == ids(wanted)
+    engine.generate(unstacked, prompts[:1], 1, seed=0, step=0)  # slots that stay empty, and no longer prompt
+    assert engine.programs().decode._cache_size() == 1
 
 
 def test_streaming_and_progress(unstacked, reference):

@@ -1,5 +1,7 @@
 """One optimizer step: the same parameters however the batch is cut, and everything moves."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jaxreason import losses, model
 from jaxreason.sharding import make_mesh
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
-from jaxreason.train.step import make_train_step, totals_of
+from jaxreason.train.step import batch_loss, make_gradient, make_train_step, microbatches, totals_of
 from jaxreason.types import Batch, count_unique
 
 CONFIG = model.make_config(
@@ -66,6 +68,34 @@ def test_microbatches_and_packing_change_nothing(whole, batch, count):
     np.testing.assert_allclose(metrics["loss"], whole[1]["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["leaf_norms"], whole[1]["leaf_norms"], rtol=1e-5)
     assert_same(state, whole[0], 1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "matmuls"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_layers_written_out_have_the_gradient_of_a_loop_over_them(remat, count):
+    def gradient(scan: bool):
+        config = CONFIG.replace(remat=remat, scan_layers=scan)
+        return jax.jit(make_gradient(config, losses.get("nll"), count))(model.init(CONFIG, jax.random.key(1)), PACKED)
+
+    (value, _, looped, _), (other, _, written_out, _) = gradient(True), gradient(False)
+    assert float(value) == float(other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=0), looped, written_out)
+
+
+def test_casting_layers_once_gives_the_gradient_of_casting_in_every_product():
+    config = CONFIG.replace(compute_dtype="bfloat16", remat="matmuls")
+    params, nll = model.init(CONFIG, jax.random.key(1)), losses.get("nll")
+    batch = dataclasses.replace(PACKED, sequence_ids=jnp.arange(4)[:, None] * 18 + PACKED.segment_ids)
+
+    def plain(params):
+        """Each microbatch's gradient with respect to the float32 parameters, added up."""
+        parts = [jax.tree.map(lambda x, i=i: x[i], microbatches(batch, 2)) for i in range(2)]
+        grads = [jax.grad(lambda p, m=m: batch_loss(p, config, nll, m, totals_of(batch))[0])(params) for m in parts]
+        return jax.tree.map(jnp.add, *grads)
+
+    _, _, found, _ = jax.jit(make_gradient(config, nll, 2))(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), found, jax.jit(plain)(params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
 def test_first_step_moves_every_parameter(whole):

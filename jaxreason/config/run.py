@@ -14,6 +14,7 @@ RESUMABLE = frozenset(
         "run.deterministic",
         "model.attention",
         "model.remat",
+        "model.scan_layers",
         "data.workers",
         "data.cache_dir",
         "rollout.slots",

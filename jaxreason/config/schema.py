@@ -61,6 +61,9 @@ class Model(Section):
     remat: Literal["none", "full", "attention", "matmuls"] = "matmuls"
     """What the backward pass may reuse: everything, nothing, the attention outputs, or also the matmul outputs.
     ``matmuls`` computes no product twice and is the fastest on a CPU, which writes fewer residuals."""
+    scan_layers: bool = True
+    """Whether training loops over layers; false writes every layer out, which saves the copies of what a loop keeps from
+    one layer to the next: 9 % of a 3B step on an H100, for twice the compiling (23 s)."""
 
     @model_validator(mode="after")
     def _one_source(self):

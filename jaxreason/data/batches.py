@@ -66,6 +66,14 @@ class Rows:
     def steps_per_epoch(self, epoch: int = 0) -> int:
         return self.num_steps(epoch + 1) - self.num_steps(epoch)
 
+    def max_segments(self, steps: int) -> int:
+        """Most segments in a row of the first ``steps`` batches; what a row has left at its end is one more."""
+        epoch = most = 0
+        while epoch == 0 or (self.endless and self._end(epoch - 1) < steps * self.batch_size):
+            made = self._packing(epoch)
+            most, epoch = max(most, int(np.diff(made.bounds).max(initial=0))), epoch + 1
+        return most + 1
+
     def examples(self, row: int) -> np.ndarray:
         """Positions in ``index`` and ``lengths`` of the examples in row ``row`` of the endless stream."""
         epoch = 0

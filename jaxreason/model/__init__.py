@@ -2,6 +2,8 @@
 
 from jaxreason.model.config import Architecture, Execution, ModelConfig, RopeScaling
 from jaxreason.model.decoder import (
+    add_gradients,
+    cast_layers,
     head_kernel,
     hidden,
     init,
@@ -26,6 +28,8 @@ __all__ = [
     "HfFormat",
     "ModelConfig",
     "RopeScaling",
+    "add_gradients",
+    "cast_layers",
     "family_of",
     "head_kernel",
     "hidden",

@@ -64,6 +64,7 @@ class Execution:
     compute_dtype: str = "float32"
     attention: Backend = "auto"
     remat: Remat = "none"
+    scan_layers: bool = True  # False: training programs with every layer written out, faster and longer to compile
     max_segments: int = MAX_SEGMENTS  # of a packed row, its padding included; what the cudnn backend is compiled for
 
 

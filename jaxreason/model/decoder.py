@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 
 from jaxreason.errors import UserError
 from jaxreason.model.attention import resolve
@@ -63,9 +63,29 @@ class Decoder(nn.Module):
 
         if run.remat != "none":
             body = nn.remat(body, policy=_POLICIES[run.remat], prevent_cse=False)
-        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-        x, _ = scan(family_of(self.config).layer(self.config, "layers"), pin_rows(x.reshape(-1, c.embed_dim), batch[0]))
+        x = pin_rows(x.reshape(-1, c.embed_dim), batch[0])
+        if isinstance(self.variables.get("params", {}).get("layers"), list):
+            x = self._unrolled(x, batch, tables, segment_ids)
+        else:
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
+            x, _ = scan(family_of(self.config).layer(self.config, "layers"), x)
         return Norm(self.config, name="norm")(x).reshape(*batch, c.embed_dim)
+
+    def _unrolled(self, x: Array, batch: tuple[int, ...], tables: tuple[Array, Array], segment_ids: Array) -> Array:
+        """x [B·T, D] after all layers, whose parameters are a list with one dict a layer."""
+        remat = self.config.execution.remat
+        layer = family_of(self.config).layer(self.config, None).clone(parent=None)
+
+        def one(weights: dict, x: Array) -> Array:
+            x, _ = _apply(layer, weights, x, batch, tables, segment_ids)
+            return pin_rows(x, batch[0])
+
+        if remat != "none":
+            # What ``matmuls`` leaves to compute again is so little that the compiler may keep it where that is faster.
+            one = jax.checkpoint(one, policy=_POLICIES[remat], prevent_cse=remat != "matmuls")
+        for weights in self.variables["params"]["layers"]:
+            x = one(weights, x)
+        return x
 
 
 def init(config: ModelConfig, key: Array) -> dict:
@@ -124,6 +144,50 @@ def logits(
     x = hidden(params, config, tokens, positions, segment_ids)
     head = head_kernel(params, config).astype(x.dtype)
     return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+
+
+def cast_layers(params: dict, config: ModelConfig) -> dict:
+    """The same parameters with the layers' in the compute dtype, once for all microbatches; ``layers`` may become a list.
+
+    It does where ``scan_layers`` is false: one dict a layer, as :class:`Decoder` takes them, too. The tables stay as they
+    are: gradients of an embedding add up in the dtype of the table. A part of the parameters, without layers, is as it was.
+    """
+    if "layers" not in params:
+        return params
+
+    def cast(w: Array) -> Array:
+        return w.astype(config.execution.compute_dtype)
+
+    if config.execution.scan_layers:
+        return {**params, "layers": jax.tree.map(cast, params["layers"])}
+    return {
+        **params,
+        "layers": [jax.tree.map(lambda w, i=i: cast(w[i]), params["layers"]) for i in range(config.arch.num_layers)],
+    }
+
+
+def add_gradients(total: dict, grads: dict) -> dict:
+    """``total`` [stacked over layers, float32] plus ``grads`` with respect to what :func:`cast_layers` returned."""
+
+    def add(a: Array, g: Array) -> Array:
+        return a + g.astype(a.dtype)
+
+    if not isinstance(grads.get("layers"), list):
+        return jax.tree.map(add, total, grads)
+    total, grads = dict(total), dict(grads)
+    stack, layers = total.pop("layers"), grads.pop("layers")
+    # The last layer's gradient is known first, and gone once it is added.
+    for number, layer in reversed([*enumerate(layers)]):
+        # XLA adds in place where it does not know the place; where it does, it copies the whole stack.
+        place = lax.optimization_barrier(jnp.int32(number))
+        stack = jax.tree.map(
+            lambda a, g, place=place: a.at[place].add(
+                g.astype(a.dtype), unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds"
+            ),
+            stack,
+            layer,
+        )
+    return {**jax.tree.map(add, total, grads), "layers": stack}
 
 
 def unstack(params: dict, config: ModelConfig) -> dict:

@@ -90,7 +90,7 @@ def token_loss(
     consts: Any,
     loss: Callable,
     needs: Collection[str] = frozenset(),
-    budget: int = 2**27,
+    budget: int | None = None,
 ) -> tuple[Array, dict]:
     """Value and metrics of a loss that is a sum over tokens; one pass over chunks of tokens.
 
@@ -99,8 +99,10 @@ def token_loss(
       aux: dict of [n] arrays.  consts: pytree that every chunk sees, such as the step's totals.
       loss: ``(HeadStats, aux, consts) -> (value, metrics)`` of a chunk; values and metrics add over chunks.
       needs: names of the stats beyond ``logp`` that the loss reads.
-      budget: elements of the largest logits tile.
+      budget: elements of the largest logits tile; None: 2^29 in bfloat16, else 2^27. Each chunk adds to a gradient of
+        the table's size, so that on an H100 four times the chunk saved 1.5 % of a 3B step for 1.5 GiB.
     """
+    budget = budget or (2**29 if hidden.dtype == jnp.bfloat16 else 2**27)
     return _token_loss(hidden, head, targets, aux, consts, loss, frozenset(needs), budget)
 
 

@@ -23,7 +23,7 @@ def resolve(model: cfg.Model) -> tuple[ModelConfig, str]:
                 f"model.weights=null model.preset=NAME, with one of {', '.join(PRESETS)}"
             )
         found, source = PRESETS[name], f"preset {name}, for {model.weights}, which is not here"
-    run_as = {name: getattr(model, name) for name in ("param_dtype", "compute_dtype", "attention", "remat")}
+    run_as = {name: getattr(model, name) for name in ("param_dtype", "compute_dtype", "attention", "remat", "scan_layers")}
     return found.replace(**run_as), source
 
 

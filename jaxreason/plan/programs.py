@@ -8,7 +8,9 @@ from jaxreason import config as cfg
 from jaxreason.errors import present
 from jaxreason.losses import Loss
 from jaxreason.model import ModelConfig
-from jaxreason.plan import architecture, phases
+from jaxreason.model.attention import resolve
+from jaxreason.model.cudnn import assume_capability
+from jaxreason.plan import architecture, phases, workspace
 from jaxreason.plan.compile import Program, device_bytes
 from jaxreason.plan.phases import Place
 from jaxreason.rl.shapes import Shapes, keeps_reference, scores_old
@@ -19,6 +21,7 @@ from jaxreason.sampler.engine.spread import devices_for
 from jaxreason.train import sft
 from jaxreason.train.setup import abstract_batch
 from jaxreason.train.step import COMPARED
+from jaxreason.types import BATCH_AXES
 
 _PROBLEM_TOKENS = 512  # of a held-out problem's prompt in SFT, which has no limit of its own
 
@@ -85,6 +88,22 @@ def _bytes_of(s: Shape, model: ModelConfig) -> int:
     return device_bytes(phases.abstract_params(model, s.place.mesh, model.execution.compute_dtype))
 
 
+def _workspace(s: Shape) -> dict[str, int]:
+    """cuDNN's scratch in an update, which the compiler does not know without a card.
+
+    With layers in a loop it comes on top of what the compiler counts; with layers written out the head's chunks need more,
+    at another time.
+    """
+    run, arch, mesh = s.model.execution, s.model.arch, s.place.mesh.shape
+    with assume_capability(s.place.target.capability):
+        backend = resolve(run.attention, run.compute_dtype, arch.head_dim)
+    if backend != "cudnn" or not run.scan_layers:
+        return {}
+    rows = s.rows // s.microbatches // math.prod(mesh[axis] for axis in BATCH_AXES)
+    heads = arch.num_heads // mesh["tensor"]
+    return {"cuDNN's scratch": workspace.backward_bytes(rows, s.length, run.max_segments, heads, arch.head_dim)}
+
+
 def _sft(s: Shape, c: cfg.SftConfig) -> Programs:
     loss = sft.find_loss(c)
     weighted = (c.data.think_weight, c.data.answer_weight) != (1.0, 1.0)
@@ -103,7 +122,7 @@ def _sft(s: Shape, c: cfg.SftConfig) -> Programs:
             freeze=c.train.freeze,
         )  # fmt: skip
 
-    planned = {"update": Planned(update, {})}  # the frozen model is among the update's arguments
+    planned = {"update": Planned(update, _workspace(s))}  # the frozen model is among the update's arguments
     decoding: Decoding | None = None
     state, moments = _state(s)
     if c.data.eval_rows or c.data.eval_source:
@@ -137,7 +156,7 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
     def scored(name: str, model: ModelConfig, dtype: str) -> Callable[[], Program]:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
 
-    planned = {"update": Planned(update, frozen), "decoding weights": _weights(s, moments | frozen)}
+    planned = {"update": Planned(update, frozen | _workspace(s)), "decoding weights": _weights(s, moments | frozen)}
     slots = math.ceil(c.rollout.slots / s.hosts)
     found, decoding = _decoding(s, "", slots, rl.longest_prompt, sampling_of(c.rollout), state | frozen)
     planned |= found

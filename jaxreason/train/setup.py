@@ -79,7 +79,9 @@ def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
     # What generation stops at is what training taught it to stop with, and what the export lists.
     stops = tuple(sorted({*found.arch.stop_ids, *tokenizer.stop_ids}))
     bos_id = tokenizer.bos_id if found.arch.bos_id is None else found.arch.bos_id
-    found = found.replace(attention=model.attention, remat=model.remat, stop_ids=stops, bos_id=bos_id)
+    found = found.replace(
+        attention=model.attention, remat=model.remat, scan_layers=model.scan_layers, stop_ids=stops, bos_id=bos_id
+    )
     return Setup(found, tokenizer, source, config.run.seed, resolved)
 
 

@@ -19,6 +19,7 @@ from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError, present
 from jaxreason.evaluate.accuracy import evaluate
 from jaxreason.model import ModelConfig, param_count
+from jaxreason.model.cudnn import segment_bound
 from jaxreason.sampler import EngineSampler, Job, Sampling
 from jaxreason.sharding import check_batch, make_mesh, replicated, within
 from jaxreason.terminal import console, gib, show_table
@@ -50,7 +51,8 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         return done
 
     # ---- devices: the step is compiled for shapes, before anything is loaded
-    mesh, model = make_mesh(config.mesh), setup.config
+    mesh, segments = make_mesh(config.mesh), max(part.max_segments(total) for part in (data.train, data.eval) if part)
+    model = setup.config.replace(max_segments=segment_bound(segments))
     folder.agree(total)
     optimizer = opt.make(config.optimizer, total, config.run.seed)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)

@@ -14,7 +14,7 @@ from jaxreason.errors import present
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
 from jaxreason.losses.segments import sequences_of
 from jaxreason.losses.sft import neftune_noise
-from jaxreason.model import ModelConfig, head_kernel, hidden
+from jaxreason.model import ModelConfig, add_gradients, cast_layers, head_kernel, hidden
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.train import optimizer as opt
@@ -164,8 +164,9 @@ def make_gradient(
 ) -> Callable:
     """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
 
-    Accumulated over ``count`` microbatches by a loop. ``second_config``: of the model whose parameters are passed as
-    ``second_params``; ``step`` decides the noise; ``frozen`` holds the parameters of the model that get no gradient.
+    Accumulated over ``count`` microbatches by a loop, with layers cast to the compute dtype before it. ``second_config``: of
+    the model whose parameters are passed as ``second_params``; ``step`` decides the noise; ``frozen`` holds the parameters of
+    the model that get no gradient.
     """
 
     def gradient(
@@ -181,23 +182,24 @@ def make_gradient(
             added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
 
             def value_of(trained: dict) -> tuple[Array, dict[str, Array]]:
-                whole = merge(trained, frozen or {})
-                return batch_loss(whole, config, loss, micro, totals, temperature, second, added)
+                return batch_loss(merge(trained, rest), config, loss, micro, totals, temperature, second, added)
 
-            (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(params)
-            return value, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(weights)
+            return value, metrics, grads
 
+        weights, rest = cast_layers(params, config), cast_layers(frozen or {}, config)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
-            return *one(batch), totals
+            value, metrics, grads = one(batch)
+            return value, metrics, add_gradients(zeros, grads), totals
 
         def body(i: Array, carry: tuple[Array, dict[str, Array], dict]) -> tuple[Array, dict[str, Array], dict]:
             value, metrics, grads = one(jax.tree.map(lambda x: x[i], pieces))
             metrics = {k: combine_metrics(k, carry[1][k], metrics[k]) for k in metrics}
-            return carry[0] + value, metrics, jax.tree.map(jnp.add, carry[2], grads)
+            return carry[0] + value, metrics, add_gradients(carry[2], grads)
 
         pieces = microbatches(batch, count)
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], pieces)))
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         start = (jnp.zeros(()), empty_metrics(shapes[1]), zeros)
         value, metrics, grads = lax.fori_loop(0, _occupied(pieces), body, start)
         return value, metrics, grads, totals
@@ -251,6 +253,7 @@ def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
         return head_stats(x, head_kernel(params, config), micro.targets, temperature)
 
     def score(params: dict, batch: Batch) -> HeadStats:
+        params = cast_layers(params, config)
         if count == 1:
             return one(params, batch)
         pieces = microbatches(batch, count)

@@ -55,6 +55,7 @@ class Engine:
         for token in (*self.stop_ids, pad_id):
             if not 0 <= token < config.arch.vocab_size:
                 raise UserError(f"token id {token} (stop or padding) is outside the vocabulary of {config.arch.vocab_size}")
+        self.longest = 0  # limit of the calls so far: where length is free, buffers never become shorter
         self._programs: dict[Mesh | None, Programs] = {}
 
     def programs(self, mesh: Mesh | None = None) -> Programs:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.spread import count
-from jaxreason.sampler.engine.steps import admit, empty_slots, take
+from jaxreason.sampler.engine.steps import admit, empty_slots, one_length, take
 
 if TYPE_CHECKING:
     from jaxreason.sampler.engine.engine import Engine
@@ -71,6 +71,9 @@ class Generation:
         self.running: list[Running | None] = [None] * slots
         longest_prompt = max(map(len, prompts), default=1)
         self.limit = cache.longest(longest_prompt + engine.sampling.max_completion_tokens)
+        self.one_length = one_length(engine.config)
+        if self.one_length:
+            self.limit = engine.longest = max(engine.longest, self.limit)
         useful = 1 << (min(len(prompts), -(-slots // group_size)) - 1).bit_length() if prompts else 1
         useful = -(-useful // self.devices) * self.devices
         self.rows = min(useful, prefill_rows(longest_prompt, slots, self.devices))
@@ -145,6 +148,8 @@ class Generation:
 
     def _shrink(self) -> None:
         """Once nothing waits, moves what still runs into fewer slots: a step takes its time for all of them."""
+        if self.one_length:
+            return
         share = len(self.running) // self.devices
         groups = [range(first, first + share) for first in range(0, len(self.running), share)]
         size = fewer(share, max(sum(self.running[slot] is not None for slot in group) for group in groups))
@@ -158,10 +163,10 @@ class Generation:
         self.slots, self.caches = take(self.slots, places, self.mesh), cache.take(self.caches, places, self.mesh)
 
     def _fit(self) -> None:
-        """Makes the buffers as long as the next chunk needs them."""
+        """Makes the buffers as long as the next chunk needs them; where length is free, as long as any will."""
         longest = self.engine.sampling.max_completion_tokens
         needed = max(s.prompt_tokens + min(s.drawn + self.engine.chunk, longest) for s in self.running if s is not None)
-        length = cache.bucket(needed, self.limit)
+        length = self.limit if self.one_length else cache.bucket(needed, self.limit)
         if not self.caches:
             self.caches = cache.allocate(self.engine.config, len(self.running), length, self.mesh)
         self.caches = cache.resize(self.caches, length, self.mesh)

@@ -12,9 +12,19 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxreason.model import ModelConfig, next_logits, prefill, step_cached
+from jaxreason.model.attention import resolve
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.spread import COLUMNS, SPLIT, WHOLE, over, placed
 from jaxreason.sampler.sampling import Sampling, sample, sequence_key
+
+
+def one_length(config: ModelConfig) -> bool:
+    """Whether a decoding step costs the same whatever the length of its buffers, so that one program does for all.
+
+    cuDNN reads the visible entries of each slot and no others; other backends read whole buffers.
+    """
+    run = config.execution
+    return resolve(run.attention, run.compute_dtype, config.arch.head_dim) == "cudnn"
 
 
 @jax.tree_util.register_dataclass
