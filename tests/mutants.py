@@ -294,8 +294,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "data/batches.py",
-        "weights[r, at:answer], weights[r, answer:end] = self.weights",
-        "weights[r, answer:end], weights[r, at:answer] = self.weights",
+        "weights[r, at:answer], weights[r, answer:end] = of_thought, of_answer",
+        "weights[r, answer:end], weights[r, at:answer] = of_thought, of_answer",
         "tests/test_pipeline.py",
         "weights of thought and answer swapped",
     ),
