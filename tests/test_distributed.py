@@ -146,7 +146,8 @@ def test_two_processes_train_what_one_trains(tmp_path):
     results = finish(start("sft", *words, "run.name=two"))
     assert [code for code, _, _ in results] == [0, 0], results
     assert "2 processes (flags)" in results[0][1] and "eval_accuracy" in results[0][1]
-    assert not [line for line in results[1][1].splitlines() if not line.startswith("[Gloo]")]
+    # Gloo's threads write over each other: a line of theirs may come in two.
+    assert not [line for line in results[1][1].splitlines() if "[Gloo]" not in line and "peer ranks" not in line]
     assert cli.train(["--config", "sft", *words, "run.name=one"]) == 0
     assert_same_training(tmp_path / "one", tmp_path / "two", ("loss", "grad_norm", "tokens", "eval_loss", "eval_accuracy"))
 

@@ -186,3 +186,11 @@ def test_processes_draw_together_what_one_draws(monkeypatch, rounds):
     assert sorted(g[0].prompt.index for g in groups) == sorted(g[0].prompt.index for g in wanted.groups)
     missing = [sum(i % 3 == 0 for _, _, i in one.pool[:4]), sum(i % 3 == 0 for _, _, i in one.pool[4:8])]
     assert missing == [2, 1]  # or the rounds show nothing
+    if rounds:
+        # Of everything that was drawn: a third of the prompts teach nothing, and every sample earns 1 or, if it may, 0.
+        flat = np.mean([i % 3 == 0 for _, _, i in one.pool])
+        assert wanted.metrics["drawn_zero_std_fraction"] == pytest.approx(flat)
+        assert wanted.metrics["drawn_reward"] == pytest.approx(flat + (1 - flat) / 2)
+        assert wanted.metrics["drawn_truncated_fraction"] == 0.0
+    drawn = {name: value for name, value in wanted.metrics.items() if name.startswith("drawn_")}
+    assert drawn.items() <= found[0].metrics.items() and bool(drawn) == (rounds > 0)

@@ -126,8 +126,8 @@ def test_the_3b_fsdp_step_gathers_layers_and_never_the_whole():
     report, compiled, _ = recipe("llama3.2-3b/sft", devices=8, words=("model.scan_layers=true",))
     assert report["needed_words"] == ["train.microbatch_size=8"]
     assert report["xla_options"]["xla_gpu_enable_latency_hiding_scheduler"] is True
-    # measured 27.4 GiB with the flags that train.py sets for several GPUs
-    assert 26.7 * GIB <= report["memory"]["total"] <= 27.9 * GIB
+    # 27.4 GiB by the compiler, with the flags that train.py sets for several GPUs, and 6.0 of cuDNN's scratch
+    assert 32.7 * GIB <= report["memory"]["total"] <= 33.9 * GIB
     # they peel the loop over layers, so that a layer's gather runs beside the layer before: its body stands there more often
     assert compiled["update"].text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') > 1
     assert report["recompute"] == pytest.approx(1, abs=1e-3) and report["attention_per_layer"] == [1, 1]
@@ -148,7 +148,7 @@ def test_the_3b_fsdp_step_gathers_layers_and_never_the_whole():
 def test_gradients_of_layers_written_out_are_added_in_place_and_nothing_else_is_stacked():
     config = SMALL.replace(scan_layers=False, max_segments=8)
     card = place()
-    batch = phases.abstract_batch(2, 1024, card.mesh)
+    batch = abstract_batch(2, 1024, card.mesh)
     program = phases.update(card, config, OPTIMIZER, losses.get("nll"), batch, 2)
     assert program.attention_calls == (2 * 3, 2 * 3)
     again = [one for one in hlo.instructions(program.text, 2) if one.times > 1]
@@ -236,7 +236,10 @@ def test_what_stands_beside_each_program_of_grpo():
     beside = {name: one.beside for name, one in found.planned.items()}
     count = param_count(shape.model)
     # the reference is kept in the compute dtype, half of the master weights; it stays, the others come and go
-    assert beside["update"] == {"reference model": 2 * count} == found.frozen
+    assert found.frozen == {"reference model": 2 * count}
+    # B·M·T·(4·N·H + 2·2·N·H + 4·N): a microbatch of 32 rows of 256 tokens, 32 segments, 4 heads of 32
+    scratch = 32 * 32 * 256 * (4 * 4 * 32 + 2 * 2 * 4 * 32 + 4 * 4)
+    assert beside["update"] == found.frozen | {"cuDNN's scratch": scratch}
     # parameters and both moments in float32, and three int32 counters
     assert beside["reference"] == {"train state": 12 * count + 12}
     assert beside["old log-probs"] == {"optimizer state": 8 * count + 8, "reference model": 2 * count}
@@ -278,7 +281,8 @@ def test_what_does_not_fit_gets_changes_that_do(monkeypatch):
     words += ["model.overrides={num_layers: 1}", "data.max_length=64", "data.eval_rows=0", "eval.problems=0"]
     words += ["optimizer.moment_dtype=float32"]
     _, found = planned_of("sft", *words)
-    need = found.planned["update"].compile().total_bytes
+    update = found.planned["update"]
+    need = update.compile().total_bytes + sum(update.beside.values())
     monkeypatch.setattr(type(H100), "limit_bytes", need - 1)
     (change,) = changes.changes("sft", words, Options(), "update", wanted=1)
     assert change["words"] == ["optimizer.moment_dtype=bfloat16"] and change["devices"] == 1 and change["fits"]
