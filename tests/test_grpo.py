@@ -29,7 +29,7 @@ from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.step import make_gradient, make_score
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "XLA_FLAGS": ""}
+ENV = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is what takes the time
 
 
 def command(*words):

@@ -16,7 +16,7 @@ from helpers import final_params, sft_words
 from jaxreason import checkpoint, cli
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "XLA_FLAGS": ""}
+ENV = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is what takes the time
 
 
 def command(*words):
