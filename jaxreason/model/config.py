@@ -78,10 +78,6 @@ class ModelConfig:
         arch, run = split(changes)
         return ModelConfig(dataclasses.replace(self.arch, **arch), dataclasses.replace(self.execution, **run))
 
-    def fields(self) -> dict[str, Any]:
-        """The fields of both records by name."""
-        return {**vars(self.arch), **vars(self.execution)}
-
 
 def split(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields by name: those of the architecture (every name that the other does not have), and those of the execution."""

@@ -16,7 +16,7 @@ def inverse_frequencies(arch: Architecture) -> np.ndarray:
     ``factor``, keeps high ones (below original/high_freq_factor) and interpolates between.
     """
     # Angles at position 10^5 magnify the last bit, so the order is transformers', float32 apart from the power: numpy's in
-    # float32 is up to 3 ulp off and differs from torch's at a fifth of the frequencies; the exact one, rounded, at none in 300.
+    # float32 differs from torch's at 126 of 800 frequencies (four thetas, five widths), the exact one, rounded, at 4.
     exponent = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
     powers = np.power(np.float64(arch.rope_theta), exponent.astype(np.float64)).astype(np.float32)
     frequencies = (np.float32(1.0) / powers).astype(np.float32)
