@@ -20,6 +20,10 @@ from jaxreason.sharding import make_mesh
 from jaxreason.targets import Target
 
 
+# Tuning on a card takes cuBLAS for nearly all products of training; a compilation without one cannot tune and takes Triton.
+_AS_TUNED: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled function; all bytes are of one device."""
@@ -102,7 +106,7 @@ def compile_program(
     """Compiles ``jitted`` for shapes ``arguments``, each with a sharding on ``mesh``, with the XLA flags of such a run."""
     started = time.monotonic()
     with compiling_for(target, mesh):
-        options = xla.compile_options(mesh.size, deterministic)
+        options = {**xla.compile_options(mesh.size, deterministic), **_AS_TUNED}
         compiled = jitted.lower(*arguments).compile(options)  # type: ignore[arg-type]  # jax takes numbers as well
     memory = present(compiled.memory_analysis(), "the memory of XLA's program")
     return Program(

@@ -9,19 +9,30 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
           "s64": 8, "u64": 8}  # fmt: skip
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) (?:\(.*\) -> .*)?\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.$-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
-_DEFINITION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) [a-z][\w-]*\(", re.M)
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply)=%?([\w.$-]+)|(?:branch|called)_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OPERAND = re.compile(r"%([\w.$-]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    name: str
     kind: str
     type: str  # of the result
     rest: str  # operands and attributes
-    times: int  # how often one run of the program executes it
+    times: int = 1  # how often one run of the program executes it
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions that it reads."""
+        return _OPERAND.findall(self.rest[: self.rest.find(")")])
+
+    def attribute(self, pattern: str) -> str | None:
+        """The pattern's group, searched in what is written after the operands; None where it is not there."""
+        found = re.search(pattern, self.rest)
+        return found and found[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +56,9 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in _SHAPE.findall(text)]
 
 
-def instructions(text: str, loops: int = 1, fused: bool = False) -> list[Instruction]:
-    """Every instruction that the program executes as such or, with ``fused``, also those inside fusions.
-
-    ``loops`` is how often a loop runs whose number of rounds the compiler does not know.
-    """
-    bodies: dict[str, list[tuple[str, str, str]]] = {}
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
+    """Every computation's instructions by its name, the root as the last one; and the name of the program's own."""
+    bodies: dict[str, list[Instruction]] = {}
     entry = name = None
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -58,52 +66,67 @@ def instructions(text: str, loops: int = 1, fused: bool = False) -> list[Instruc
             bodies[name] = []
             entry = name if header[1] else entry
         elif name and (found := _INSTRUCTION.match(line)):
-            bodies[name].append((found[1], found[2], found[3]))
+            one = Instruction(found[1], found[3], found[2], found[4])
+            bodies[name].append(one)
+    return bodies, entry
+
+
+def instructions(text: str, loops: int = 1, fused: bool = False) -> list[Instruction]:
+    """Every instruction that the program executes as such or, with ``fused``, also those inside fusions.
+
+    ``loops`` is how often a loop runs whose number of rounds the compiler does not know.
+    """
+    bodies, entry = computations(text)
     times: dict[str, int] = collections.Counter()
     if entry is not None:
         _count(entry, 1, bodies, times, loops, fused)
-    return [
-        Instruction(kind, type_text, rest, times[name])
-        for name, body in bodies.items()
-        if times[name]
-        for type_text, kind, rest in body
-    ]
+    return [dataclasses.replace(one, times=times[name]) for name, body in bodies.items() if times[name] for one in body]
 
 
-def _count(name: str, count: int, bodies: dict, times: dict, loops: int, fused: bool) -> None:
+def _count(
+    name: str, count: int, bodies: dict[str, list[Instruction]], times: dict[str, int], loops: int, fused: bool
+) -> None:
     times[name] += count
-    for _, kind, rest in bodies.get(name, ()):
-        if kind == "fusion" and not fused:
+    for one in bodies.get(name, ()):
+        if one.kind == "fusion" and not fused:
             continue
-        trips = _TRIPS.search(rest)
-        rounds = (int(trips[1]) if trips else loops) if kind == "while" else 1
-        for role, one, several in _CALLED.findall(rest):
-            if role == "to_apply" and kind != "call":  # how two elements are combined, not a step of the program
+        trips = _TRIPS.search(one.rest)
+        rounds = (int(trips[1]) if trips else loops) if one.kind == "while" else 1
+        for role, called, several in _CALLED.findall(one.rest):
+            if role == "to_apply" and one.kind != "call":  # how two elements are combined, not a step of the program
                 continue
-            for called in [one] if one else re.findall(r"[\w.$-]+", several):
-                _count(called, count * rounds, bodies, times, loops, fused)
+            for name_of in [called] if called else re.findall(r"[\w.$-]+", several):
+                _count(name_of, count * rounds, bodies, times, loops, fused)
 
 
-def _found(pattern: str, text: str) -> str:
-    """The pattern's group. Raises ValueError where an instruction is not written as this file expects."""
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"an instruction of the compiled program has no {pattern}: {text[:200]}")
-    return match[1]
+def is_product(one: Instruction) -> bool:
+    """Whether it is a matrix product: XLA's own, or a call of cuBLAS."""
+    return one.kind == "dot" or (one.kind == "custom-call" and "__cublas" in one.rest)
+
+
+def product_shape(one: Instruction, types: dict[str, str]) -> tuple[int, int, int, int]:
+    """(B, M, N, K) of a product of B times [M, K] and [K, N].
+
+    Raises ValueError where it is not written as this file expects.
+    """
+    left = shapes(types[one.operands[0]])[0][1]
+    axes = {}
+    for word in ("contracting", "batch"):
+        found = one.attribute(rf'lhs_{word}_dim(?:ension)?s"?[=:][{{\[]([^}}\]]*)')
+        if found is None and word == "contracting":
+            raise ValueError(f"a matrix product of the compiled program has no contracting dimensions: {one.rest[:200]}")
+        axes[word] = math.prod(left[int(axis)] for axis in re.findall(r"\d+", found or ""))
+    depth, batch = axes["contracting"], axes["batch"]
+    rows = math.prod(left) // (depth * batch)
+    return batch, rows, math.prod(shapes(one.type)[0][1]) // (batch * rows), depth
 
 
 def matmul_flops(text: str, loops: int = 1) -> int:
     """FLOPs of all matrix products; attention's custom calls are not among them."""
-    types = dict(_DEFINITION.findall(text))
-    total = 0
-    for one in instructions(text, loops, fused=True):
-        if one.kind != "dot" and not (one.kind == "custom-call" and "__cublas" in one.rest):
-            continue
-        left = shapes(types[_found(r"^%?([\w.$-]+)", one.rest)])[0][1]
-        contracted = _found(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', one.rest)
-        depth = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
-        total += 2 * math.prod(shapes(one.type)[0][1]) * depth * one.times
-    return total
+    bodies, _ = computations(text)
+    types = {one.name: one.type for body in bodies.values() for one in body}
+    products = (one for one in instructions(text, loops, fused=True) if is_product(one))
+    return sum(2 * math.prod(product_shape(one, types)) * one.times for one in products)
 
 
 def collectives(text: str, loops: int = 1) -> list[Collective]:

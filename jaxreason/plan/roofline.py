@@ -1,28 +1,11 @@
 """Arithmetic of speed: what a card's compute, memory and links allow. FLOPs are counted as in ``jaxreason.model.flops``."""
 
-import dataclasses
-
 import numpy as np
 
 from jaxreason.model import ModelConfig
 from jaxreason.model.flops import matmul_weights
 from jaxreason.plan.hlo import Collective
 from jaxreason.targets import Target
-
-MFU = (0.4, 0.5, 0.6)
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    mfu: float
-    step_seconds: float
-    tokens_per_second: float  # over all devices
-
-
-def train_speed(flops_per_token: float, tokens: int, target: Target, devices: int) -> list[Speed]:
-    """Time of an optimizer step of ``tokens`` tokens at each MFU."""
-    times = {mfu: tokens * flops_per_token / (devices * target.bf16_flops_per_s * mfu) for mfu in MFU}
-    return [Speed(mfu, seconds, tokens / seconds) for mfu, seconds in times.items()]
 
 
 def kv_bytes_per_token(config: ModelConfig) -> int:

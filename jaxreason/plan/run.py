@@ -2,22 +2,19 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 
 from jaxreason import config as cfg
-from jaxreason.errors import UserError, present
+from jaxreason.errors import UserError
 from jaxreason.model import param_count
 from jaxreason.model.attention import resolve as resolve_attention
 from jaxreason.model.cudnn import assume_capability
-from jaxreason.model.flops import matmul_weights, train_flops_per_token
-from jaxreason.plan import architecture, compile, phases, programs, roofline
+from jaxreason.model.flops import matmul_weights
+from jaxreason.plan import architecture, compile, phases, programs, roofline, speed
 from jaxreason.plan.changes import changes
 from jaxreason.plan.options import Options, fit_batch, shape_of
 from jaxreason.plan.programs import Programs, Shape
-
-DECODE_FRACTION = 0.71  # of the bandwidth limit: what SkyRL-tx, the fastest published JAX engine, reached
 
 
 def plan(name: str, words: list[str], options: Options) -> dict:
@@ -46,7 +43,6 @@ def report_of(s: Shape, run: Programs, made: dict[str, compile.Program], options
     with assume_capability(target.capability):
         run_as = s.model.execution
         backend = resolve_attention(run_as.attention, run_as.compute_dtype, s.model.arch.head_dim)
-    price = target.usd_per_hour if options.price is None else options.price
     return {
         "target": options.target, "card": target.name, "hosts": options.hosts, "devices_per_host": options.devices,
         "mesh": dict(s.place.mesh.shape), "algorithm": config.algorithm,
@@ -61,7 +57,7 @@ def report_of(s: Shape, run: Programs, made: dict[str, compile.Program], options
         "attention_per_layer": [n / (s.model.arch.num_layers * s.microbatches) for n in made["update"].attention_calls],
         "programs": [_program(p, run.planned[p.name].beside, s, options) for p in made.values()],
         "memory": _memory(made, run, s),
-        "speed": _speed(s, run, options, price) | {"roofline_seconds": _roofline(s, made["update"], options, backend)},
+        "speed": speed.record(s, run, made, options, backend),
     }  # fmt: skip
 
 
@@ -108,71 +104,3 @@ def _memory(made: dict[str, compile.Program], run: Programs, s: Shape) -> dict:
         "total": totals[worst], "largest_program": worst, "card": target.memory_bytes, "limit": target.limit_bytes,
         "spare": target.memory_bytes - totals[worst], "fits": totals[worst] <= target.limit_bytes,
     }  # fmt: skip
-
-
-def _speed(s: Shape, run: Programs, options: Options, price: float) -> dict:
-    target, c = s.place.target, s.config
-    document = _document(s, options)
-    flops = train_flops_per_token(s.model, [document])
-    trained = roofline.train_speed(flops, s.rows * s.length, target, s.devices)
-    updates, rollouts = _steps(s, options, document)
-    record: dict[str, Any] = {
-        "flops_per_token": flops, "document_tokens": document, "step_tokens": s.rows * s.length,
-        "train": [dataclasses.asdict(speed) for speed in trained], "updates": updates, "rollouts": rollouts,
-        "usd_per_gpu_hour": price,
-    }  # fmt: skip
-    rollout = forwards = 0.0
-    if run.decoding:
-        slots, context = run.decoding.slots, run.decoding.context
-        rate = roofline.decode_tokens_per_second(s.model, target, slots, context)
-        record["decode"] = {
-            "slots_per_device": slots, "mean_context": context, "tokens_per_second_per_device": rate,
-            "kv_bytes_per_token": roofline.kv_bytes_per_token(s.model),
-        }  # fmt: skip
-    if c.algorithm == "grpo":
-        drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.second_turn.samples) * c.rollout.max_completion_tokens
-        rollout = record["decode"]["rollout_seconds"] = drawn / (rate * s.devices)
-        # Forward passes over every row of a rollout: the frozen models', and the policy's own where updates repeat.
-        forwards = len(run.planned.keys() & {"reference", "teacher", "old log-probs"}) * c.train.minibatches / 3
-    if updates:
-        record["recipe"] = []
-        for speed in trained:
-            hours = (speed.step_seconds * (updates + rollouts * forwards) + rollouts * rollout / DECODE_FRACTION) / 3600
-            record["recipe"].append({"mfu": speed.mfu, "hours": hours, "usd": hours * s.devices * price})
-    return record
-
-
-def _document(s: Shape, options: Options) -> int:
-    """Mean tokens of a document: as given, or all of a row."""
-    return min(options.document_tokens or s.length, s.length)
-
-
-def _roofline(s: Shape, update: compile.Program, options: Options, backend: str) -> dict[str, float]:
-    """Least seconds of an optimizer step by what bounds it: FLOPs at peak, the state read and written once, the links.
-
-    FLOPs are those that the compiled step does, recomputed ones included; of cudnn's attention, which the compiler does
-    not see into, those of the convention.
-    """
-    target = s.place.target
-    attention = train_flops_per_token(s.model, [_document(s, options)]) - 6 * matmul_weights(s.model)
-    unseen = attention * s.rows * s.length / s.devices if backend == "cudnn" else 0
-    flops = compile.hlo.matmul_flops(update.text, s.microbatches) + unseen
-    moved = update.argument_bytes + update.output_bytes
-    links = roofline.collective_seconds(update.collectives, target, options.hosts, options.devices) if s.devices > 1 else 0.0
-    return {"compute": flops / target.bf16_flops_per_s, "memory": moved / target.memory_bytes_per_s, "links": links}
-
-
-def _steps(s: Shape, options: Options, document: int) -> tuple[int | None, int]:
-    """(optimizer updates, rollouts) of the whole recipe; None if that needs the data."""
-    c, examples = s.config, options.examples or s.config.data.max_rows
-    if c.algorithm == "grpo":
-        rollouts = c.train.steps
-        if rollouts is None and examples:
-            rollouts = math.ceil(present(c.train.epochs, "train.epochs") * examples / c.rollout.prompts_per_step)
-        return (rollouts * c.train.updates_per_rollout, rollouts) if rollouts else (None, 0)
-    if c.train.steps:
-        return c.train.steps, 0
-    if examples is None:
-        return None, 0
-    rows = examples * document / s.length if c.data.packing else examples
-    return math.ceil(present(c.train.epochs, "train.epochs") * rows / s.rows), 0

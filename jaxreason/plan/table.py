@@ -90,37 +90,44 @@ def _collectives(report: dict, console: Console, devices: int) -> None:
 
 
 def _speed(report: dict, console: Console, devices: int) -> None:
-    speed = report["speed"]
-    columns = ("MFU", "s a step", "tokens/s", "tokens/s a GPU", "hours", "USD")
-    table = Table(*columns, title="training", title_justify="left")
-    recipe = {row["mfu"]: row for row in speed.get("recipe", ())}
-    for row in speed["train"]:
-        whole = recipe.get(row["mfu"])
-        table.add_row(
-            f"{row['mfu']:.0%}", f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second'] / devices:,.0f}", f"{whole['hours']:.3g}" if whole else "?",
-            f"{whole['usd']:.0f}" if whole else "?",
-        )  # fmt: skip
+    speed, train = report["speed"], report["speed"]["train"]
+    table = Table("where an update's time goes", "s", "share", title_justify="left",
+                  title=f"predicted: {train['step_seconds']:.3g} s an update, {train['tokens_per_second']:,.0f} tokens/s "
+                  f"({train['tokens_per_second'] / devices:,.0f} a GPU), MFU {train['mfu']:.1%}")  # fmt: skip
+    for kind, seconds in train["kinds"].items():
+        table.add_row(kind, f"{seconds:.3g}", _bar(seconds / train["step_seconds"]))
     console.print(table)
     bounds = {"compute": "compute at peak, what is computed again included", "memory": "reading and writing the state once",
               "links": "collectives alone"}  # fmt: skip
     least = ", ".join(f"{speed['roofline_seconds'][name]:.2f} s of {what}" for name, what in bounds.items())
-    console.print(f"at least a step takes {least}")
-    steps = f"{speed['updates']} updates" if speed["updates"] else "updates unknown: give --examples or train.steps"
-    console.print(
-        f"{speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal "
-        f"attention within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not "
-        f"counted. {steps}; {speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price). The hours are of training"
-        + (" and rollouts" if speed["rollouts"] else "") + "; start, evaluation, grading and checkpoints come on top."
-    )
+    console.print(f"at least an update takes {least}")
     if decode := speed.get("decode"):
         console.print(
-            f"decoding: memory bandwidth allows {decode['tokens_per_second_per_device']:,.0f} tokens/s a GPU "
+            f"decoding: {decode['step_seconds'] * 1e3:.2f} ms a step, {decode['tokens_per_second_per_device']:,.0f} tokens/s a "
+            f"GPU, {decode['tokens_per_second_per_device'] / decode['limit_per_device']:.0%} of what memory bandwidth allows "
             f"({decode['slots_per_device']} slots, mean context {decode['mean_context']:.0f}, "
             f"{decode['kv_bytes_per_token']:,} bytes of cache a token)"
-            + (
-                f": {decode['rollout_seconds']:.1f} s a rollout if every completion is as long as allowed and no group is "
-                "drawn again. The hours count 71 % of this rate."
-                if speed["rollouts"] else "."
-            )
         )
+    if phases := speed.get("phases"):
+        whole = sum(phases.values())
+        table = Table("phase", "s", "share", title=f"a GRPO step: {whole:.3g} s, if every completion is as long as allowed and "
+                      "no group is drawn again", title_justify="left")  # fmt: skip
+        for name, seconds in phases.items():
+            table.add_row(name, f"{seconds:.3g}", _bar(seconds / whole))
+        console.print(table)
+    steps = f"{speed['updates']} updates" if speed["updates"] else "updates unknown: give --examples or train.steps"
+    cost = "{hours:.3g} hours, {usd:.0f} USD; ".format(**speed["recipe"]) if "recipe" in speed else ""
+    console.print(
+        f"{steps}; {cost}{speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price). Start, evaluation, grading and checkpoints "
+        f"come on top. {speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal "
+        f"attention within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not counted."
+    )
+    console.print(
+        "Seconds are predicted from the compiled program with rates measured on this card"
+        if speed["rates_of"] == report["target"]
+        else f"Seconds are predicted with the rates of {speed['rates_of']}: none were measured on {report['target']}"
+    )
+
+
+def _bar(share: float) -> str:
+    return f"{share:4.0%} {'█' * round(20 * share)}"

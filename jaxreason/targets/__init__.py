@@ -13,6 +13,22 @@ _RESERVED = 2 * 2**30  # CUDA context, NCCL buffers, graphs and fragmentation, w
 
 
 @dataclasses.dataclass(frozen=True)
+class Rates:
+    """What kernels reach of a card's limits: ``jaxreason.plan.timing`` predicts seconds with it."""
+
+    kernel_seconds: float  # of any kernel, in addition to its work
+    bandwidth: float  # of memory_bytes_per_s: copies, conversions and additions
+    elementwise: float  # of memory_bytes_per_s: norms, activations, sums, the optimizer
+    product: float  # of bf16_flops_per_s: a matrix product of full tiles
+    product_depth: float  # elements of depth whose time each tile of a product loses
+    product_bandwidth: float  # of memory_bytes_per_s: a product that waits for its operands
+    attention_forward: float  # of bf16_flops_per_s: causal products of cuDNN's attention
+    attention_backward: float
+    attention_tokens: float  # what a token costs in addition to those that it attends to
+    decode_bandwidth: float  # of memory_bytes_per_s: attention of a decoding step
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
     name: str
     capability: float
@@ -29,6 +45,8 @@ class Target:
     l2_bytes: int
     shared_memory_per_core: int
     shared_memory_per_block: int
+    rates: Rates
+    rates_measured_on: str  # the target whose measurements they are
 
     @property
     def limit_bytes(self) -> int:
@@ -72,4 +90,7 @@ def load(name: str) -> Target:
     path = _FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"--target {name}: unknown; one of {', '.join(names())}, or add {path}")
-    return Target(**yaml.safe_load(path.read_text()))
+    facts = yaml.safe_load(path.read_text())
+    measured = name if "rates" in facts else "h100"
+    rates = facts.pop("rates", None) or yaml.safe_load((_FOLDER / f"{measured}.yaml").read_text())["rates"]
+    return Target(**facts, rates=Rates(**rates), rates_measured_on=measured)
