@@ -19,7 +19,6 @@ from jaxreason.plan import hlo
 from jaxreason.sharding import make_mesh
 from jaxreason.targets import Target
 
-
 # Tuning on a card takes cuBLAS for nearly all products of training; a compilation without one cannot tune and takes Triton.
 _AS_TUNED: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
 

@@ -11,7 +11,7 @@ import math
 
 from jaxreason.plan import hlo
 from jaxreason.plan.hlo import Instruction
-from jaxreason.targets import Rates, Target
+from jaxreason.targets import Target
 
 PRODUCTS, ATTENTION, GRADIENTS, FILLS, COPIES, OTHER = (
     "matrix products", "attention", "adding gradients", "filling memory", "copies and conversions", "other elementwise and sums",
@@ -166,7 +166,7 @@ def product_seconds(batch: int, rows: int, columns: int, depth: int, moved: int,
 def _attention(one: Instruction, types: dict[str, str], target: Target, documents: Documents) -> float:
     """cuDNN's kernel, and in a backward pass the helpers that it launches."""
     rates = target.rates
-    if "max_seg_per_batch" not in one.rest or documents.context:  # decoding: keys and values of live positions
+    if documents.context:  # decoding: keys and values of live positions
         rows, heads, _, width = hlo.shapes(types[one.operands[1]])[0][1]
         moved = 2 * 2 * rows * heads * documents.context * width
         return moved / (target.memory_bytes_per_s * rates.decode_bandwidth)
