@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from jaxreason import config as cfg
 from jaxreason.errors import present
 from jaxreason.model.flops import matmul_weights, train_flops_per_token
 from jaxreason.plan import hlo, roofline, timing
@@ -37,8 +38,8 @@ def record(s: Shape, run: Programs, made: dict[str, Program], options: Options, 
     if run.decoding:
         found["decode"] = _decode(s, run, made, options)
     seconds = (updates or 0) * step
-    if s.config.algorithm == "grpo":
-        found["phases"] = _phases(s, made, options, found, document)
+    if isinstance(s.config, cfg.GrpoConfig):
+        found["phases"] = _phases(s, s.config, made, options, found, document)
         seconds = rollouts * sum(found["phases"].values())
     if updates:
         hours = seconds / 3600
@@ -68,9 +69,10 @@ def _decode(s: Shape, run: Programs, made: dict[str, Program], options: Options)
     }  # fmt: skip
 
 
-def _phases(s: Shape, made: dict[str, Program], options: Options, found: dict, document: int) -> dict[str, float]:
+def _phases(
+    s: Shape, c: cfg.GrpoConfig, made: dict[str, Program], options: Options, found: dict, document: int
+) -> dict[str, float]:
     """Seconds of one rollout and of what is trained on it, if every completion is as long as it may be."""
-    c = s.config
     drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.second_turn.samples) * c.rollout.max_completion_tokens
     phases = {"rollout": drawn / (found["decode"]["tokens_per_second_per_device"] * s.devices)}
     for name in _SCORED:

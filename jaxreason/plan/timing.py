@@ -67,7 +67,7 @@ def costs(text: str, loops: int, target: Target, documents: Documents) -> list[C
 
 def by_kind(found: list[Cost]) -> dict[str, float]:
     """Seconds by kind, largest first."""
-    kinds: dict[str, float] = collections.Counter()
+    kinds: dict[str, float] = collections.defaultdict(float)
     for cost in found:
         kinds[cost.kind] += cost.seconds
     return dict(sorted(kinds.items(), key=lambda pair: -pair[1]))
