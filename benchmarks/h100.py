@@ -51,7 +51,8 @@ PARTS = (
     probe("decode_128", 75, "decode", "--length", "1024", "--slots", "128", tier=2),
     probe("repeat", 150, "repeat", "--length", "2048", tier=2),
     run_of("first_step_sft", 120, "--config", "sft", "train.steps=1"),
-    run_of("grpo_run", 300, "--config", "grpo", "train.steps=2", "rollout.slots=96", "rollout.max_completion_tokens=512"),
+    run_of("grpo_run", 300, "--config", "grpo", "train.steps=2", "rollout.slots=auto", "rollout.offload_state=true",
+           "rollout.max_completion_tokens=512"),
 )
 
 

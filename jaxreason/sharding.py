@@ -112,3 +112,16 @@ def within(mesh: Mesh, function: Callable) -> Callable:
             return function(*args)
 
     return wrapped
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that the arrays described by ``tree`` take on one device."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        count = 1
+        for length in shape:
+            count *= length
+        return count * leaf.dtype.itemsize
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))

@@ -232,6 +232,7 @@ def real_run(places: Places) -> dict:
         f"model.weights={places.run}", "model.preset=null", "model.overrides={}", "rollout.sampler=config_keys_grpo:scripted",
         "rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=5", "rollout.min_p=0.01",
         "rollout.max_completion_tokens=9", "rollout.prompts_per_step=2", "rollout.group_size=4", "rollout.slots=6",
+        "rollout.offload_state=true",
         "rollout.resample_rounds=1", f"reward.functions=[{{name: '{mine}:graded', weight: 0.25, options: {{scale: 4.0}}}}]",
         "reward.workers=0", "reward.timeout_s=33", "reward.on_error=stop", "kl.coef=0.1", "kl.offload=true",
         f"teacher.weights={places.run}", "teacher.coef=2.5", "teacher.offload=true", "second_turn.samples=3",
@@ -306,6 +307,7 @@ RUN = {
     "rollout.prompts_per_step": lambda r: len(r["rollouts"][0][1]) == 2,
     "rollout.group_size": lambda r: r["rollouts"][0][0].samples == 4,
     "rollout.slots": lambda r: r["rollouts"][0][0].slots == 6,
+    "rollout.offload_state": lambda r: r["lines"][0]["seconds_offload"] > 0,
     "rollout.sampler": lambda r: [job.draw for job, _ in r["rollouts"]] == [64, 128],  # each step's first of 64 keys
     "rollout.resample_rounds": lambda r: "drawn_reward" in r["lines"][0],
     "reward.functions.name": lambda r: set(r["samples"][0]["rewards"]) == {"graded"},

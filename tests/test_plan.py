@@ -139,7 +139,12 @@ def test_candidates_go_from_free_to_expensive():
 def test_candidates_are_those_that_the_largest_program_has_need_of():
     config = cfg.load("llama3.2-3b/grpo", ["rollout.slots=160"])
     found = [words for words, devices in changes.candidates(config, Options(), "prefill") if devices == 1]
-    assert found == [["rollout.slots=80"], ["rollout.slots=40"], ["kl.offload=true"], ["kl.coef=0"]]
+    assert found == [
+        ["rollout.slots=80"], ["rollout.slots=40"], ["rollout.offload_state=true"], ["kl.offload=true"], ["kl.coef=0"],
+    ]  # fmt: skip
+    away = cfg.load("llama3.2-3b/grpo", ["rollout.slots=auto", "rollout.offload_state=true"])
+    found = [words for words, devices in changes.candidates(away, Options(), "prefill") if devices == 1]
+    assert found == [["kl.offload=true"], ["kl.coef=0"]]
     found = [words for words, _ in changes.candidates(config, Options(), "evaluation: decode")]
     assert found[0] == ["eval.slots=48"]
     found = [words for words, _ in changes.candidates(config, Options(), "update")]

@@ -25,7 +25,7 @@ from jaxreason.errors import UserError
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl.batch import Batcher
 from jaxreason.rl.collect import Collector, Rollout
-from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models
+from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models, with_slots
 from jaxreason.rl.objective import objective_of
 from jaxreason.rl.sequence import metrics_of
 from jaxreason.rl.shapes import shapes_of
@@ -62,9 +62,9 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     steady = config.optimizer.model_copy(update={"schedule": "constant", "warmup_steps": 0, "warmup_fraction": 0.0})
     optimizer = opt.make(steady, 1)
     state = start_state(config, inputs.setup, optimizer, mesh)
-    rollout = _roll_out(config, inputs, state, mesh)
-    batches = [_batch(own, inputs, rollout, state, mesh) for own in configs]
     shapes = shapes_of(config, found[0], inputs.longest_prompt, mesh)
+    rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh)
+    batches = [_batch(own, inputs, rollout, state, mesh) for own in configs]
     count = shapes.microbatches
     score = compile_score(model, shapes, temperature, mesh)
     old_logp = score(state.model_params, batches[0]).logp

@@ -41,8 +41,10 @@ class Rollout(Draw):
     """Completions of each prompt (G)."""
     temperature: float = Field(1.0, gt=0)
     """Log-probs are of the distribution at this temperature, in the sampler and in the learner."""
-    slots: Positive = 64
-    """Sequences decoded at once, on all devices together; every device has as many, rounded up."""
+    slots: Positive | Literal["auto"] = 64
+    """Sequences decoded at once, on all devices together; every device has as many, rounded up. ``auto``: as many as fit."""
+    offload_state: bool = False
+    """Keep parameters, moments and the rest of the train state in host memory while completions are drawn: more slots fit."""
     sampler: str = "engine"
     """What draws completions: ``engine``, or a sampler of your own, ``package.module:function`` (``jaxreason.sampler``)."""
     hooks: list[str] = Field([])

@@ -18,6 +18,7 @@ RESUMABLE = frozenset(
         "data.workers",
         "data.cache_dir",
         "rollout.slots",
+        "rollout.offload_state",
         "reward.workers",
         "kl.offload",
         "teacher.offload",

@@ -57,7 +57,7 @@ def candidates(config: cfg.RunConfig, options: Options, worst: str) -> list[tupl
     order = ["none", "matmuls", "attention", "full"]
     lighter = [] if decoding else order[order.index(config.model.remat) + 1 :]
     remat = [[f"model.remat={policy}"] for policy in lighter]
-    fewer = [*_slots(config, worst), *_frozen(config)] if decoding else _frozen(config)
+    fewer = [*_slots(config, worst), *_away(config, worst), *_frozen(config)] if decoding else _frozen(config)
     combined = [[word for change in single for word in change]] if len(single) > 1 else []
     together = [[*(word for change in single for word in change), *change] for change in [*remat, *fewer]] if single else []
     here = [(change, options.devices) for change in [*single, *fewer, *remat, *combined, *together]]
@@ -69,9 +69,18 @@ def _slots(config: cfg.RunConfig, worst: str) -> list[list[str]]:
     """Half and a quarter of the slots that decode: of the evaluation where that is what needs most."""
     if isinstance(config, cfg.SftConfig) or worst.startswith("evaluation"):
         name, slots = "eval.slots", config.eval.slots
+    elif config.rollout.slots == "auto":
+        return []
     else:
         name, slots = "rollout.slots", config.rollout.slots
     return [[f"{name}={slots // part}"] for part in (2, 4) if slots >= part]
+
+
+def _away(config: cfg.RunConfig, worst: str) -> list[list[str]]:
+    """The train state in host memory while completions are drawn; an evaluation keeps it."""
+    if isinstance(config, cfg.SftConfig) or config.rollout.offload_state or worst.startswith("evaluation"):
+        return []
+    return [["rollout.offload_state=true"]]
 
 
 def _frozen(config: cfg.RunConfig) -> list[list[str]]:

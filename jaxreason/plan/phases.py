@@ -15,7 +15,7 @@ from jaxreason.plan.compile import Program, compile_program
 from jaxreason.sampler import Engine
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.steps import empty_slots
-from jaxreason.sharding import batch_sharding, replicated, shardings
+from jaxreason.sharding import batch_sharding, replicated
 from jaxreason.targets import Target
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
@@ -61,16 +61,8 @@ def update(
     state = abstract_state(config, optimizer, place.mesh, freeze)
     out = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-    other = second and abstract_params(second, place.mesh, second.execution.compute_dtype)
+    other = second and states.abstract_params(second, place.mesh, second.execution.compute_dtype)
     return place.compile("update", jitted, state, batch, other, loops=microbatches)
-
-
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str) -> dict:
-    """Sharded parameters in ``dtype``."""
-    wanted, stored = shapes(config), jnp.dtype(dtype)
-    return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, stored, sharding=place), wanted, shardings(wanted, mesh)
-    )
 
 
 def score(
@@ -84,7 +76,7 @@ def score(
 ) -> Program:
     """Log-probs under parameters in ``dtype``: the policy's own before an update, a reference's, or a teacher's."""
     function = jax.jit(make_score(config, microbatches, temperature), out_shardings=batch_sharding(place.mesh))
-    arguments = abstract_params(config, place.mesh, dtype), batch
+    arguments = states.abstract_params(config, place.mesh, dtype), batch
     return place.compile(name, function, *arguments, loops=microbatches)
 
 
@@ -92,13 +84,13 @@ def held_out_loss(place: Place, name: str, config: ModelConfig, batch: Batch[jax
     """The nll of held-out rows, all of a batch at once."""
     nll, one = losses.get("nll"), Totals(*(jnp.ones(()),) * 3)
     function = jax.jit(lambda params, batch: batch_loss(params, config, nll, batch, one)[0])
-    return place.compile(name, function, abstract_params(config, place.mesh, config.execution.param_dtype), batch)
+    return place.compile(name, function, states.abstract_params(config, place.mesh, config.execution.param_dtype), batch)
 
 
 def weights(place: Place, name: str, config: ModelConfig) -> Program:
     """The copy of the parameters that decoding reads, whole on every device."""
     function = jax.jit(lambda params: unstack(params, config), out_shardings=replicated(place.mesh))
-    return place.compile(name, function, abstract_params(config, place.mesh, config.execution.param_dtype))
+    return place.compile(name, function, states.abstract_params(config, place.mesh, config.execution.param_dtype))
 
 
 def rollout_params(config: ModelConfig, mesh: Mesh) -> dict:

@@ -11,14 +11,17 @@ from jaxreason.model import ModelConfig
 from jaxreason.model.attention import resolve
 from jaxreason.model.cudnn import assume_capability
 from jaxreason.plan import architecture, phases, workspace
-from jaxreason.plan.compile import Program, device_bytes
+from jaxreason.plan.compile import Program
 from jaxreason.plan.phases import Place
+from jaxreason.rl import slots as rollout_slots
 from jaxreason.rl.shapes import Shapes, keeps_reference, scores_old
 from jaxreason.sampler import Engine, Sampling, sampling_of
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.generation import prefill_rows
 from jaxreason.sampler.engine.spread import devices_for
+from jaxreason.sharding import device_bytes
 from jaxreason.train import sft
+from jaxreason.train import state as states
 from jaxreason.train.setup import abstract_batch
 from jaxreason.train.step import COMPARED
 from jaxreason.types import BATCH_AXES
@@ -85,7 +88,7 @@ def _state(s: Shape) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _bytes_of(s: Shape, model: ModelConfig) -> int:
-    return device_bytes(phases.abstract_params(model, s.place.mesh, model.execution.compute_dtype))
+    return device_bytes(states.abstract_params(model, s.place.mesh, model.execution.compute_dtype))
 
 
 def _workspace(s: Shape) -> dict[str, int]:
@@ -157,8 +160,10 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
 
     planned = {"update": Planned(update, frozen | _workspace(s)), "decoding weights": _weights(s, moments | frozen)}
-    slots = math.ceil(c.rollout.slots / s.hosts)
-    found, decoding = _decoding(s, "", slots, rl.longest_prompt, sampling_of(c.rollout), state | frozen)
+    resident = frozen if c.rollout.offload_state else state | frozen
+    room = rollout_slots.Room(s.place.target.limit_bytes, sum(resident.values()), s.devices // s.hosts, s.hosts)
+    slots = math.ceil(rollout_slots.settle(c, s.model, rl, room) / s.hosts)
+    found, decoding = _decoding(s, "", slots, rl.longest_prompt, sampling_of(c.rollout), resident)
     planned |= found
     for name, model in models.items():
         beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
@@ -168,7 +173,8 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
     if c.eval.problems:
         greedy = Sampling(temperature=0.0, max_completion_tokens=c.eval.max_completion_tokens)
         found, graded = _decoding(s, "evaluation: ", c.eval.slots, rl.longest_prompt, greedy, state | frozen)
-        planned |= found if graded.cache_bytes > decoding.cache_bytes else {}
+        kept = sum(state.values()) if c.rollout.offload_state else 0  # an evaluation keeps the state on the devices
+        planned |= found if graded.cache_bytes + kept > decoding.cache_bytes else {}
     return Programs(planned, frozen, decoding, head_again=True)
 
 

@@ -7,10 +7,12 @@ from jaxreason import config as cfg
 from jaxreason.errors import present
 from jaxreason.model.flops import matmul_weights, train_flops_per_token
 from jaxreason.plan import hlo, roofline, timing
+from jaxreason.plan import phases as phases_of
 from jaxreason.plan.compile import Program
 from jaxreason.plan.options import Options
 from jaxreason.plan.programs import Programs, Shape
 from jaxreason.plan.timing import Documents
+from jaxreason.sharding import device_bytes
 
 _SCORED = ("reference", "teacher", "old log-probs")  # forward passes over every row of a rollout
 
@@ -74,7 +76,9 @@ def _phases(
 ) -> dict[str, float]:
     """Seconds of one rollout and of what is trained on it, if every completion is as long as it may be."""
     drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.second_turn.samples) * c.rollout.max_completion_tokens
-    phases = {"rollout": drawn / (found["decode"]["tokens_per_second_per_device"] * s.devices)}
+    state = phases_of.abstract_state(s.model, c.optimizer, s.place.mesh, c.train.freeze)
+    away = {"offloading": 2 * device_bytes(state) / s.place.target.host_bytes_per_s} if c.rollout.offload_state else {}
+    phases = away | {"rollout": drawn / (found["decode"]["tokens_per_second_per_device"] * s.devices)}
     for name in _SCORED:
         if name in made:
             seconds = _kinds(made[name], s, options, Documents(s.length * document)).values()

@@ -41,8 +41,8 @@ class Rollout:
 
 
 def rollout_job(config: cfg.GrpoConfig) -> Job:
-    """How completions are drawn; every process decodes its share of the slots."""
-    slots = math.ceil(config.rollout.slots / jax.process_count())
+    """How completions are drawn; every process decodes its share of the slots, which are settled."""
+    slots = math.ceil(int(config.rollout.slots) / jax.process_count())
     return Job(sampling_of(config.rollout), config.rollout.group_size, config.run.seed, slots=slots)
 
 

@@ -22,20 +22,21 @@ from jaxreason.errors import present
 from jaxreason.losses.policy import adapt_entropy_coef
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.rewards.pool import RewardPool
-from jaxreason.rl import turns
+from jaxreason.rl import slots, turns
 from jaxreason.rl.batch import Batcher
 from jaxreason.rl.collect import Collector, rollout_job
 from jaxreason.rl.held_out import HeldOut
 from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.rl.sequence import Sequence
 from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, shapes_of
-from jaxreason.sharding import batch_sharding, make_mesh, replicated, within
+from jaxreason.sharding import batch_sharding, device_bytes, make_mesh, replicated, within
 from jaxreason.terminal import console, gib, show_table
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter
+from jaxreason.train.offload import Shelf
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import Setup, Teacher, held_out_problems, open_model, open_teacher, start_state
 from jaxreason.train.step import make_score, make_train_step
@@ -65,6 +66,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh, jax.process_count())
     optimizer = opt.make(config.optimizer, span.all_updates, config.run.seed)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
+    config = with_slots(config, inputs, shapes, abstract, mesh)
     sampler = samplers.make(config.rollout.sampler, model, setup.tokenizer.stop_ids, mesh)
     show_table("grpo", [
         *inputs.rows(config, shapes, problems, total),
@@ -91,6 +93,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
         collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt)
         batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others)
+        shelf = Shelf(abstract, config.rollout.offload_state)
         cursor, bonus, watch, meter = 0, Bonus(config.entropy), Watch(config), Meter(model, jax.local_devices())
         if carried is not None:
             cursor = carried["cursor"]
@@ -98,13 +101,15 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         for step in loop:
             clock, at = time.monotonic(), int(state.step)
             sampler.load(state.model_params, at)
+            state = shelf.put(state)
             rollout = collect(step, cursor, at)
             sampler.release()  # the rollout's copy is freed before the update needs the memory
+            state = shelf.take(state)
             cursor, update_clock = rollout.cursor, time.monotonic()
             sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, bonus.now)
             state, record = update(train_step, state, batches, updates, loop)
             del batches
-            times = rollout.seconds | {"update": time.monotonic() - update_clock}
+            times = rollout.seconds | {"update": time.monotonic() - update_clock} | shelf.seconds
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
             record |= meter(np.array([s.length for s in sequences]), times["update"], passes=updates / shapes.minibatches)
             record |= bonus.after(record.get("entropy"))
@@ -165,6 +170,16 @@ def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inpu
     phrases = turns.phrase_tokens(config.second_turn.phrases, chat, setup.tokenizer)
     longest = longest_prompt(config, max(len(p.ids) for p in prompts.prompts), phrases)
     return Inputs(setup, objective, chat, prompts, longest, teacher)
+
+
+def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract: TrainState, mesh: Mesh) -> cfg.GrpoConfig:
+    """The config with a number in place of ``rollout.slots: auto``. Raises UserError where nothing fits."""
+    kept: list = [] if config.rollout.offload_state else [abstract]
+    others = [inputs.setup.config] if keeps_reference(config, inputs.objective.loss) and not config.kl.offload else []
+    others += [inputs.teacher.config] if inputs.teacher and not config.teacher.offload else []
+    kept += [states.abstract_params(model, mesh, model.execution.compute_dtype) for model in others]
+    found = slots.settle(config, inputs.setup.config, shapes, slots.room_here(sum(map(device_bytes, kept))))
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"slots": found})})
 
 
 def compile_step(

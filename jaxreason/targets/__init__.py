@@ -38,6 +38,7 @@ class Target:
     bf16_flops_per_s: float  # dense
     nvlink_bytes_per_s: float  # one way, of one GPU
     network_bytes_per_s: float  # one way, of one GPU, between hosts
+    host_bytes_per_s: float  # between the card and pinned host memory, one way
     usd_per_hour: float
     cores: int
     fpus_per_core: int

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-_HOST = "pinned_host"
+from jaxreason.train.offload import to_devices, to_host
 
 
 class ScoringModel:
@@ -20,9 +20,9 @@ class ScoringModel:
         self.score, self._shardings = score, None
         if offload:
             self._shardings = jax.tree.map(lambda x: x.sharding, params)
-            params = jax.device_put(params, jax.tree.map(lambda s: s.with_memory_kind(_HOST), self._shardings))
+            params = to_host(params)
         self._params = params
 
     def params(self) -> dict:
         """The parameters on the devices; what was offloaded is a copy, to be let go after use."""
-        return self._params if self._shardings is None else jax.device_put(self._params, self._shardings)
+        return self._params if self._shardings is None else to_devices(self._params, self._shardings)

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxreason.errors import UserError
-from jaxreason.model import ModelConfig, init
+from jaxreason.model import ModelConfig, init, shapes
 from jaxreason.plugins import nearest
 from jaxreason.sharding import shardings
 from jaxreason.types import TrainState
@@ -28,6 +28,14 @@ def abstract(
 def _fresh(params: dict, optimizer: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:
     trainable, frozen = split(params, freeze)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str) -> dict:
+    """Sharded parameters in ``dtype``."""
+    wanted, stored = shapes(config), jnp.dtype(dtype)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, stored, sharding=place), wanted, shardings(wanted, mesh)
+    )
 
 
 def create(
