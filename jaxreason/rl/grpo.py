@@ -33,6 +33,7 @@ from jaxreason.sharding import batch_sharding, device_bytes, make_mesh, replicat
 from jaxreason.terminal import console, gib, show_table
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
+from jaxreason.train.ahead import Ahead
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter
@@ -186,14 +187,14 @@ def compile_step(
     config: cfg.GrpoConfig, objective: Objective, setup: Setup, shapes: Shapes, optimizer: optax.GradientTransformation,
     abstract: TrainState, mesh: Mesh, updates: int,
 ) -> Callable:  # fmt: skip
-    """The jitted step; the state is donated."""
+    """The step, whose compilation begins now; the state is donated."""
     schedule = opt.schedule(config.optimizer, updates)
     step = make_train_step(
         setup.config, objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
         seed=config.run.seed,
     )
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
-    return within(mesh, jax.jit(step, donate_argnums=0, out_shardings=out))
+    return Ahead(jax.jit(step, donate_argnums=0, out_shardings=out), mesh, abstract, shapes.batch(mesh))
 
 
 def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:

@@ -25,6 +25,7 @@ from jaxreason.checkpoint import Checkpoints
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.terminal import console
+from jaxreason.train.ahead import compilations
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.interrupt import Interrupt
 from jaxreason.train.log import Log
@@ -166,7 +167,8 @@ class Loop:
             self._measure(state)
         first = self._folder.lines()[0] if jax.process_index() == 0 else {"step": -1}
         before = {f"before_{k}": v for k, v in first.items() if k.startswith("eval_accuracy")} if first["step"] == 0 else {}
-        summary = {"step": self._span.total, **self._log.record, **self._counters, "parameters": param_count(self._model)}
+        summary = {"step": self._span.total, **self._log.record, **self._counters, **compilations.take()}
+        summary["parameters"] = param_count(self._model)
         self._folder.finish(summary | before)
         return summary | before
 
