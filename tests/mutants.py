@@ -513,14 +513,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "config/run.py",
         '        "train.save_every",\n',
         "",
-        "tests/test_runs.py",
+        "tests/test_loop.py",
         "save_every may not change on resume",
     ),
     Mutant(
         "config/grpo.py",
         "if self.updates_per_rollout % self.minibatches:",
         "if False:",
-        "tests/test_config.py tests/test_grpo.py",
+        "tests/test_runs.py::test_wrong_input_is_one_message",
         "unequal passes over minibatches",
     ),
     Mutant(
@@ -746,6 +746,41 @@ MUTANTS: tuple[Mutant, ...] = (
         "elif False:",
         "tests/test_runs.py",
         "a run goes on with other data",
+    ),
+    Mutant(
+        "plan/timing.py",
+        "elif user.kind in _SLICES and user.operands[0] == name:",
+        "elif False:",
+        "tests/test_plan_timing.py",
+        "a fusion reads all of an array that it slices",
+    ),
+    Mutant(
+        "plan/timing.py",
+        "max(best, moved / (target.memory_bytes_per_s * rates.product_bandwidth))",
+        "best",
+        "tests/test_plan_timing.py",
+        "a product never waits for its operands",
+    ),
+    Mutant(
+        "plan/timing.py",
+        "one.times * (seconds + target.rates.kernel_seconds)",
+        "seconds + target.rates.kernel_seconds",
+        "tests/test_plan_timing.py",
+        "loops run once",
+    ),
+    Mutant(
+        "rl/slots.py",
+        "free // one",
+        "room.limit_bytes // one",
+        "tests/test_slots.py",
+        "slots as if nothing else were on the device",
+    ),
+    Mutant(
+        "train/offload.py",
+        "with_memory_kind(_HOST)",
+        'with_memory_kind("device")',
+        "tests/test_slots.py tests/test_grpo.py::test_an_offloaded_model_lives_on_the_host_and_is_lent_to_the_devices",
+        "what is offloaded stays on the devices",
     ),
 )  # fmt: skip
 

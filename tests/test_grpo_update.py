@@ -194,3 +194,11 @@ def test_kl_in_the_reward_and_a_teacher_reach_corrections_compared_with_the_firs
         config = settings.model_copy(update={**words, "kl": kl})
         _, second = advantages_of([[first]], [[again]], objective_of(config), config)
         np.testing.assert_allclose(second[0][0].advantage, [(2.0 - 0.1 * k) - (1.0 - 0.1 * k1) + 4.0 * 0.5], rtol=1e-6)
+
+
+def test_minibatches_mix_groups_anew_in_every_step_and_one_takes_them_as_drawn():
+    assert order(0, 2, 16, 1).tolist() == list(range(16))
+    first, second = order(0, 2, 16, 2), order(0, 3, 16, 2)
+    assert sorted(first) == sorted(second) == list(range(16)) and order(0, 2, 16, 2).tolist() == first.tolist()
+    assert first.tolist() != list(range(16)) and first.tolist() != second.tolist()
+    assert len({i // 4 for i in first[:8]}) > 2  # half of the sequences, of more than half of the groups
