@@ -42,9 +42,9 @@ class Compilations:
         jax.monitoring.register_event_duration_secs_listener(self._timed)
         jax.monitoring.register_event_listener(self._seen)
 
-    def _timed(self, event: str, seconds: float, **_: Any) -> None:
+    def _timed(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self._count, self._seconds = self._count + 1, self._seconds + seconds
+            self._count, self._seconds = self._count + 1, self._seconds + duration_secs
 
     def _seen(self, event: str, **_: Any) -> None:
         self._cached += event == "/jax/compilation_cache/cache_hits"
