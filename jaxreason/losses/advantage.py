@@ -153,8 +153,8 @@ def maxrl(rewards_P_G: ArrayLike, *, eps: float = 1e-6) -> Array:
     mean = _mean(values, valid, axis=1)
     if not isinstance(mean, jax.core.Tracer) and np.min(mean, initial=0.0) < 0:
         raise UserError(
-            f"advantage.name maxrl divides by a group's mean reward, and one has {np.min(mean):.4g}: every advantage would change "
-            "its sign; use rewards that are at least 0, or another estimator, such as center"
+            f"advantage.name maxrl divides by a group's mean reward, and one has {np.min(mean):.4g}: every advantage would "
+            "change its sign; use rewards that are at least 0, or another estimator, such as center"
         )
     return jnp.where(mean > 0, _centred(values, valid, axis=1) / jnp.where(mean > 0, mean + eps, 1.0), 0.0)
 

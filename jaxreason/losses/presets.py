@@ -117,6 +117,53 @@ PRESETS: dict[str, Preset] = {
         },
         kl_placement="loss",
     ),
+    # prime-rl, src/prime_rl/trainer/rl/loss.py
+    "prime_rl": Preset(
+        losses={"dppo": {}, "ipo": {}},
+        every={"log_ratio_clamp": None, "behaviour": "sampler"},
+        refused={
+            "grpo": "prime-rl's grpo is an advantage: loss.name=dppo advantage.name=center",
+            "maxrl": "prime-rl's max_rl is an advantage: loss.name=dppo advantage.name=maxrl",
+        },
+        estimators={"maxrl": {"eps": 0.0}},
+    ),
+    # open-instruct, open_instruct/grpo_utils.py
+    "open_instruct": Preset(
+        losses={"dapo": {"clip_high": 0.272}, "cispo": {"ratio_min": None, "ratio_max": 1.272}},
+        every={
+            "log_ratio_clamp": None, "kl_coef": 0.05, "kl_estimator": "k3", "kl_log_ratio_clamp": 40.0, "correction": "tis",
+        },
+        follow=lambda known: {} if known["correction"] == "none" else {"correction_min": 0.0, "correction_max": 2.0},
+        advantage={"dapo": "center", "cispo": "center"},
+        estimators={"grpo": {"ddof": 0, "eps": 1e-8}},
+    ),
+    # slime, slime/backends/megatron_utils/loss.py and slime/utils/arguments.py
+    "slime": Preset(
+        losses={
+            "grpo": {}, "gspo": {}, "cispo": {"ratio_min": 0.8, "ratio_max": 1.2}, "reinforce_pp": {}, "reinforce_pp_baseline": {},
+            "dual_clip": {}, "opsm": {"off_policy_threshold": 1e-4}, "grpo_entropy": {}, "dapo": {"reduce": "token-mean"},
+        },
+        every={
+            "log_ratio_clamp": None, "reduce": "seq-mean-token-mean", "sequence_count": "drawn", "kl_estimator": "k1",
+            "kl_log_ratio_clamp": None, "entropy_reduce": None,
+        },
+        follow=lambda known: {} if known["correction"] == "none" else {"correction_min": 0.0, "correction_max": 2.0},
+        estimators={
+            "grpo": {"ddof": 1, "eps": 1e-6}, "reinforce_pp": {"whiten": "none"}, "reinforce_pp_baseline": {"whiten": "none"},
+        },
+    ),
+    # ROLL, roll/pipeline/rlvr/actor_pg_worker.py and actor_worker.py
+    "roll": Preset(
+        losses={
+            "grpo": {}, "dapo": {"reduce": "token-mean"}, "gspo": {}, "reinforce": {}, "cispo": {"ratio_min": 0.9, "ratio_max": 1.1},
+            "topr": {}, "kimi15": {}, "dual_clip": {"dual_clip": 1.4}, "grpo_entropy": {},
+        },
+        every={
+            "log_ratio_clamp": None, "reduce": "seq-mean-token-mean", "kl_log_ratio_clamp": None, "kl_value_clamp": 10.0,
+            "entropy_reduce": None,
+        },
+        estimators={"grpo": {"ddof": 1, "eps": 1e-6}, "lite_ppo": {"ddof": 1, "eps": 1e-6}},
+    ),
 }  # fmt: skip
 
 
