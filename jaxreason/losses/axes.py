@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -98,12 +98,18 @@ class Axes:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Axes":
         """From flat ``options`` by name; those of no axis are left out."""
-        return cls(*(record(**{name: options[name] for name in names(record) if name in options}) for record in RECORDS))
+        return cls(
+            ratio=_record(RatioAxis, options),
+            reduce=_record(ReduceAxis, options),
+            kl=_record(KlAxis, options),
+            correction=_record(CorrectionAxis, options),
+            entropy=_record(EntropyAxis, options),
+        )
 
 
 RECORDS = (RatioAxis, ReduceAxis, KlAxis, CorrectionAxis, EntropyAxis)
+AnyAxis = TypeVar("AnyAxis", RatioAxis, ReduceAxis, KlAxis, CorrectionAxis, EntropyAxis)
 
 
-def names(record: type) -> list[str]:
-    """The options of an axis."""
-    return [field.name for field in dataclasses.fields(record)]
+def _record(kind: type[AnyAxis], options: Mapping[str, Any]) -> AnyAxis:
+    return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options})

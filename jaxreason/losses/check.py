@@ -31,8 +31,8 @@ def check(loss: Any) -> None:
     """Runs ``loss`` (a ``Loss``) on a tiny batch of unequal, packed sequences, one row of which is all padding.
 
     Held: a scalar float loss and scalar metrics; finite value and gradient, also of a policy that moved by 20 nats a token, and
-    some gradient; masked positions inert (filled with 1e30, -1e30, NaN); the same value, metrics and gradient when the rows come in microbatches with the
-    step's totals and in rows with more padding; for ``tokenwise`` losses also in any chunks of tokens.
+    some gradient; masked positions inert (filled with 1e30, -1e30, NaN); the same value, metrics and gradient when the rows come
+    in microbatches with the step's totals and in rows with more padding; for ``tokenwise`` losses also in any chunks of tokens.
 
     Raises:
       UserError: which rule the loss breaks, with the numbers and the usual fix.
@@ -166,8 +166,9 @@ def _failed(name: str, error: BaseException) -> UserError:
 
 def _check_result(name: str, result: Any) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        kinds = ["array" if isinstance(x, Array) else type(x).__name__ for x in (result if isinstance(result, tuple) else [result])]
-        found = f"({', '.join(kinds)})" if isinstance(result, tuple) else kinds[0]
+        parts = result if isinstance(result, tuple) else (result,)
+        found = ", ".join("array" if isinstance(x, Array) else type(x).__name__ for x in parts)
+        found = f"({found})" if isinstance(result, tuple) else found
         raise UserError(f"loss {name} must return (value, metrics) with metrics a dict, but returned {found}")
     value, metrics = result
     for key in metrics:
@@ -203,8 +204,7 @@ def _moved(inputs: PolicyInputs) -> PolicyInputs:
     sure = jnp.broadcast_to(jnp.arange(inputs.mask.shape[1]) % 2 == 0, inputs.mask.shape)
     near, far = jnp.full(inputs.mask.shape, -0.05), jnp.full(inputs.mask.shape, -0.05 - _FAR)
     before = jnp.where(sure, far, near)
-    given = {name: before for name in ("old_logp", "ref_logp", "sampler_logp") if getattr(inputs, name) is not None}
-    return dataclasses.replace(inputs, logp=jnp.where(sure, near, far), **given)
+    return dataclasses.replace(inputs, logp=jnp.where(sure, near, far), old_logp=before, ref_logp=before, sampler_logp=before)
 
 
 def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, metrics: dict, grads: dict) -> None:

@@ -43,16 +43,15 @@ def _verl_clamps(known: Mapping[str, Any]) -> Changes:
 
 
 _RAW = {"singleton": "raw"}
-_VERL_Z = {"ddof": 1, "eps": 1e-6, "singleton": "raw"}
-_VERL_WHITE = {"ddof": 1, "eps": 1e-8, "whiten": "token"}
+_VERL_Z = {"eps": 1e-6, "singleton": "raw"}
 _SEQUENCES = {"reduce": "seq-mean-token-mean", "kl_reduce": "token-mean", "entropy_reduce": "token-mean"}
 
 PRESETS: dict[str, Preset] = {
     # trl 1.16, trl/trainer/grpo_trainer.py
     "trl": Preset(
         losses={
-            "grpo": {}, "bnpo": {}, "dr_grpo": {}, "dapo": {}, "gspo": {}, "cispo": {"ratio_min": None, "ratio_max": 5.0},
-            "sapo": {}, "luspo": {}, "vespo": {}, "two_sided": {}, "top_entropy": {}, "opsm": {}, "grpo_entropy": {},
+            "grpo": {}, "bnpo": {}, "dr_grpo": {}, "dapo": {}, "gspo": {}, "cispo": {}, "sapo": {},
+            "luspo": {}, "vespo": {}, "two_sided": {}, "top_entropy": {}, "opsm": {}, "grpo_entropy": {},
             "lite_ppo": {}, "gdpo": {},
         },
         every={
@@ -65,15 +64,14 @@ PRESETS: dict[str, Preset] = {
             "off_policy_behaviour": "sampler",
         },
         follow=_trl_bounds,
-        estimators={name: {"ddof": 1, "eps": 1e-4} for name in ("grpo", "lite_ppo", "gdpo")},
     ),
     # verl, verl/trainer/ppo/core_algos.py and verl/trainer/config/actor/actor.yaml
     "verl": Preset(
         losses={
             "grpo": {"dual_clip": 3.0},
             "dapo": {"dual_clip": 3.0},
-            "dr_grpo": {"dual_clip": 3.0, "reduce": "token-sum/const", "entropy_reduce": "token-sum/const"},
-            "dual_clip": {"dual_clip": 3.0},
+            "dr_grpo": {"dual_clip": 3.0, "reduce": "token-sum/const"},
+            "dual_clip": {},
             "grpo_entropy": {"dual_clip": 3.0},
             "reinforce_pp": {"dual_clip": 3.0},
             "reinforce_pp_baseline": {"dual_clip": 3.0},
@@ -91,12 +89,12 @@ PRESETS: dict[str, Preset] = {
             "dppo_kl": {"form": "reinforce", "ratio_cap": 3.0, "log_ratio_coef": 0.0},
             "dro": {"log_ratio_clamp": None},
         },
-        every={"log_ratio_clamp": 20.0, "reduce": "token-mean", "sequence_count": "drawn", "entropy_reduce": None},
+        every={"reduce": "token-mean", "sequence_count": "drawn", "entropy_reduce": None},
         refused={"rloo": "verl's RLOO is its clipped loss: loss.name=grpo advantage.name=rloo"},
         follow=_verl_clamps,
         estimators={
-            "grpo": _VERL_Z, "passk": {"ddof": 1, "eps": 1e-6}, "center": _RAW, "rloo": _RAW, "opo": _RAW,
-            "gpg": _RAW | {"alpha": "nonzero"}, "reinforce_pp": _VERL_WHITE, "reinforce_pp_baseline": _VERL_WHITE | _RAW,
+            "grpo": _VERL_Z, "center": _RAW, "rloo": _RAW, "opo": _RAW,
+            "gpg": _RAW | {"alpha": "nonzero"}, "reinforce_pp_baseline": _RAW | {"whiten": "token"},
             "gdpo": _VERL_Z | {"whiten": "token"},
         },
     ),
@@ -108,12 +106,12 @@ PRESETS: dict[str, Preset] = {
         },
         every={
             "log_ratio_clamp": None, "reduce": "token-mean", "kl_coef": 0.01, "kl_estimator": "k3_unbiased", "kl_ratio": "policy",
-            "kl_log_ratio_clamp": 20.0, "kl_value_clamp": 10.0,
+            "kl_value_clamp": 10.0,
         },
         advantage=dict.fromkeys(("grpo", "dapo", "gspo", "cispo", "dual_clip"), "grpo_loo"),
         estimators={
-            "grpo": {"ddof": 1, "eps": 1e-6}, "gdpo": {"ddof": 1, "eps": 1e-6, "baseline": "others"},
-            "reinforce_pp": {"ddof": 0, "eps": 0.0}, "reinforce_pp_baseline": {"ddof": 0, "eps": 0.0, "whiten": "token"},
+            "grpo": {"eps": 1e-6}, "gdpo": {"eps": 1e-6, "baseline": "others"},
+            "reinforce_pp": {"ddof": 0}, "reinforce_pp_baseline": {"ddof": 0, "whiten": "token"},
         },
         kl_placement="loss",
     ),
@@ -129,40 +127,40 @@ PRESETS: dict[str, Preset] = {
     ),
     # open-instruct, open_instruct/grpo_utils.py
     "open_instruct": Preset(
-        losses={"dapo": {"clip_high": 0.272}, "cispo": {"ratio_min": None, "ratio_max": 1.272}},
+        losses={"dapo": {"clip_high": 0.272}, "cispo": {"ratio_max": 1.272}},
         every={
-            "log_ratio_clamp": None, "kl_coef": 0.05, "kl_estimator": "k3", "kl_log_ratio_clamp": 40.0, "correction": "tis",
+            "log_ratio_clamp": None, "kl_coef": 0.05, "kl_log_ratio_clamp": 40.0, "correction": "tis",
         },
-        follow=lambda known: {} if known["correction"] == "none" else {"correction_min": 0.0, "correction_max": 2.0},
         advantage={"dapo": "center", "cispo": "center"},
         estimators={"grpo": {"ddof": 0, "eps": 1e-8}},
     ),
     # slime, slime/backends/megatron_utils/loss.py and slime/utils/arguments.py
     "slime": Preset(
         losses={
-            "grpo": {}, "gspo": {}, "cispo": {"ratio_min": 0.8, "ratio_max": 1.2}, "reinforce_pp": {}, "reinforce_pp_baseline": {},
-            "dual_clip": {}, "opsm": {"off_policy_threshold": 1e-4}, "grpo_entropy": {}, "dapo": {"reduce": "token-mean"},
+            "grpo": {}, "gspo": {}, "cispo": {"ratio_min": 0.8, "ratio_max": 1.2}, "reinforce_pp": {},
+            "reinforce_pp_baseline": {}, "dual_clip": {}, "opsm": {"off_policy_threshold": 1e-4}, "grpo_entropy": {},
+            "dapo": {"reduce": "token-mean"},
         },
         every={
             "log_ratio_clamp": None, "reduce": "seq-mean-token-mean", "sequence_count": "drawn", "kl_estimator": "k1",
             "kl_log_ratio_clamp": None, "entropy_reduce": None,
         },
-        follow=lambda known: {} if known["correction"] == "none" else {"correction_min": 0.0, "correction_max": 2.0},
+        follow=lambda known: {"correction_min": 0.0, "correction_max": 2.0} if known["correction"] == "icepop" else {},
         estimators={
-            "grpo": {"ddof": 1, "eps": 1e-6}, "reinforce_pp": {"whiten": "none"}, "reinforce_pp_baseline": {"whiten": "none"},
+            "grpo": {"eps": 1e-6}, "reinforce_pp": {"whiten": "none"}, "reinforce_pp_baseline": {"whiten": "none"},
         },
     ),
     # ROLL, roll/pipeline/rlvr/actor_pg_worker.py and actor_worker.py
     "roll": Preset(
         losses={
-            "grpo": {}, "dapo": {"reduce": "token-mean"}, "gspo": {}, "reinforce": {}, "cispo": {"ratio_min": 0.9, "ratio_max": 1.1},
-            "topr": {}, "kimi15": {}, "dual_clip": {"dual_clip": 1.4}, "grpo_entropy": {},
+            "grpo": {}, "dapo": {"reduce": "token-mean"}, "gspo": {}, "reinforce": {},
+            "cispo": {"ratio_min": 0.9, "ratio_max": 1.1}, "topr": {}, "kimi15": {}, "dual_clip": {"dual_clip": 1.4},
+            "grpo_entropy": {},
         },
         every={
-            "log_ratio_clamp": None, "reduce": "seq-mean-token-mean", "kl_log_ratio_clamp": None, "kl_value_clamp": 10.0,
-            "entropy_reduce": None,
+            "log_ratio_clamp": None, "reduce": "seq-mean-token-mean", "kl_value_clamp": 10.0, "entropy_reduce": None,
         },
-        estimators={"grpo": {"ddof": 1, "eps": 1e-6}, "lite_ppo": {"ddof": 1, "eps": 1e-6}},
+        estimators={"grpo": {"eps": 1e-6}, "lite_ppo": {"eps": 1e-6}},
     ),
 }  # fmt: skip
 

@@ -51,6 +51,16 @@ class Loss:
         """The names that it reads ``inputs.extras`` by."""
         return self.needs - frozenset(OPTIONAL_INPUTS[self.kind])
 
+    @property
+    def note(self) -> str | None:
+        """What whoever compares it with grpo at one learning rate has to know; None: nothing."""
+        if self.options.get("ratio") == "sequence_sum" or self.options.get("reduce") in ("seq-mean-token-sum", "token-sum"):
+            return (
+                f"{self.name} adds a completion's tokens up where grpo averages them: its gradient is about as many times grpo's "
+                "as completions have tokens; choose optimizer.learning_rate and optimizer.max_grad_norm for it"
+            )
+        return None
+
     def __call__(self, inputs: Inputs) -> tuple[Array, dict[str, Array]]:
         """Value and metrics. Raises UserError for inputs of the other kind, or arrays that are not [B, T] of one shape."""
         expected = SftInputs if self.kind == "sft" else PolicyInputs

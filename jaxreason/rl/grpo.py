@@ -144,6 +144,7 @@ class Inputs:
                        f"tokens, microbatches of {shapes.microbatch} rows"),
             ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {self.objective.kl_coef(config):g} in "
                      f"the {self.objective.placement}"),
+            *([("note", self.objective.loss.note)] if self.objective.loss.note else []),
             *([("teacher", f"{self.teacher.name} x {config.teacher.coef:g}")] if self.teacher else []),
             ("rewards", ", ".join(f"{reward.name} x {weight:g}" for reward, weight in self.objective.graders)),
             ("steps", f"{total} ({total * config.train.updates_per_rollout} updates)"),
