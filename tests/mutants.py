@@ -156,7 +156,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "losses/kl.py",
         "weight, stop_gradient(weight))",
         "weight, weight)",
-        "tests/test_losses_frameworks.py",
+        "tests/test_losses_policy.py",
         "a clamped KL keeps the gradient of its ratio",
     ),
     Mutant(

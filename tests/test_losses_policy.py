@@ -13,7 +13,7 @@ from losses_twin import clip, ppo
 
 from jaxreason import losses
 from jaxreason.errors import UserError
-from jaxreason.losses import policy, select
+from jaxreason.losses import kl, policy, select
 from jaxreason.types import Totals
 
 exp, log = math.exp, math.log
@@ -402,6 +402,18 @@ def test_rows_without_ids_equal_rows_with_ids():
     one = loss(cases.make("policy", data, ids=None, groups=None, keys=()))[0]
     assert one == loss(cases.make("policy", data, ids=ids, groups=None, keys=()))[0]
     assert one != loss(cases.make("policy", data, groups=None, keys=()))[0]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs", "k1_unbiased", "k3_unbiased"])
+def test_beyond_its_clamp_a_kl_has_no_gradient(estimator):
+    """Not through a ratio either; d is 25 and -25, the clamp 20, and the ratio e^.5."""
+    logp, apart = jnp.array([[-1.0, -1.0, -1.0]]), jnp.array([[25.0, -25.0, 1.0]])
+
+    def total(x):
+        return kl.kl(x, logp + apart, estimator, log_ratio=x - logp + 0.5, log_ratio_clamp=20.0).sum()
+
+    grad = jax.grad(total)(logp)
+    assert not np.any(grad[0, :2]) and np.isfinite(grad[0, 2])
 
 
 def test_a_step_of_padding_gives_zero():
