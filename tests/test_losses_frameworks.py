@@ -8,6 +8,7 @@ that clamps meet).
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jax.numpy as jnp
 import losses_cases as cases
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
+from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason.errors import UserError
-from jaxreason.losses import inputs, presets
+from jaxreason.losses import axes, inputs, presets
 
 FILES = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "data/losses").glob("*.json"))}
 FUNCTIONS = [(name, function) for name, file in FILES.items() for function in sorted({v["ours"] for v in file["vectors"]})]
@@ -59,6 +61,14 @@ def test_what_a_framework_has_not_is_refused(framework):
     for case in FILES[framework]["refused"]:
         with pytest.raises(UserError, match=f"loss.preset {framework}"):
             losses.get(case["ours"], preset=framework, **case.get("options", {}))
+
+
+def test_a_config_may_name_every_preset_and_every_estimator_of_the_kl():
+    """Reading a config imports no jax, so it has its own lists."""
+    schema = cfg.GrpoConfig.model_json_schema()["$defs"]
+    choices = {key: schema[section]["properties"][key]["anyOf"][0]["enum"] for section, key in
+               (("GrpoLoss", "preset"), ("Kl", "estimator"))}  # fmt: skip
+    assert choices == {"preset": list(presets.PRESETS), "estimator": list(get_args(axes.KlEstimator))}
 
 
 def test_every_loss_of_every_preset_has_a_vector():
