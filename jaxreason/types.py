@@ -61,6 +61,7 @@ class Totals:
     tokens: Array  # [] float32, supervised tokens, at least 1
     sequences: Array  # [] float32, sequences with at least one supervised token
     prompts: Array  # [] float32, prompts (groups) with at least one supervised token
+    drawn: Array | None = None  # [] float32, sequences, those without a supervised token included
 
 
 @jax.tree_util.register_dataclass

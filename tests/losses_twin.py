@@ -68,7 +68,7 @@ def ppo(w: float, a: float, low: float, high: float) -> float:
 
 
 def aggregate(name: str, token_loss, data: dict, frozen: dict, constant: float = 1.0) -> float:
-    """The five aggregations as loops."""
+    """The aggregations as loops."""
     seqs = [Seq(data, frozen, where) for where in sequences()]
     losses = [[token_loss(seq, t) for t in range(seq.n)] for seq in seqs]
     total_tokens = sum(seq.n for seq in seqs)
@@ -78,6 +78,8 @@ def aggregate(name: str, token_loss, data: dict, frozen: dict, constant: float =
         return sum(sum(row) for row in losses) / total_tokens
     if name == "seq-mean-token-sum":
         return sum(sum(row) for row in losses) / len(losses)
+    if name == "token-sum":
+        return sum(sum(row) for row in losses)
     if name == "token-sum/const":
         return sum(sum(row) for row in losses) / (len(losses) * constant)
     if name == "seq-sqrt":

@@ -1,6 +1,7 @@
 """Advantages of rollouts: KL in the reward, a teacher's part by token, corrections, against numbers by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from jaxreason.data import tokenizer as tokenizers
 from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
+from jaxreason.model import preset
 from jaxreason.rl import grpo, turns
 from jaxreason.rl.advantages import advantages_of
 from jaxreason.rl.objective import find_loss, objective_of
@@ -32,6 +34,11 @@ def sequence(reward, logp, ref=None, teacher=None, group=0, right=None):
     rewards = {"accuracy": reward if right is None else right}
     arrays = [None if x is None else np.array(x, np.float32) for x in (ref, teacher)]
     return Sequence(Prompt((1,), "", "", "", 0), completion, "", group, rewards, reward, 0.0, *arrays)
+
+
+class Fake(SimpleNamespace):
+    def __len__(self):
+        return 1
 
 
 def found(config, groups, second=()):
@@ -74,6 +81,44 @@ def test_reinforce_pp_by_token():
     rows = found(config, [group])[0]
     np.testing.assert_allclose(rows[0], white[:2], rtol=1e-5)
     np.testing.assert_allclose(rows[1], white[2:], rtol=1e-5)
+
+
+def test_reinforce_pp_does_not_jump_where_its_kl_ends():
+    """Lengths 2 and 1: by token, the mean of 1 1 0 is 2/3, whatever coefficient is too small to be seen."""
+    group = [sequence(1.0, [-1.0, -2.0], [-1.5, -2.0]), sequence(0.0, [-1.0], [-0.5])]
+    tiny = found(settings(loss={"name": "reinforce_pp"}, kl={"coef": 1e-12}), [group])[0]
+    none = found(settings(loss={"name": "reinforce_pp"}), [group])[0]
+    for a, b in zip(tiny, none):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(none[0], [(1 / 3) / math.sqrt(1 / 3)] * 2, rtol=1e-5)  # squares 1/9 1/9 4/9 over 2
+
+
+def test_reinforce_pp_discounts_by_a_key_of_the_config():
+    config = settings(loss={"name": "reinforce_pp"}, advantage={"options": {"gamma": 0.5, "whiten": "none"}})
+    rows = found(config, [[sequence(1.0, [-1.0, -2.0, -1.0]), sequence(0.0, [-1.0])]])[0]
+    np.testing.assert_allclose(rows[0], [0.25, 0.5, 1.0])
+
+
+def test_a_preset_has_its_kl_until_a_config_names_one():
+    """NeMo-RL's 0.01 in the loss; 0 switches it off, and no reference is kept."""
+    for kl, expected in (({}, 0.01), ({"coef": 0.0}, 0.0), ({"coef": 0.2}, 0.2)):
+        loss = find_loss(settings(loss={"preset": "nemo"}, kl=kl))
+        assert loss.options["kl_coef"] == expected and ("ref_logp" in loss.needs) == (expected > 0)
+    objective = objective_of(settings(loss={"preset": "nemo"}))
+    assert objective.estimator.name == "grpo_loo" and objective.kl_coef(settings(loss={"preset": "nemo"})) == 0.01
+    assert objective_of(settings(loss={"name": "reinforce_pp", "preset": "nemo"})).placement == "loss"
+    with pytest.raises(UserError, match="loss.preset prime_rl: prime_rl has no loss grpo"):
+        find_loss(settings(loss={"preset": "prime_rl"}))
+
+
+def test_a_loss_that_adds_tokens_up_says_so_at_the_start():
+    """In the table that a run begins with: tic_grpo's ratio is of the whole sequence; grpo has nothing to say."""
+    for name, words in (("tic_grpo", "about as many times grpo's as completions have tokens"), ("luspo", "adds"), ("grpo", None)):
+        config = settings(loss={"name": name})
+        prompts = Fake(dropped={}, rows=1)
+        inputs = grpo.Inputs(Fake(config=preset("embedded-tiny")), objective_of(config), None, prompts, 8, None)
+        notes = dict(inputs.rows(config, Fake(rows=8, row_length=16, microbatch=8), None, 1)).get("note")
+        assert (notes is None) == (words is None) and (words is None or words in notes), name
 
 
 def test_gdpo_reads_each_reward_and_cannot_have_kl_in_them():

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,8 +32,15 @@ NAN = float("nan")
         ("rloo", {}, [[0.0, 1.0, 5.0]], [[-3.0, -1.5, 4.5]]),
         # the std is of the raw rewards: mean 2, squares 4 0 1 9, over 3
         ("lite_ppo", {"eps": 0.0}, [[0.0, 2.0], [1.0, 5.0]], np.array([[-1.0, 1.0], [-2.0, 2.0]]) / math.sqrt(14 / 3)),
-        # all of 0 0 1 3: mean 1, squares 1 1 0 4
-        ("reinforce_pp", {}, [[0.0, 0.0], [1.0, 3.0]], np.array([[-1.0, -1.0], [0.0, 2.0]]) / math.sqrt(2)),
+        # others of the first 1: 0 0 1, mean 1/3, std sqrt(1/3); of a 0: 1 0 1
+        ("grpo_loo", {"eps": 0.0}, [[1.0, 0.0, 0.0, 1.0]], np.array([[2, -2, -2, 2]]) / math.sqrt(3)),
+        # the others of the second are equal: undivided
+        ("grpo_loo", {"eps": 0.0}, [[0.0, 3.0, 0.0]], [[-1 / math.sqrt(2), 3.0, -1 / math.sqrt(2)]]),
+        # largest 5, next 1, std sqrt(7)
+        ("passk", {"eps": 0.0}, [[0.0, 5.0, 1.0]], [[0.0, 4 / math.sqrt(7), 0.0]]),
+        ("center", {"singleton": "raw"}, [[2.0, NAN], [0.0, 1.0]], [[2.0, 0.0], [-0.5, 0.5]]),
+        # two of four rewards are not 0
+        ("gpg", {"alpha": "nonzero"}, [[0.0, 1.0], [1.0, 0.0]], [[-1.0, 1.0], [1.0, -1.0]]),
         # centred 0 0 | -1 1: squares 2 over 3
         ("reinforce_pp_baseline", {}, [[0.0, 0.0], [1.0, 3.0]], np.array([[0.0, 0.0], [-1.0, 1.0]]) / math.sqrt(2 / 3)),
         ("maxrl", {"eps": 0.0}, [[0.0, 0.0, 0.0, 1.0]], [[-1.0, -1.0, -1.0, 3.0]]),
@@ -42,7 +50,8 @@ NAN = float("nan")
     ],
 )
 def test_by_hand(name, options, rewards, expected):
-    found, _ = advantage.get(name, **options)(np.array(rewards, np.float32))
+    rewards = np.array(rewards, np.float32)
+    found, _ = advantage.get(name, **options)(rewards, lengths_P_G=np.ones(rewards.shape))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -89,6 +98,37 @@ def gpg(r, group, everything):
     return len(everything) / useful * (r - mean(group))
 
 
+def opo(rewards):
+    """The baseline weighs each sample by its length."""
+    found = np.zeros(rewards.shape)
+    for p, row in enumerate(rewards):
+        there = [g for g, r in enumerate(row) if not math.isnan(r)]
+        for g in there if len(there) > 1 else []:
+            found[p, g] = row[g] - sum(LENGTHS[p, k] * row[k] for k in there) / sum(LENGTHS[p, k] for k in there)
+    return found
+
+
+def loo(r, group, everything):
+    others = list(group)
+    others.remove(r)
+    return (r - mean(others)) / (std(others, 1) + 1e-6 if len(set(others)) > 1 else 1.0) if others else 0.0
+
+
+def passk(rewards):
+    found = np.zeros(rewards.shape)
+    for p, row in enumerate(rewards):
+        group = sorted((r for r in row if not math.isnan(r)), reverse=True)
+        if len(group) > 1:
+            found[p, int(np.nanargmax(row))] = (group[0] - group[1]) / (std(group, 1) + 1e-6)
+    return found
+
+
+def by_token(rewards):
+    """reinforce_pp: every reward once for each token of its completion."""
+    flat = [r for r, n in zip(rewards.reshape(-1), LENGTHS.reshape(-1)) if not math.isnan(r) for _ in range(n)]
+    return by_sample(lambda r, g, a: (r - mean(flat)) / std(flat, 1), rewards)
+
+
 SECOND = np.where(np.isnan(UNEVEN), NAN, np.sin(np.arange(30)).reshape(6, 5))  # another reward of the same samples
 TWINS = {
     "grpo": lambda x: z_score(x, 1e-4),
@@ -97,7 +137,10 @@ TWINS = {
     "zero": lambda x: by_sample(lambda r, g, a: 0.0, x),
     "rloo": lambda x: by_sample(lambda r, g, a: r - (sum(g) - r) / (len(g) - 1) if len(g) > 1 else 0.0, x),
     "lite_ppo": lambda x: by_sample(lambda r, g, a: (r - mean(g)) / (std(a, 1) + 1e-4), x),
-    "reinforce_pp": lambda x: whitened(x, 1e-8),
+    "grpo_loo": lambda x: by_sample(loo, x),
+    "opo": opo,
+    "passk": passk,
+    "reinforce_pp": by_token,
     "reinforce_pp_baseline": lambda x: whitened(masked(by_sample(lambda r, g, a: r - mean(g), x), x), 1e-8),
     "maxrl": lambda x: by_sample(lambda r, g, a: (r - mean(g)) / (mean(g) + 1e-6), x),
     "gpg": lambda x: by_sample(gpg, x),
@@ -112,13 +155,16 @@ def test_twin_on_uneven_groups(name):
     given = {"lengths_P_G": LENGTHS, "rewards_F_P_G": np.stack([rewards, SECOND]), "weights_F": np.array([2.0, 0.5])}
     found, extras = advantage.get(name)(rewards, **given)  # each takes what it reads of it
     assert extras == {}
+    if name == "reinforce_pp":  # [P][G] of [n], all tokens alike without a discount
+        assert [[len(a) for a in row] for row in found] == np.where(np.isnan(rewards), 1, LENGTHS).tolist()
+        found = np.array([[a[0] for a in row] for row in found])
     np.testing.assert_allclose(found, TWINS[name](rewards), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(found)[np.isnan(rewards)], 0.0)
 
 
 def one_function(rewards):
-    """What ``gdpo`` reads where there is one reward function."""
-    return {"rewards_F_P_G": rewards[None], "weights_F": np.ones(1)}
+    """What estimators read where there is one reward function and every completion is one token long."""
+    return {"rewards_F_P_G": rewards[None], "weights_F": np.ones(1), "lengths_P_G": np.ones(rewards.shape)}
 
 
 def test_every_estimator_has_a_twin():
@@ -144,8 +190,8 @@ def test_equal_rewards_give_exactly_zero_at_any_epsilon():
     """The mean of eight 0.1 is not 0.1 in float32; divided by a tiny eps it would be a signal."""
     rewards = np.full((2, 8), 0.1, np.float32)
     for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc", "zero"}:
-        options = {"eps": 0.0} if name not in ("center", "rloo", "gpg") else {}
-        assert not np.any(advantage.get(name, **options)(rewards, **one_function(rewards))[0]), name
+        options = {"eps": 0.0} if name not in ("center", "rloo", "gpg", "opo") else {}
+        assert not np.any(np.asarray(advantage.get(name, **options)(rewards, **one_function(rewards))[0])), name
     assert not np.any(advantage.tic_lc(rewards, np.full((2, 8), 7), eps=0.0))
 
 
@@ -154,7 +200,7 @@ def test_group_of_one_and_ungraded_group():
     assert not np.any(advantage.grpo(rewards)[:2])
     np.testing.assert_array_equal(advantage.get("grpo", preset="verl")(rewards)[0][:2], [[2.0, 0.0], [0.0, 0.0]])
     for name in set(advantage.ESTIMATORS) - {"tic_lc", "raw"}:
-        found = np.asarray(advantage.get(name)(rewards, **one_function(rewards))[0])
+        found = np.asarray(advantage.get(name)(rewards, **one_function(rewards))[0]).reshape(3, 2)
         assert np.all(np.isfinite(found)) and not np.any(found[1]) and found[0, 1] == 0, name
 
 
@@ -163,6 +209,34 @@ def test_presets():
     np.testing.assert_allclose(advantage.get("grpo", preset="trl")(rewards)[0][0, 2], 1 / 1.0001, rtol=1e-7)
     assert advantage.get("tic_lc", preset="trl").options == {}  # 1e-4 would swamp a std of rewards per token
     np.testing.assert_allclose(advantage.get("grpo", preset="verl", eps=1.0)(rewards)[0][0, 2], 0.5, rtol=1e-7)
+
+
+def test_whitening_by_token_counts_a_sample_as_often_as_it_has_tokens():
+    """1 with three tokens and 0 with one: mean 3/4, squares 3/16 + 9/16 over 3."""
+    rewards, lengths = np.array([[1.0, 0.0]]), np.array([[3, 1]])
+    found = advantage.reinforce_pp(rewards, lengths, eps=0.0)
+    np.testing.assert_allclose(found[0][0], [0.5] * 3, rtol=1e-6)
+    np.testing.assert_allclose(found[0][1], [-1.5], rtol=1e-6)
+    centred = advantage.reinforce_pp_baseline(rewards, lengths, whiten="token", eps=0.0)  # .5 and -.5: mean .25
+    np.testing.assert_allclose(centred, [[0.5, -1.5]], rtol=1e-6)
+
+
+def test_reinforce_pp_discounts():
+    """gamma .5 over three tokens: .25 .5 1."""
+    found = advantage.get("reinforce_pp", gamma=0.5, whiten="none")(np.array([[1.0]]), lengths_P_G=np.array([[3]]))[0]
+    np.testing.assert_allclose(found[0][0], [0.25, 0.5, 1.0])
+
+
+def test_maxrl_refuses_a_negative_mean():
+    with pytest.raises(UserError, match=r"maxrl divides by a group's mean reward, and one has -0\.5: .* change its sign"):
+        advantage.maxrl(np.array([[0.0, 1.0], [-1.0, 0.0]]))
+    assert not np.any(jax.jit(advantage.maxrl)(jnp.array([[-1.0, 0.0]])))
+
+
+def test_an_infinite_reward_is_named():
+    for name in set(advantage.ESTIMATORS) - {"tic_lc", "gdpo"}:
+        with pytest.raises(UserError, match="the reward of sample 1 of group 0 is infinite"):
+            advantage.get(name)(np.array([[0.0, np.inf]]), lengths_P_G=np.ones((1, 2)))
 
 
 def test_length_correction():
@@ -176,7 +250,7 @@ def test_gdpo():
     # z-scores: +-1/sqrt(2) or 0; weighted 1 and 2: group 0 +-(-1 + 2), group 1 +-2, in units of 1/sqrt(2)
     total = np.array([[1.0, -1.0], [-2.0, 2.0]]) / math.sqrt(2)
     expected = total / math.sqrt((total**2).sum() / 3)
-    np.testing.assert_allclose(advantage.gdpo(None, rewards, np.array([1.0, 2.0]), eps=0.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(advantage.gdpo(None, rewards, np.array([1.0, 2.0]), np.ones((2, 2)), eps=0.0), expected, rtol=1e-5)
 
 
 def test_informative_groups():
@@ -190,7 +264,8 @@ def test_unknown_names_suggest():
     with pytest.raises(UserError, match=r"advantage\.options\.epsilon: grpo has no option epsilon"):
         advantage.get("grpo", epsilon=1e-4)
     assert advantage.get("tic_lc").reads == {"lengths_P_G"} and advantage.get("grpo").reads == frozenset()
-    assert advantage.get("gdpo").reads == {"rewards_F_P_G", "weights_F"} and advantage.get("gdpo").fills == frozenset()
+    assert advantage.get("gdpo").reads == {"rewards_F_P_G", "weights_F", "lengths_P_G"}
+    assert advantage.get("gdpo").fills == frozenset()
 
 
 OWN = """

@@ -13,7 +13,7 @@ from losses_twin import clip, ppo
 
 from jaxreason import losses
 from jaxreason.errors import UserError
-from jaxreason.losses import policy, select
+from jaxreason.losses import kl, policy, select
 from jaxreason.types import Totals
 
 exp, log = math.exp, math.log
@@ -69,6 +69,44 @@ def dppo(s, t):
     a, moved = s.advantages[t], exp(s.logp0[t]) - exp(s.old_logp[t])
     dropped = (moved > 0.1 and a > 0) or (moved < -0.1 and a < 0)
     return (0 if dropped else -s.ratio(t) * a) + 1e-3 * (s.logp[t] - s.old_logp[t]) ** 2
+
+
+def moved(s, t, kl=False):
+    """Distance of the token's probability p from the behaviour's q, and whether it rose."""
+    p, q = exp(s.logp0[t]), exp(s.old_logp[t])
+    if kl and max(p, q) >= 1:  # the data's noise makes some that are no probabilities
+        return 0.0, p > q
+    return (q * log(q / p) + (1 - q) * log((1 - q) / (1 - p)) if kl else abs(p - q)), p > q
+
+
+def dppo_kl(s, t):
+    far, rose = moved(s, t, kl=True)
+    keep = far <= 0.01 or rose != (s.advantages[t] > 0)
+    return -keep * min(s.ratio(t), 1.3) * s.advantages[t] + 1e-3 * (s.logp[t] - s.old_logp[t]) ** 2
+
+
+def dppo_reinforce(s, t):
+    far, rose = moved(s, t)
+    keep = far <= 0.1 or rose != (s.advantages[t] > 0)
+    return -keep * min(exp(s.logp0[t] - s.old_logp[t]), 1.1) * s.advantages[t] * s.logp[t]
+
+
+def ipo(s, t):
+    return -(moved(s, t)[0] <= 0.05) * s.ratio(t) * s.advantages[t] + 1e-3 * (s.logp[t] - s.old_logp[t]) ** 2
+
+
+def topr(s, t):
+    a = s.advantages[t]
+    return -(0.5 if a > 0 else 2.0 * min(exp(s.logp0[t] - s.old_logp[t]), 1.0)) * a * s.logp[t]
+
+
+def dro(s, t):
+    return -s.advantages[t] * s.logp[t] + 0.35 * (s.logp[t] - s.old_logp[t]) ** 2
+
+
+def gmpo_corrected(s, t):
+    """IS weights enter as their geometric mean."""
+    return gmpo(s, t) * exp(sum(log(min(rho(s, k), 1.1)) for k in range(s.n)) / s.n)
 
 
 def two_sided(s, t):
@@ -140,6 +178,17 @@ CASES = [
     ("luspo", {"clip_low": 0.1, "clip_high": 0.2}, sequence_ppo(0.1, 0.2), SUM),
     ("vespo", {}, vespo, TOK),
     ("dppo", {"max_rise": 0.1, "max_fall": 0.1}, dppo, TOK),
+    ("dppo", {"max_rise": 0.1, "max_fall": 0.1, "form": "reinforce", "ratio_cap": 1.1, "log_ratio_coef": 0.0},
+     dppo_reinforce, TOK),
+    ("dppo_kl", {"max_rise": 0.01, "max_fall": 0.01, "ratio_cap": 1.3}, dppo_kl, TOK),
+    ("ipo", {"behaviour": "old", "max_rise": 0.05, "max_fall": 0.05}, ipo, TOK),
+    ("topr", {"positive_weight": 0.5, "negative_weight": 2.0}, topr, SUM),
+    ("dro", {"beta": 0.7}, dro, TOK),
+    ("kimi15", {"beta": 0.7}, dro, SEQ),
+    ("gmpo", {"correction": "tis", "correction_max": 1.1}, gmpo_corrected, SEQ),
+    ("grpo", {"behaviour": "policy"}, lambda s, t: -exp(s.logp[t] - s.logp0[t]) * s.advantages[t], SEQ),
+    ("grpo", {"reduce": "token-sum"}, GRPO, "token-sum"),
+    ("grpo", {"reduce": "token-sum", "max_completion_tokens": 5}, lambda s, t: GRPO(s, t) / 5, "token-sum"),
     ("two_sided", {"ratio_cap": 1.1}, two_sided, SEQ),
     ("dual_clip", {"dual_clip": 1.1}, dual_clip, SEQ),
     ("opsm", {"off_policy_threshold": 0.0}, opsm, SEQ),
@@ -148,6 +197,15 @@ CASES = [
     ("dapo", {"kl_coef": 0.3, "kl_estimator": "k2"}, lambda s, t: token_ppo(0.2, 0.28)(s, t) + 0.3 * k2(s, t), TOK),
     ("grpo", {"kl_coef": 0.3, "kl_estimator": "k3_unbiased"},
      lambda s, t: GRPO(s, t) + 0.3 * s.ratio(t) * k3(s, t), SEQ),
+    ("grpo", {"kl_coef": 0.3, "kl_estimator": "abs"},
+     lambda s, t: GRPO(s, t) + 0.3 * abs(s.ref_logp[t] - s.logp[t]), SEQ),
+    ("grpo", {"kl_coef": 0.3, "kl_estimator": "k2_unbiased", "kl_ratio": "policy"},
+     lambda s, t: GRPO(s, t) + 0.3 * exp(s.logp[t] - s.logp0[t]) * k2(s, t), SEQ),
+    ("grpo", {"kl_coef": 0.3, "kl_estimator": "k1_unbiased", "kl_ratio": "sampler"},
+     lambda s, t: GRPO(s, t) + 0.3 * exp(s.logp[t] - s.sampler_logp[t]) * (s.logp[t] - s.ref_logp[t]), SEQ),
+    ("grpo", {"correction": "tis_geometric", "correction_max": 1.05}, lambda s, t: min(rho_mean(s), 1.05) * GRPO(s, t), SEQ),
+    ("grpo", {"correction": "seq_mask_tis", "correction_min": 0.95, "correction_max": 1.05},
+     lambda s, t: rho(s, t) * (0.95 <= rho_mean(s) <= 1.05) * GRPO(s, t), SEQ),
     ("grpo", {"correction": "tis", "correction_max": 1.1}, lambda s, t: min(rho(s, t), 1.1) * GRPO(s, t), SEQ),
     ("grpo", {"correction": "tis_sequence"}, lambda s, t: min(rho_all(s), 2.0) * GRPO(s, t), SEQ),
     ("grpo", {"correction": "icepop", "correction_min": 0.9, "correction_max": 1.1},
@@ -188,13 +246,19 @@ def test_every_variant_has_a_twin_and_a_hand_number():
     assert set(HAND) == set(losses.names("policy"))
 
 
+def clipped(s, t, low, high):
+    """Whether the clipped branch is the surrogate: nothing is left there to drop."""
+    w, a = s.ratio(t), s.advantages[t]
+    return clip(w, 1 - low, 1 + high) * a < w * a
+
+
 def test_selected_tokens_twin():
     """Rules over the step: the covariance and entropy picks against sorting by hand, and their losses."""
     data, live = twin.arrays(), twin.MASK > 0
     a, x = data["advantages"], data["old_logp"]
     cov = (a - a[live].mean()) * (x - x[live].mean())
     top = np.zeros(live.shape)
-    for where in sorted(zip(*np.nonzero(live)), key=lambda p: -cov[p])[:4]:  # ceil(0.2 * 16 tokens) = 4
+    for where in sorted(zip(*np.nonzero(live)), key=lambda p: -cov[p])[:3]:  # floor(0.2 * 16 tokens) = 3
         top[where] = 1
     entropic = (live & (data["entropy"] >= np.quantile(data["entropy"][live], 0.75))).astype(float)
     data["picked"] = top
@@ -203,18 +267,18 @@ def test_selected_tokens_twin():
         ("kl_cov", {"cov_fraction": 0.2}, top,
          lambda s, t: -s.ratio(t) * s.advantages[t] + s.picked[t] * abs(s.logp[t] - s.old_logp[t])),
         ("clip_cov", {"cov_fraction": 0.2, "cov_low": -99, "cov_high": 99}, None,
-         lambda s, t: ppo(exp((s.logp0 if s.picked[t] else s.logp)[t] - s.old_logp[t]), s.advantages[t], 0.2, 1.0)),
+         lambda s, t: (not s.picked[t] or clipped(s, t, 0.2, 1.0)) * ppo(s.ratio(t), s.advantages[t], 0.2, 1.0)),
         ("top_entropy", {"top_entropy": 0.25}, entropic, lambda s, t: s.picked[t] * token_ppo(0.2, 0.28)(s, t)),
     ]:  # fmt: skip
         loss = losses.get(name, **options)
         on_policy = cases.make("policy", data | {"logp": data["old_logp"]}, keys=loss.needs)
         found = np.asarray(loss.select(on_policy))
         if picked is None:  # random: the right number, all supervised
-            assert found.sum() == 4 and not np.any(found[~live])
+            assert found.sum() == 3 and not np.any(found[~live])
         else:
             np.testing.assert_array_equal(found > 0, picked > 0)
         # Means over the picked tokens are sums over all of the step, where a bonus needs them.
-        np.testing.assert_allclose(found[live].mean(), 1.0 if name == "top_entropy" else 4 / 16, rtol=1e-6)
+        np.testing.assert_allclose(found[live].mean(), 1.0 if name == "top_entropy" else 3 / 16, rtol=1e-6)
         data["picked"] = (found > 0).astype(float)
         inputs = cases.make("policy", data, keys=set(data))
         inputs = inputs.__class__(**vars(inputs) | {"selected": jnp.asarray(found, jnp.float32)})
@@ -252,9 +316,15 @@ HAND = {
     "luspo": ({}, 0.99575),  # (-1.0025 + 3 * .998) / 2
     "vespo": ({}, 0.0505469),  # (-1.5^2 e^-1.5 ln .6 + 3 * .125^3 e^1.75 ln .2) / 4
     "dppo": ({"max_rise": 0.1, "max_fall": 0.3}, 0.3754014),  # (0 + 3 * .5 + .001 (ln^2 1.5 + 3 ln^2 .5)) / 4
+    # KL of coins .4 and .6: .4 ln(.4/.6) + .6 ln(.6/.4) = .0811; of .4 and .2: .4 ln 2 + .6 ln(.6/.8) = .1046
+    "dppo_kl": ({"max_rise": 0.08, "max_fall": 0.11}, 0.3754014),  # as dppo's
+    "ipo": ({"behaviour": "old", "max_rise": 0.3, "max_fall": 0.15}, -0.3745986),  # (-1.5 + 0) / 4 + .0004014
+    "topr": ({}, -0.9516656),  # (-ln .6 + .5 * 3 ln .2) / 2
+    "dro": ({"beta": 2.0}, -0.6779312),  # (-ln .6 + 3 ln .2 + ln^2 1.5 + 3 ln^2 .5) / 4
+    "kimi15": ({"beta": 2.0}, -0.2268787),  # (-ln .6 + ln^2 1.5 + ln .2 + ln^2 .5) / 2
     "two_sided": ({"ratio_cap": 0.5}, 0.15),  # (-min(.5, 1.2) + .8) / 2
     "dual_clip": ({"dual_clip": 0.7}, -0.25),  # (-1.2 + .7) / 2
-    "clip_cov": ({}, 0.225),  # (-1.5 + 3 * .8) / 4
+    "clip_cov": ({}, 0.6),  # (0 + 3 * .8) / 4
     "kl_cov": ({"cov_kl_coef": 2.0}, 0.2027326),  # (-1.5 + 2 ln 1.5 + 3 * .5) / 4
     "top_entropy": ({}, -0.32),  # -1.28 / 4
     "opsm": ({}, -0.6),  # drift ln 2 > .5: (-1.2 + 0) / 2
@@ -334,6 +404,18 @@ def test_rows_without_ids_equal_rows_with_ids():
     assert one != loss(cases.make("policy", data, groups=None, keys=()))[0]
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs", "k1_unbiased", "k3_unbiased"])
+def test_beyond_its_clamp_a_kl_has_no_gradient(estimator):
+    """Not through a ratio either; d is 25 and -25, the clamp 20, and the ratio e^.5."""
+    logp, apart = jnp.array([[-1.0, -1.0, -1.0]]), jnp.array([[25.0, -25.0, 1.0]])
+
+    def total(x):
+        return kl.kl(x, logp + apart, estimator, log_ratio=x - logp + 0.5, log_ratio_clamp=20.0).sum()
+
+    grad = jax.grad(total)(logp)
+    assert not np.any(grad[0, :2]) and np.isfinite(grad[0, 2])
+
+
 def test_a_step_of_padding_gives_zero():
     data = twin.arrays()
     for name in ("grpo", "dapo", "dr_grpo"):
@@ -370,5 +452,5 @@ def test_clip_cov_draws_from_the_band_only():
     cov = jnp.asarray([[0.0, 2.0, 3.0, 9.0, 2.5, 4.0]])
     mask = jnp.asarray([[1.0, 1, 1, 1, 0, 1]])
     draws = [np.asarray(select.random_in_band(cov, mask, 1.0, 5.0, 0.3, jax.random.key(k))) for k in range(20)]
-    assert {d.sum() for d in draws} == {2.0}  # ceil(.3 * 5)
+    assert {d.sum() for d in draws} == {1.0}  # floor(.3 * 5)
     assert set(np.nonzero(sum(draws))[1]) == {1, 2, 5}

@@ -1,4 +1,5 @@
-"""``preset="trl"`` against TRL 1.x's formulas as loops over unpacked rows; verl and NeMo by their differences."""
+"""``preset="trl"`` against TRL 1.x's formulas as loops over unpacked rows: a twin in addition to the vectors of
+``test_losses_frameworks.py``."""
 
 import math
 
@@ -183,14 +184,13 @@ def test_vespo_takes_only_corrections_by_token():
         losses.get("vespo", correction="mis")
 
 
-def test_other_presets_change_what_they_say():
-    verl = losses.get("grpo", preset="verl").options
-    assert (verl["dual_clip"], verl["kl_value_clamp"], verl["log_ratio_clamp"]) == (3.0, 10.0, 20.0)
-    assert losses.get("gspo", preset="verl").options["ratio"] == "gspo_token"
-    for preset in ("verl", "nemo"):
-        options = losses.get("cispo", preset=preset).options
-        assert (options["ratio_min"], options["ratio_max"]) == (0.8, 1.2)
-    assert losses.get("grpo", preset="nemo").advantage == "rloo"
+def test_options_win_over_a_preset_and_its_rules():
+    """verl clamps k3 alone, so the clamps follow the estimator; what is named stays."""
+    assert losses.get("grpo", preset="verl").options["kl_value_clamp"] == 10.0
+    assert losses.get("grpo", preset="verl", kl_estimator="k2").options["kl_value_clamp"] is None
+    assert losses.get("grpo", preset="verl", kl_estimator="k2", kl_value_clamp=3.0).options["kl_value_clamp"] == 3.0
     assert losses.get("grpo", preset="verl", dual_clip=None).options["dual_clip"] is None
-    with pytest.raises(UserError, match="trl, verl, nemo"):
+    with pytest.raises(UserError, match="'tlr' is unknown; did you mean trl"):
         losses.get("grpo", preset="tlr")
+    with pytest.raises(UserError, match="verl has no loss rloo; verl's RLOO is its clipped loss"):
+        losses.get("rloo", preset="verl")

@@ -159,7 +159,20 @@ BUGS = {
     "missing option": ("def f(inputs, scale):\n    return scale, {}\n", "loss.options.scale is missing"),
     "no inputs": ("def f():\n    return 0.0, {}\n", "f must take what it is called with"),
     "not a scalar": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp, axis=1) / n, {{}}\n", r"shape \(5,\)"),
-    "no metrics": (f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n\n", "must return"),
+    "no metrics": (
+        f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n\n", r"must return \(value, metrics\) .* but returned array\b"
+    ),
+    "mean over the batch in small units": (
+        "def f(inputs):\n    x, _ = losses.clean(inputs)\n    return -1e-6 * jnp.mean(x.logp), {}\n",
+        "how the batch is split",
+    ),
+    "a metric of the batch in small units": (
+        f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp) / n, {{'m': 1e-7 * jnp.mean(x.logp)}}\n", "metric 'm' is"
+    ),
+    "a cube in the exponent": (
+        f"def f(inputs):\n{CLEAN}    return -jnp.sum(jnp.exp((x.logp - x.old_logp) ** 3)) / n, {{}}\n",
+        "its value is -?inf where the log-probs are 20 nats from the old ones",
+    ),
     "wrong broadcast": (
         f"def f(inputs):\n{CLEAN}    return -jnp.sum(x.logp * jnp.ones(3)) / n, {{}}\n",
         r"mine\.py, line 6",
@@ -195,9 +208,9 @@ def test_a_buggy_loss_is_refused(bug, tmp_path):
         losses.check(own(tmp_path, body))
 
 
-@pytest.mark.parametrize("name", ["gspo", "nll"])
-def test_built_in_losses_pass_the_check(name):
-    losses.check(losses.get(name))
+@pytest.mark.parametrize(("name", "options"), [("gspo", {}), ("nll", {}), ("grpo", {"preset": "trl", "kl_coef": 0.1})])
+def test_built_in_losses_pass_the_check(name, options):
+    losses.check(losses.get(name, **options))
 
 
 def test_a_buggy_loss_ends_the_command_with_a_message(tmp_path, capsys):

@@ -13,7 +13,7 @@ from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import losses
 from jaxreason.errors import UserError
-from jaxreason.losses import sft
+from jaxreason.losses import distill, sft
 from jaxreason.losses.segments import sequences_of
 
 exp, log = math.exp, math.log
@@ -186,3 +186,24 @@ def test_missing_inputs_are_named():
                         ("jsd", "teacher_divergence")]:  # fmt: skip
         with pytest.raises(UserError, match=f"SftInputs.{field}"):
             losses.get(name)(inputs)
+
+
+def test_a_target_of_probability_zero():
+    """p log p and its gradient tend to 0 with p; -log p is infinite, and no NaN."""
+    inputs = losses.SftInputs(logp=jnp.array([[-jnp.inf, -1.0]]), mask=jnp.ones((1, 2)))
+    value, _, grad = cases.value_and_grad(losses.get("dft"), inputs)
+    np.testing.assert_allclose(value, exp(-1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(grad, [[0.0, -exp(-1) / 2]], rtol=1e-6)
+    for name in ("nll", "focal"):
+        value, _, grad = cases.value_and_grad(losses.get(name), inputs)
+        assert value == np.inf and not np.any(np.isnan(grad)), name
+
+
+def test_jsd_of_tokens_that_neither_model_can_emit():
+    """As if these were not in the vocabulary."""
+    student, teacher = np.array([1.0, -np.inf, 0.5]), np.array([0.2, -np.inf, 0.8])
+    both = jax.value_and_grad(distill.generalized_jsd)(jnp.asarray(student), jnp.asarray(teacher))
+    without = jax.value_and_grad(distill.generalized_jsd)(jnp.asarray(student[[0, 2]]), jnp.asarray(teacher[[0, 2]]))
+    np.testing.assert_allclose(both[0], without[0], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(both[1])[[0, 2]], without[1], rtol=1e-5)
+    assert both[1][1] == 0

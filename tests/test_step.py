@@ -116,6 +116,8 @@ def test_loss_is_the_mean_over_trained_tokens(whole):
 def test_totals_count_sequences_in_packed_rows():
     totals = totals_of(PACKED)
     assert (float(totals.tokens), float(totals.sequences)) == (sum(n - 2 for n in LENGTHS), 8.0)
+    truncated = totals_of(dataclasses.replace(PACKED, loss_mask=PACKED.loss_mask.at[3].set(0.0)))  # masked, but drawn
+    assert (float(truncated.sequences), float(truncated.drawn)) == (7.0, 8.0)
 
 
 def test_count_unique_by_hand():

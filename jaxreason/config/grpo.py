@@ -31,8 +31,8 @@ class GrpoData(Problems):
 class GrpoLoss(Loss):
     name: str = "grpo"
     """A named policy loss, or ``package.module:function``."""
-    preset: Literal["trl", "verl", "nemo"] | None = None
-    """Conventions of another framework where they differ; ``options`` win over it."""
+    preset: Literal["trl", "verl", "nemo", "prime_rl", "open_instruct", "slime", "roll"] | None = None
+    """Conventions and defaults of another framework; ``options`` win over it, and a loss that it has not is refused."""
 
 
 class Rollout(Draw):
@@ -78,12 +78,13 @@ class Advantage(Section):
 
 
 class Kl(Section):
-    coef: float = Field(0.0, ge=0)
-    """Coefficient of the KL to the reference, the starting weights; 0: no reference model is kept."""
+    coef: float | None = Field(None, ge=0)
+    """Coefficient of the KL to the reference, the starting weights; 0: no reference model is kept; null: 0, or what
+    ``loss.preset`` has."""
     placement: Literal["loss", "reward"] | None = None
     """A term of the loss by token, or k1 taken off the reward; null: as the loss's paper has it (rloo and reinforce_pp
     in the reward, the others in the loss)."""
-    estimator: Literal["k1", "k2", "k3", "k1+", "k3+", "k3_unbiased"] | None = None
+    estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+", "k1_unbiased", "k2_unbiased", "k3_unbiased"] | None = None
     """Of the KL in the loss; null: k3, or what ``loss.preset`` has."""
     offload: bool = False
     """Keep the reference in host memory and copy it to the devices once a step, to score."""

@@ -8,12 +8,15 @@ an option. Axes: P prompts, G group, F reward functions.
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxreason import plugins
 from jaxreason.errors import UserError
+from jaxreason.losses import presets, tokens
 from jaxreason.losses.estimator import GIVEN, Estimator
 
 Singleton = Literal["zero", "raw"]
@@ -29,16 +32,13 @@ def grpo(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-4, singleton:
     values, valid = _graded(rewards_P_G)
     centred = _centred(values, valid, axis=1)
     result = centred / _std(centred, valid, 1, ddof, eps)
-    if singleton == "raw":
-        alone = jnp.sum(valid, axis=1, keepdims=True) == 1
-        result = jnp.where(alone, values, result)
-    return jnp.where(valid, result, 0.0)
+    return jnp.where(valid, jnp.where(_alone(valid) & (singleton == "raw"), values, result), 0.0)
 
 
-def center(rewards_P_G: ArrayLike) -> Array:
-    """R - mean_g: no division. Dr.GRPO (2503.20783), prime-rl."""
+def center(rewards_P_G: ArrayLike, *, singleton: Singleton = "zero") -> Array:
+    """R - mean_g: no division. Dr.GRPO (2503.20783), prime-rl. ``singleton`` as in ``grpo``."""
     values, valid = _graded(rewards_P_G)
-    return _centred(values, valid, axis=1)
+    return _less_group_mean(values, valid, singleton)
 
 
 def raw(rewards_P_G: ArrayLike) -> Array:
@@ -51,11 +51,47 @@ def zero(rewards_P_G: ArrayLike) -> Array:
     return jnp.zeros_like(_graded(rewards_P_G)[0])
 
 
-def rloo(rewards_P_G: ArrayLike) -> Array:
-    """R_i - mean_{j != i} R_j = n / (n - 1) (R_i - mean), leave-one-out. RLOO (2402.14740). A group of one gets 0."""
+def rloo(rewards_P_G: ArrayLike, *, singleton: Singleton = "zero") -> Array:
+    """R_i - mean_{j != i} R_j = n / (n - 1) (R_i - mean), leave-one-out. RLOO (2402.14740). ``singleton`` as in ``grpo``."""
     values, valid = _graded(rewards_P_G)
     n = jnp.sum(valid, axis=1, keepdims=True, dtype=jnp.float32)
-    return _centred(values, valid, axis=1) * jnp.where(n > 1, n / jnp.maximum(n - 1.0, 1.0), 0.0)
+    return _less_group_mean(values, valid, singleton) * jnp.where(n > 1, n / jnp.maximum(n - 1.0, 1.0), 1.0)
+
+
+def grpo_loo(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-6) -> Array:
+    """(R_i - mean) / (std + eps), both over the others of the group; undivided where these are all equal. NeMo-RL's default.
+
+    [1, 0, 0, 1]: the others of the first have mean 1/3 and std sqrt(1/3), so its advantage is 1.155. A group of one gets 0.
+    """
+    values, valid = _graded(rewards_P_G)
+    others = valid[:, None, :] & ~jnp.eye(valid.shape[1], dtype=bool)
+    n = jnp.sum(others, axis=2, dtype=jnp.float32)
+    mean = jnp.sum(jnp.where(others, values[:, None, :], 0.0), axis=2) / jnp.maximum(n, 1.0)
+    high = jnp.max(jnp.where(others, values[:, None, :], -jnp.inf), axis=2)
+    low = jnp.min(jnp.where(others, values[:, None, :], jnp.inf), axis=2)
+    squares = jnp.sum(jnp.where(others, jnp.square(values[:, None, :] - mean[:, :, None]), 0.0), axis=2)
+    std = jnp.sqrt(squares / jnp.maximum(n - ddof, 1.0)) + eps
+    mean = jnp.where(high == low, low, mean)  # exact, so that a group of equal rewards gets exactly 0
+    return jnp.where(valid & (n > 0), (values - mean) / jnp.where((high > low) & (n > ddof), std, 1.0), 0.0)
+
+
+def opo(rewards_P_G: ArrayLike, lengths_P_G: ArrayLike, *, singleton: Singleton = "zero") -> Array:
+    """R - sum_j n_j R_j / sum_j n_j, n completion tokens: the baseline of least variance. OPO (2505.23585). ``singleton`` as
+    in ``grpo``."""
+    values, valid = _graded(rewards_P_G)
+    lengths = jnp.where(valid, jnp.asarray(lengths_P_G, jnp.float32), 0.0)
+    return _less_group_mean(values, valid, singleton, lengths)
+
+
+def passk(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-6) -> Array:
+    """(largest - second largest) / (std_g + eps) for the best sample of a group, 0 for the others: pass@k policy optimization
+    (2503.19595), as verl's ``grpo_passk`` has it. A group of one gets 0."""
+    values, valid = _graded(rewards_P_G)
+    ordered = jnp.sort(jnp.where(valid, values, -jnp.inf), axis=1)
+    two = jnp.sum(valid, axis=1, keepdims=True) > 1
+    lead = jnp.where(two, ordered[:, -1:] - ordered[:, -2:-1], 0.0)
+    best = jnp.arange(valid.shape[1]) == jnp.argmax(jnp.where(valid, values, -jnp.inf), axis=1)[:, None]
+    return jnp.where(best & two, lead / _std(_centred(values, valid, axis=1), valid, 1, ddof, eps), 0.0)
 
 
 def lite_ppo(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-4) -> Array:
@@ -65,37 +101,76 @@ def lite_ppo(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-4) -> Arr
     return _centred(values, valid, axis=1) / spread
 
 
-def reinforce_pp(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-8) -> Array:
-    """(R - mean) / (std + eps) over the batch, no groups. REINFORCE++ (2501.03262) without a per-token reward; with
-    KL in the reward use ``tokens.reinforce_pp_tokens``."""
+def reinforce_pp(
+    rewards_P_G: ArrayLike,
+    lengths_P_G: ArrayLike,
+    *,
+    gamma: float = 1.0,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    whiten: Literal["token", "none"] = "token",
+) -> list[list[np.ndarray]]:
+    """[P][G] of [n]: the reward-to-go gamma^(n - 1 - t) R of every token, whitened over the tokens of the step; no groups.
+    REINFORCE++ (2501.03262). With KL in the reward the loop gives ``tokens.reinforce_pp_tokens`` its token rewards, too.
+
+    ``lengths_P_G`` are completion tokens. ``whiten``: ``none`` leaves the returns as they are (slime's default).
+    """
     values, valid = _graded(rewards_P_G)
-    centred = _centred(values, valid, axis=None)
-    return centred / _std(centred, valid, None, ddof, eps)
+    lengths = np.where(np.asarray(valid), np.nan_to_num(np.asarray(lengths_P_G, np.float64)), 0).astype(int)
+    mask = jnp.asarray(np.arange(max(lengths.max(initial=0), 1)) < lengths.reshape(-1, 1), jnp.float32)
+    scores, none = values.reshape(-1, 1) * mask, jnp.zeros(mask.shape)
+    found = tokens.reinforce_pp_tokens(scores, none, none, mask, gamma=gamma, ddof=ddof, eps=eps, whiten=whiten)
+    rows = iter(np.asarray(found))
+    # What has no reward is one token long here, with advantage 0.
+    return [[next(rows)[: max(n, 1)] for n in row] for row in lengths]
 
 
-def reinforce_pp_baseline(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-8) -> Array:
-    """R - mean_g, then whitened over the batch by the std of the centred rewards. REINFORCE++-baseline (2501.03262)."""
+def reinforce_pp_baseline(
+    rewards_P_G: ArrayLike,
+    lengths_P_G: ArrayLike,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    singleton: Singleton = "zero",
+    whiten: Literal["sample", "token", "none"] = "sample",
+) -> Array:
+    """R - mean_g, then whitened over the batch by the std of the centred rewards. REINFORCE++-baseline (2501.03262).
+
+    ``whiten``: every sample counts once (``sample``), or once for each of its ``lengths_P_G`` completion tokens (``token``, verl
+    and NeMo-RL), or nothing is divided (``none``, slime's default). ``singleton`` as in ``grpo``.
+    """
     values, valid = _graded(rewards_P_G)
-    return reinforce_pp(jnp.where(valid, _centred(values, valid, axis=1), jnp.nan), ddof=ddof, eps=eps)
+    return _whiten(_less_group_mean(values, valid, singleton), valid, lengths_P_G, whiten, ddof, eps)
 
 
 def maxrl(rewards_P_G: ArrayLike, *, eps: float = 1e-6) -> Array:
-    """(R - mean_g) / (mean_g + eps), for rewards >= 0; a group without success gets 0. MaxRL (2602.02710)."""
-    values, valid = _graded(rewards_P_G)
-    mean = _mean(values, valid, axis=1)
-    return _centred(values, valid, axis=1) / (mean + eps)
+    """(R - mean_g) / (mean_g + eps), for rewards >= 0; a group without success gets 0. MaxRL (2602.02710).
 
-
-def gpg(rewards_P_G: ArrayLike, *, f_norm: float = 1.0) -> Array:
-    """alpha (R - mean_g) / f_norm, alpha = samples / samples in groups with unequal rewards. GPG (2504.02546).
-
-    alpha makes up for the groups whose gradient is zero.
+    Raises UserError for a group whose mean is negative: dividing by it would turn every advantage around. Under jit such a
+    group gets 0.
     """
     values, valid = _graded(rewards_P_G)
-    centred = _centred(values, valid, axis=1)
-    useful = jnp.any(centred != 0, axis=1, keepdims=True) & valid
-    alpha = jnp.sum(valid, dtype=jnp.float32) / jnp.maximum(jnp.sum(useful, dtype=jnp.float32), 1.0)
-    return alpha * centred / f_norm
+    mean = _mean(values, valid, axis=1)
+    if not isinstance(mean, jax.core.Tracer) and np.min(mean, initial=0.0) < 0:
+        raise UserError(
+            f"advantage.name maxrl divides by a group's mean reward, and one has {np.min(mean):.4g}: every advantage would "
+            "change its sign; use rewards that are at least 0, or another estimator, such as center"
+        )
+    return jnp.where(mean > 0, _centred(values, valid, axis=1) / jnp.where(mean > 0, mean + eps, 1.0), 0.0)
+
+
+def gpg(
+    rewards_P_G: ArrayLike, *, f_norm: float = 1.0, alpha: Literal["groups", "nonzero"] = "groups", singleton: Singleton = "zero"
+) -> Array:
+    """alpha (R - mean_g) / f_norm, alpha = samples / samples in groups with unequal rewards. GPG (2504.02546).
+
+    alpha makes up for the groups whose gradient is zero; ``nonzero``: samples / samples whose reward is not 0 (verl).
+    ``singleton`` as in ``grpo``.
+    """
+    values, valid = _graded(rewards_P_G)
+    useful = (values != 0) if alpha == "nonzero" else jnp.any(_centred(values, valid, axis=1) != 0, axis=1, keepdims=True)
+    share = jnp.sum(valid, dtype=jnp.float32) / jnp.maximum(jnp.sum(useful & valid, dtype=jnp.float32), 1.0)
+    return share * _less_group_mean(values, valid, singleton) / f_norm
 
 
 def tic_lc(rewards_P_G: ArrayLike, lengths_P_G: ArrayLike, *, ddof: int = 0, eps: float = 1e-6) -> Array:
@@ -109,55 +184,59 @@ def tic_lc(rewards_P_G: ArrayLike, lengths_P_G: ArrayLike, *, ddof: int = 0, eps
 
 
 def gdpo(
-    rewards_P_G: ArrayLike, rewards_F_P_G: ArrayLike, weights_F: ArrayLike, *, ddof: int = 1, eps: float = 1e-4
+    rewards_P_G: ArrayLike,
+    rewards_F_P_G: ArrayLike,
+    weights_F: ArrayLike,
+    lengths_P_G: ArrayLike,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-4,
+    singleton: Singleton = "zero",
+    baseline: Literal["group", "others"] = "group",
+    whiten: Literal["sample", "token"] = "sample",
 ) -> Array:
     """Each of F rewards z-scored in its group, weighted sum, z-score over the batch. GDPO (2601.05242).
 
     ``rewards_P_G``, the weighted sums of the rewards themselves, are not read. A sample that lacks one reward gets 0 from
-    it; one that lacks all gets 0.
+    it; one that lacks all gets 0. ``baseline``: the z-score is ``grpo``'s (``group``), or ``grpo_loo``'s (``others``, NeMo-RL).
+    ``whiten`` as in ``reinforce_pp_baseline``, ``singleton`` as in ``grpo``.
     """
     del rewards_P_G
     rewards_F_P_G, weights_F = jnp.asarray(rewards_F_P_G, jnp.float32), jnp.asarray(weights_F, jnp.float32)
-    total = sum(weight * grpo(rewards, ddof=ddof, eps=eps) for weight, rewards in zip(weights_F, rewards_F_P_G))
-    any_valid = jnp.any(jnp.isfinite(rewards_F_P_G), axis=0)
-    return reinforce_pp(jnp.where(any_valid, total, jnp.nan), ddof=ddof, eps=eps)
+
+    def z_score(rewards: Array) -> Array:
+        if baseline == "others":
+            return grpo_loo(rewards, ddof=ddof, eps=eps)
+        return grpo(rewards, ddof=ddof, eps=eps, singleton=singleton)
+
+    total = sum((weight * z_score(rewards) for weight, rewards in zip(weights_F, rewards_F_P_G)), jnp.zeros(()))
+    return _whiten(total, jnp.any(jnp.isfinite(rewards_F_P_G), axis=0), lengths_P_G, whiten, ddof, eps)
 
 
-ESTIMATORS: dict[str, Callable[..., Array]] = {
+ESTIMATORS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        grpo, center, raw, zero, rloo, lite_ppo, reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
+        grpo, center, raw, zero, rloo, grpo_loo, opo, passk, lite_ppo, reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc,
+        gdpo,
     )
 }  # fmt: skip
-
-# The z-scores that the frameworks share; the other estimators keep their papers' constants.
-_PRESET_ESTIMATORS = ("grpo", "lite_ppo", "gdpo")
-PRESETS: dict[str, dict[str, Any]] = {
-    "trl": {"ddof": 1, "eps": 1e-4},
-    "verl": {"ddof": 1, "eps": 1e-6, "singleton": "raw"},
-    "nemo": {"ddof": 1, "eps": 1e-6},
-}
 
 
 def get(name: str, /, *, preset: str | None = None, **options: Any) -> Estimator:
     """The estimator ``name`` with its options bound: a built-in, ``package.module:function`` or ``path/file.py:function``.
 
-    ``preset`` (``trl``, ``verl``, ``nemo``) sets that framework's ddof, eps and singleton rule for grpo, lite_ppo and
-    gdpo. Raises UserError for an unknown name, preset or option, and for a value that does not fit its annotation.
+    ``preset`` sets what that framework (``losses.presets``) changes in it. Raises UserError for an unknown name, preset or
+    option, and for a value that does not fit its annotation.
     """
     if ":" not in name and name not in ESTIMATORS:
         raise UserError(
             f"advantage.name {name!r} is unknown{plugins.nearest(name, ESTIMATORS)}; it is one of {', '.join(ESTIMATORS)}, "
             "or package.module:function, or path/to/file.py:function"
         )
-    if preset is not None and preset not in PRESETS:
-        raise UserError(f"loss.preset {preset!r} is unknown; it is one of {', '.join(PRESETS)}")
+    changed = {} if preset is None else presets.find(preset).estimators.get(name, {})
     function = plugins.load(name, "advantage.name") if ":" in name else ESTIMATORS[name]
     options = plugins.check_options(function, options, "advantage.options", GIVEN)
-    if preset is not None and name in _PRESET_ESTIMATORS:
-        known = plugins.declared_options(function, GIVEN)
-        options = {key: value for key, value in PRESETS[preset].items() if key in known} | options
-    return Estimator(name, options, function)
+    return Estimator(name, {**changed, **options}, function)
 
 
 def informative_groups(rewards_P_G: ArrayLike) -> Array:
@@ -168,10 +247,42 @@ def informative_groups(rewards_P_G: ArrayLike) -> Array:
 
 
 def _graded(rewards_P_G: ArrayLike) -> tuple[Array, Array]:
-    """(rewards with 0 for the missing ones, which are there), both [P, G]."""
+    """(rewards with 0 for the missing ones, which are there), both [P, G]. Raises UserError for an infinite reward."""
     rewards_P_G = jnp.asarray(rewards_P_G, jnp.float32)
+    if not isinstance(rewards_P_G, jax.core.Tracer) and np.any(np.isinf(rewards_P_G)):
+        where = np.argwhere(np.isinf(rewards_P_G))[0]
+        raise UserError(
+            f"the reward of sample {where[1]} of group {where[0]} is infinite (or beyond 3.4e38); every advantage of its group "
+            "would be NaN: return a finite number, or None for no reward"
+        )
     valid = ~jnp.isnan(rewards_P_G)
     return jnp.where(valid, rewards_P_G, 0.0), valid
+
+
+def _alone(valid: Array) -> Array:
+    """[P, 1] bool: one graded sample in the group."""
+    return jnp.sum(valid, axis=1, keepdims=True) == 1
+
+
+def _less_group_mean(values: Array, valid: Array, singleton: Singleton, weights: Array | None = None) -> Array:
+    """values - mean_g, or the mean by ``weights`` [P, G]; of a group of one, 0 or its value."""
+    centred = _centred(values, valid, axis=1)
+    if weights is not None:
+        mean = jnp.sum(weights * values, axis=1, keepdims=True) / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+        centred = jnp.where(valid & jnp.any(centred != 0, axis=1, keepdims=True), values - mean, 0.0)
+    return jnp.where(valid & _alone(valid) & (singleton == "raw"), values, centred)
+
+
+def _whiten(values: Array, valid: Array, lengths_P_G: ArrayLike, by: str, ddof: int, eps: float) -> Array:
+    """(x - mean) / (std + eps) over the batch, every sample counted once or ``lengths_P_G`` times; ``none``: x."""
+    if by == "none":
+        return jnp.where(valid, values, 0.0)
+    count = jnp.where(valid, jnp.asarray(lengths_P_G, jnp.float32) if by == "token" else 1.0, 0.0)
+    mean = jnp.sum(count * values) / jnp.maximum(jnp.sum(count), 1.0)
+    differ = jnp.max(jnp.where(valid, values, -jnp.inf)) > jnp.min(jnp.where(valid, values, jnp.inf))
+    centred = jnp.where(valid & differ, values - mean, 0.0)
+    std = jnp.sqrt(jnp.sum(count * jnp.square(centred)) / jnp.maximum(jnp.sum(count) - ddof, 1.0)) + eps
+    return centred / jnp.where(std > 0, std, 1.0)
 
 
 def _mean(values: Array, valid: Array, axis: int | None) -> Array:

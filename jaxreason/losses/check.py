@@ -23,15 +23,16 @@ _OF_TRACING = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConvers
 _DIFFERENTIABLE = ("logp", "entropy", "logsumexp", "mean_logp", "ref_kl", "teacher_divergence")
 _POISONS = (1e30, -1e30, float("nan"))
 _RESERVED = {"step", "loss", "grad_norm", "leaf_norms", "learning_rate", "tokens", "reward", "seconds"}  # a step's own
-_TOLERANCE = 1e-5  # float32 sums of a few dozen terms in another order; a real dependence is of order 1
+_TOLERANCE = 1e-5  # of the largest number compared: float32 sums of a few dozen terms in another order
+_FAR = 20.0  # nats: a log-ratio that a run gone astray meets; e^20 squared is still a float32
 
 
 def check(loss: Any) -> None:
     """Runs ``loss`` (a ``Loss``) on a tiny batch of unequal, packed sequences, one row of which is all padding.
 
-    Held: a scalar float loss and scalar metrics; finite value and gradient, and some gradient; masked positions inert
-    (filled with 1e30, -1e30, NaN); the same value, metrics and gradient when the rows come in microbatches with the
-    step's totals and in rows with more padding; for ``tokenwise`` losses also in any chunks of tokens.
+    Held: a scalar float loss and scalar metrics; finite value and gradient, also of a policy that moved by 20 nats a token, and
+    some gradient; masked positions inert (filled with 1e30, -1e30, NaN); the same value, metrics and gradient when the rows come
+    in microbatches with the step's totals and in rows with more padding; for ``tokenwise`` losses also in any chunks of tokens.
 
     Raises:
       UserError: which rule the loss breaks, with the numbers and the usual fix.
@@ -42,7 +43,12 @@ def check(loss: Any) -> None:
     inputs = only(inputs, loss.needs)
     evaluate = _evaluator(loss)
     value, metrics, grads = evaluate(inputs)
-    _check_finite(loss.name, value, metrics, grads)
+    _check_finite(loss.name, value, metrics, grads, "on a tiny batch of ordinary numbers")
+    if all(not np.any(grad) for grad in grads.values()):
+        raise UserError(f"loss {loss.name} has no gradient: it reads none of {', '.join(grads)} outside stop_gradient")
+    if isinstance(inputs, PolicyInputs):
+        far = f"where the log-probs are {_FAR:g} nats from the old ones: clip the log-ratio before its exp or its power"
+        _check_finite(loss.name, *evaluate(only(_moved(inputs), loss.needs)), far)
     _check_poison(loss.name, evaluate, inputs, value, metrics, grads)
     rows = [_slice(inputs, np.s_[r : r + 1]) for r in range(inputs.mask.shape[0])]
     # Both at once, which is one program less to compile; what a loss breaks is told apart when it breaks one.
@@ -160,9 +166,9 @@ def _failed(name: str, error: BaseException) -> UserError:
 
 def _check_result(name: str, result: Any) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        found = type(result).__name__
-        if isinstance(result, tuple):
-            found = f"({', '.join('array' if isinstance(x, Array) else type(x).__name__ for x in result)})"
+        parts = result if isinstance(result, tuple) else (result,)
+        found = ", ".join("array" if isinstance(x, Array) else type(x).__name__ for x in parts)
+        found = f"({found})" if isinstance(result, tuple) else found
         raise UserError(f"loss {name} must return (value, metrics) with metrics a dict, but returned {found}")
     value, metrics = result
     for key in metrics:
@@ -181,18 +187,24 @@ def _check_result(name: str, result: Any) -> None:
         raise UserError(f"loss {name}: its value has dtype {jnp.result_type(value)}; float32 is expected")
 
 
-def _check_finite(name: str, value: Array, metrics: dict, grads: dict) -> None:
+def _check_finite(name: str, value: Array, metrics: dict, grads: dict, where: str) -> None:
     for what, x in {"its value": value, **{f"metric {key!r}": x for key, x in metrics.items()}}.items():
         if not jnp.isfinite(x):
-            raise UserError(f"loss {name}: {what} is {x} on a tiny batch of ordinary numbers")
+            raise UserError(f"loss {name}: {what} is {x} {where}")
     for key, grad in grads.items():
         if bad := np.argwhere(~np.isfinite(grad)).tolist():
             row, token = bad[0]
             raise UserError(
-                f"loss {name}: the gradient by inputs.{key} is {grad[row, token]} at row {row}, token {token}"
+                f"loss {name}: the gradient by inputs.{key} is {grad[row, token]} at row {row}, token {token}, {where}"
             )
-    if all(not np.any(grad) for grad in grads.values()):
-        raise UserError(f"loss {name} has no gradient: it reads none of {', '.join(grads)} outside stop_gradient")
+
+
+def _moved(inputs: PolicyInputs) -> PolicyInputs:
+    """Every second token became sure, the others all but impossible."""
+    sure = jnp.broadcast_to(jnp.arange(inputs.mask.shape[1]) % 2 == 0, inputs.mask.shape)
+    near, far = jnp.full(inputs.mask.shape, -0.05), jnp.full(inputs.mask.shape, -0.05 - _FAR)
+    before = jnp.where(sure, far, near)
+    return dataclasses.replace(inputs, logp=jnp.where(sure, near, far), old_logp=before, ref_logp=before, sampler_logp=before)
 
 
 def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, metrics: dict, grads: dict) -> None:
@@ -203,15 +215,16 @@ def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, m
         values = {key: getattr(inputs, key) for key in fields}
         filled = jax.tree.map(lambda x, poison=poison: jnp.where(dead, poison, x), values)
         poisoned, poisoned_metrics, poisoned_grads = evaluate(dataclasses.replace(inputs, **filled))
-        if not _close(value, poisoned):
+        size = _size(value, *grads.values())
+        if not _close(value, poisoned, size):
             raise UserError(
                 f"loss {name}: {poison} at masked positions changes the value from {value} to {poisoned}{fix}"
             )
         for key, metric in metrics.items():
-            if not _close(metric, poisoned_metrics[key]):
+            if not _close(metric, poisoned_metrics[key], _size(metric)):
                 raise UserError(f"loss {name}: {poison} at masked positions changes metric {key!r}{fix}")
         for key, grad in grads.items():
-            if not _close(grad, poisoned_grads[key]):
+            if not _close(grad, poisoned_grads[key], size):
                 raise UserError(f"loss {name}: {poison} at masked positions changes the gradient by inputs.{key}{fix}")
     for key, grad in grads.items():
         if np.any(np.asarray(grad)[np.asarray(dead)]):
@@ -224,16 +237,17 @@ def _check_parts(
     results = [evaluate(part) for part in parts]
     fix = "; sum over tokens and divide by inputs.totals (counts of the whole step), never by the batch's own size or width"
     total = sum(part[0] for part in results)
-    if not _close(value, total):
+    size = _size(value, *(part[0] for part in results), *grads.values())
+    if not _close(value, total, size):
         on = "the padding of its rows" if what == _PADDED_ROWS else "how the batch is split"
         raise UserError(f"loss {name} depends on {on}: {value} whole, {total} as the sum over {what}{fix}")
     for key, whole in metrics.items():
         values = jnp.stack([part[1][key] for part in results])
         combined = values.max() if key.endswith("_max") else values.min() if key.endswith("_min") else values.sum()
-        if not _close(whole, combined):
+        if not _close(whole, combined, _size(whole, values)):
             raise UserError(f"loss {name}: metric {key!r} is {whole} whole but {combined} over {what}{fix}")
     for key, grad in grads.items():
-        if not _close(grad, jnp.concatenate([part[2][key] for part in results], axis=axis)):
+        if not _close(grad, jnp.concatenate([part[2][key] for part in results], axis=axis), size):
             raise UserError(f"loss {name}: the gradient by inputs.{key} depends on the split, over {what}{fix}")
 
 
@@ -247,5 +261,10 @@ def _slice(inputs: Inputs, index: Any) -> Inputs:
     return jax.tree.map(lambda x: x[index] if jnp.ndim(x) else x, inputs)
 
 
-def _close(a: Array, b: Array) -> bool:
-    return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
+def _size(*arrays: Array) -> float:
+    """The largest finite magnitude: what rounding is measured by, so that a loss in small units is held as strictly as any."""
+    return max(float(np.max(np.abs(np.where(np.isfinite(x), x, 0.0)), initial=0.0)) for x in arrays)
+
+
+def _close(a: Array, b: Array, size: float) -> bool:
+    return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * size))

@@ -18,12 +18,14 @@ Temperature = Annotated[float, Field(gt=0)]
 
 
 def forward_kl(student_logits: Array, teacher_logits: Array, *, temperature: Temperature = 1.0) -> Array:
-    """[...] KL(teacher || student) = sum_v p_T log(p_T / p_S): mass-covering."""
+    """[...] KL(teacher || student) = sum_v p_T log(p_T / p_S): mass-covering. Infinite where the student cannot emit what the
+    teacher can."""
     return _kl(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature))
 
 
 def reverse_kl(student_logits: Array, teacher_logits: Array, *, temperature: Temperature = 1.0) -> Array:
-    """[...] KL(student || teacher) = sum_v p_S log(p_S / p_T): mode-seeking."""
+    """[...] KL(student || teacher) = sum_v p_S log(p_S / p_T): mode-seeking. Infinite where the teacher cannot emit what the
+    student can."""
     return _kl(_log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature))
 
 
@@ -42,6 +44,10 @@ def generalized_jsd(
     if beta == 1:
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)
     student, teacher = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
+    # Where neither can emit the token its gradient would be NaN: both stand in with the same finite number, which adds 0.
+    neither = (student == -jnp.inf) & (teacher == -jnp.inf)
+    low = jnp.float32(jnp.finfo(jnp.float32).min / 4)
+    student, teacher = (jnp.where(neither, low, x) for x in (student, teacher))
     mixture = jnp.logaddexp(teacher + jnp.log(beta), student + jnp.log1p(-beta))
     return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
 

@@ -96,8 +96,8 @@ def clean(inputs: AnyInputs) -> tuple[AnyInputs, Sequences]:
 
 
 def totals_of(inputs: Inputs, sequences: Sequences) -> Totals:
-    """The step's counts: those given, or those of this batch. Without ``group_ids`` every sequence is its own
-    prompt."""
+    """The step's counts: those given, or those of this batch. Without ``group_ids`` every sequence is its own prompt; every
+    run of ids counts as drawn."""
     if inputs.totals is not None:
         return inputs.totals
     tokens = jnp.sum(sequences.live, dtype=jnp.float32)
@@ -106,7 +106,9 @@ def totals_of(inputs: Inputs, sequences: Sequences) -> Totals:
     count = jnp.round(jnp.sum(jnp.where(sequences.live, 1.0 / lengths, 0.0)))
     group_ids = getattr(inputs, "group_ids", None)
     prompts = count if group_ids is None else count_unique(group_ids, inputs.mask)
-    return Totals(tokens=tokens, sequences=count, prompts=prompts)
+    rows = sequences.live.shape[0]
+    drawn = rows if sequences.number is None else jnp.sum(sequences.number[:, -1] + 1, dtype=jnp.float32)
+    return Totals(tokens=tokens, sequences=count, prompts=prompts, drawn=jnp.float32(drawn))
 
 
 def only(inputs: AnyInputs, needs: Iterable[str]) -> AnyInputs:

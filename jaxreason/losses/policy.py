@@ -1,19 +1,18 @@
 """A policy loss: ratio x surrogate x correction x masks x KL x aggregation, composed from one function an axis."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
-from pydantic import Field
 
 from jaxreason.errors import UserError, present
-from jaxreason.losses.inputs import Fraction, PolicyInputs, clean, need, totals_of
-from jaxreason.losses.kl import KlEstimator, kl
-from jaxreason.losses.ratio import Ratio, log_ratio
-from jaxreason.losses.reduce import Reduce, reduction_weights
-from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, Correction, off_policy_keep, sampler_weights
+from jaxreason.losses.axes import LOG_RATIO_CLAMP, Axes, Behaviour, CorrectionAxis, Reduce
+from jaxreason.losses.inputs import PolicyInputs, clean, need, totals_of
+from jaxreason.losses.kl import kl
+from jaxreason.losses.ratio import log_ratio
+from jaxreason.losses.reduce import reduction_weights
+from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, off_policy_keep, sampler_weights
 from jaxreason.losses.segments import Sequences
 from jaxreason.losses.select import top_entropy_tokens
 from jaxreason.losses.surrogate import Surrogate, Tokens
@@ -21,112 +20,94 @@ from jaxreason.types import Totals
 
 Metrics = dict[str, Array]
 
-Behaviour = Literal["old", "sampler"]
-LOG_RATIO_CLAMP = 20.0  # e^20 is beyond any ratio that teaches, and its square is far from float32's end
-
-
 def policy_loss(
-    inputs: PolicyInputs,
-    *,
-    surrogate: Callable[..., Surrogate],
-    select: Callable[..., Array] | None,
-    ratio: Ratio = "token",
-    log_ratio_clamp: float | None = LOG_RATIO_CLAMP,
-    reduce: Reduce = "seq-mean-token-mean",
-    max_completion_tokens: Annotated[int, Field(gt=0)] | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: KlEstimator = "k3",
-    kl_ratio: Literal["token", "surrogate"] = "token",
-    kl_log_ratio_clamp: float | None = LOG_RATIO_CLAMP,
-    kl_value_clamp: float | None = None,
-    behaviour: Behaviour = "old",
-    correction: Correction = "none",
-    correction_min: float | None = None,
-    correction_max: float | None = None,
-    off_policy_threshold: float | None = None,
-    off_policy_behaviour: Behaviour = "old",
-    top_entropy: Fraction | None = None,
-    entropy_coef: float = 0.0,
-    entropy_over: Literal["all", "top"] = "all",
-    **surrogate_options: Any,
+    inputs: PolicyInputs, axes: Axes, surrogate: Callable[[Tokens], Surrogate], select: Callable[..., Array] | None = None
 ) -> tuple[Array, Metrics]:
     """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t) - entropy_coef mean_t H_t.
 
     Args:
       inputs: arrays [B, T]; masked positions may hold anything.
-      surrogate: from ``jaxreason.losses.surrogate``; takes ``surrogate_options``.
+      axes: every option but the surrogate's own.
+      surrogate: from ``jaxreason.losses.surrogate``, its options bound.
       select: the step-wide rule that fills ``inputs.selected``, or None.
-      ratio, log_ratio_clamp: see ``jaxreason.losses.ratio``.
-      reduce, max_completion_tokens: see ``jaxreason.losses.reduce``.
-      kl_coef, kl_estimator, kl_log_ratio_clamp, kl_value_clamp: KL in the loss, see ``jaxreason.losses.kl``. Neither
-        the keep masks nor rho touch it.
-      kl_ratio: the ratio that ``k3_unbiased`` multiplies by: each token's own (``token``, DeepSeek-V3.2), or the one of
-        ``ratio`` (``surrogate``, TRL), which differs where that is of a whole sequence.
-      behaviour: whose log-probs the ratio divides by: ``old`` (recomputed by the trainer) or ``sampler`` (as the
-        sampler reported; verl's "bypass").
-      correction, correction_min, correction_max: rho, see ``jaxreason.losses.sampler_correction``; bounds of None: its
-        defaults. It multiplies the surrogate, except where the surrogate takes it into its own ratio (vespo).
-      off_policy_threshold, off_policy_behaviour: drop sequences with A < 0 that drifted further than this from
-        ``old`` or ``sampler``, nats per token (OPSM).
-      top_entropy: keep the surrogate of only this fraction of the step's tokens, those of highest entropy (2506.01939).
-      entropy_coef: coefficient of the entropy bonus; ``inputs.entropy_coef`` replaces it if given.
-      entropy_over: the tokens whose mean entropy that is: ``all``, or those that ``top_entropy`` keeps, where it is set
-        (``top``, TRL).
 
     Returns:
       The loss and metrics that add over microbatches (keys ending in _max: maximum; _min: minimum).
     """
     inputs, sequences = clean(inputs)
     totals = totals_of(inputs, sequences)
-    behaviour_logp = _logp_of(behaviour, inputs)
-    log_w = log_ratio(inputs.logp, behaviour_logp, ratio, log_ratio_clamp, sequences)
+    behaviour_logp = _logp_of(axes.ratio.behaviour, inputs)
+    log_w = log_ratio(inputs.logp, behaviour_logp, axes.ratio.ratio, axes.ratio.log_ratio_clamp, sequences)
 
     selected = _selected(inputs, select)
-    rho = _rho(inputs, correction, correction_min, correction_max, sequences)
+    rho = _rho(inputs, axes.correction, sequences)
     tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
-    loss, clipped_low, clipped_high, corrected = surrogate(tokens, **surrogate_options)
+    loss, clipped_low, clipped_high, corrected = surrogate(tokens)
     metrics = _ratio_metrics(log_w, sequences.live, totals) | _other_metrics(inputs, sequences.live, totals)
     metrics |= _clip_metrics(clipped_low, clipped_high, sequences.live, totals)
 
-    if off_policy_threshold is not None:
-        drifted_from = _logp_of(off_policy_behaviour, inputs)
-        keep = off_policy_keep(inputs.logp, drifted_from, inputs.advantages, off_policy_threshold, sequences)
-        loss = loss * keep
-        metrics["off_policy_dropped"] = _mean(1.0 - keep, sequences.live, totals)
-    if top_entropy is not None:
-        picked = present(selected, "PolicyInputs.selected (top_entropy)")
-        loss = jnp.where(picked > 0, loss, 0.0)
-        metrics["selected_fraction"] = _mean(picked > 0, sequences.live, totals)
+    loss, dropped = _kept(loss, inputs, axes, selected, sequences)
+    metrics |= {name: _mean(values, sequences.live, totals) for name, values in dropped.items()}
     if rho is not None:
         loss = loss if corrected else loss * rho
         metrics["correction_mean"] = _mean(rho, sequences.live, totals)
         metrics["correction_dropped"] = _mean(rho == 0, sequences.live, totals)
-
-    if kl_coef != 0 or inputs.ref_logp is not None:
-        estimate = kl(
-            inputs.logp,
-            need(inputs, "ref_logp", f"kl_coef {kl_coef}"),
-            kl_estimator,
-            log_ratio=log_ratio(
-                inputs.logp, behaviour_logp, "token" if kl_ratio == "token" else ratio, log_ratio_clamp, sequences
-            ),
-            log_ratio_clamp=kl_log_ratio_clamp,
-            value_clamp=kl_value_clamp,
-        )
-        metrics["kl"] = _mean(estimate, sequences.live, totals)
-        if kl_coef != 0:
-            loss = loss + kl_coef * estimate
-
-    weights = reduction_weights(reduce, inputs, sequences, totals, max_completion_tokens)
+    weights = _weights(None, axes, inputs, sequences, totals)
     value = jnp.sum(weights * loss)
 
-    coef = entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
-    if inputs.entropy_coef is not None or entropy_coef != 0:
+    if axes.kl.kl_coef != 0 or inputs.ref_logp is not None:
+        estimate = _kl(inputs, axes, log_w, sequences)
+        metrics["kl"] = _mean(estimate, sequences.live, totals)
+        if axes.kl.kl_coef != 0:
+            value = value + axes.kl.kl_coef * jnp.sum(_weights(axes.kl.kl_reduce, axes, inputs, sequences, totals) * estimate)
+    coef = axes.entropy.entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
+    if inputs.entropy_coef is not None or axes.entropy.entropy_coef != 0:
         bonus = coef * need(inputs, "entropy", "entropy_coef")
-        if entropy_over == "top" and top_entropy is not None:
+        if axes.entropy.entropy_over == "top" and axes.entropy.top_entropy is not None:
             bonus = bonus * present(selected, "PolicyInputs.selected (top_entropy)")
-        value = value - jnp.sum(jnp.where(sequences.live, bonus, 0.0)) / jnp.maximum(totals.tokens, 1.0)
+        value = value - jnp.sum(_weights(axes.entropy.entropy_reduce, axes, inputs, sequences, totals) * bonus)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
+
+
+def _weights(reduce: Reduce | None, axes: Axes, inputs: PolicyInputs, sequences: Sequences, totals: Totals) -> Array:
+    """[B, T] of the aggregation ``reduce``; None: the loss's own."""
+    axis = axes.reduce
+    name = axis.reduce if reduce is None else reduce
+    return reduction_weights(name, inputs, sequences, totals, axis.max_completion_tokens, axis.sequence_count)
+
+
+def _kept(
+    loss: Array, inputs: PolicyInputs, axes: Axes, selected: Array | None, sequences: Sequences
+) -> tuple[Array, dict[str, Array]]:
+    """The surrogate with 0 where a mask drops it, and for each mask a metric's values [B, T]."""
+    metrics = {}
+    threshold = axes.correction.off_policy_threshold
+    if threshold is not None:
+        drifted_from = _logp_of(axes.correction.off_policy_behaviour, inputs)
+        keep = off_policy_keep(inputs.logp, drifted_from, inputs.advantages, threshold, sequences)
+        loss = loss * keep
+        metrics["off_policy_dropped"] = 1.0 - keep
+    if axes.entropy.top_entropy is not None:
+        picked = present(selected, "PolicyInputs.selected (top_entropy)")
+        loss = jnp.where(picked > 0, loss, 0.0)
+        metrics["selected_fraction"] = picked > 0
+    return loss, metrics
+
+
+def _kl(inputs: PolicyInputs, axes: Axes, log_w: Array, sequences: Sequences) -> Array:
+    """[B, T] the estimate of ``axes.kl``; ``log_w`` is of the surrogate's ratio."""
+    axis, log_weight = axes.kl, log_w
+    if axis.kl_ratio != "surrogate" and axis.kl_estimator.endswith("_unbiased"):
+        against = axes.ratio.behaviour if axis.kl_ratio == "token" else axis.kl_ratio
+        log_weight = log_ratio(inputs.logp, _logp_of(against, inputs), "token", axes.ratio.log_ratio_clamp, sequences)
+    return kl(
+        inputs.logp,
+        need(inputs, "ref_logp", f"kl_coef {axis.kl_coef}"),
+        axis.kl_estimator,
+        log_ratio=log_weight,
+        log_ratio_clamp=axis.kl_log_ratio_clamp,
+        value_clamp=axis.kl_value_clamp,
+    )
 
 
 def _selected(inputs: PolicyInputs, select: Callable[..., Array] | None) -> Array | None:
@@ -141,16 +122,15 @@ def _selected(inputs: PolicyInputs, select: Callable[..., Array] | None) -> Arra
     return select(inputs)
 
 
-def _rho(
-    inputs: PolicyInputs, correction: Correction, minimum: float | None, maximum: float | None, sequences: Sequences
-) -> Array | None:
+def _rho(inputs: PolicyInputs, axis: CorrectionAxis, sequences: Sequences) -> Array | None:
     """[B, T] weights of the correction for the sampler, with its default bounds for those of None; None without one."""
-    if correction == "none":
+    if axis.correction == "none":
         return None
-    low, high = DEFAULT_BOUNDS[correction]
-    low, high = low if minimum is None else minimum, high if maximum is None else maximum
-    sampler_logp = need(inputs, "sampler_logp", f"correction {correction}")
-    return sampler_weights(inputs.old_logp, sampler_logp, correction, low, high, sequences)
+    low, high = DEFAULT_BOUNDS[axis.correction]
+    low = low if axis.correction_min is None else axis.correction_min
+    high = high if axis.correction_max is None else axis.correction_max
+    sampler_logp = need(inputs, "sampler_logp", f"correction {axis.correction}")
+    return sampler_weights(inputs.old_logp, sampler_logp, axis.correction, low, high, sequences)
 
 
 def adapt_entropy_coef(coef: float, entropy: float, target: float, delta: float = 0.005) -> tuple[float, float]:
@@ -179,6 +159,8 @@ def top_entropy_rule(fraction: float) -> Callable[..., Array]:
 
 
 def _logp_of(behaviour: Behaviour, inputs: PolicyInputs) -> Array:
+    if behaviour == "policy":
+        return stop_gradient(inputs.logp)
     return inputs.old_logp if behaviour == "old" else need(inputs, "sampler_logp", "behaviour sampler")
 
 

@@ -1,15 +1,14 @@
 """The ratio of policies, at token or sequence level, always as a logarithm broadcast to [B, T]."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError
+from jaxreason.losses.axes import Ratio
 from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
-
-Ratio = Literal["token", "sequence_mean", "sequence_sum", "gspo_token"]
 
 
 def log_ratio(logp: Array, old_logp: Array, level: Ratio, clamp: float | None, sequences: Sequences) -> Array:

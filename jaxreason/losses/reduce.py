@@ -4,18 +4,17 @@ Every aggregation is a set of token weights, loss = sum_t weight_t * loss_t, who
 optimizer step; so the loss of a step is the sum of the losses of its microbatches, however it is split.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
+from jaxreason.losses.axes import Reduce
 from jaxreason.losses.inputs import AnyInputs, PolicyInputs, clean, totals_of
 from jaxreason.losses.segments import Sequences, sequence_counts
 from jaxreason.types import Totals
-
-Reduce = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum/const", "prompt-mean"]
 
 
 def reduction_weights(
@@ -24,28 +23,35 @@ def reduction_weights(
     sequences: Sequences,
     totals: Totals,
     max_completion_tokens: int | None = None,
+    sequence_count: str = "trained",
 ) -> Array:
     """[B, T] weights, 0 at masked positions. With n_i the supervised tokens of sequence i:
 
     - ``seq-mean-token-mean``: 1 / (n_i * sequences). GRPO (2402.03300).
     - ``token-mean``: 1 / tokens. DAPO (2503.14476).
     - ``seq-mean-token-sum``: 1 / sequences.
+    - ``token-sum``: 1, or 1 / max_completion_tokens where that is set.
     - ``token-sum/const``: 1 / (max_completion_tokens * sequences). Dr.GRPO (2503.20783).
     - ``prompt-mean``: 1 / (tokens of the prompt * prompts). ScaleRL (2510.13786).
+
+    ``sequences`` are those with a supervised token, or with ``sequence_count="drawn"`` all that were drawn (TRL).
 
     Raises UserError for ``token-sum/const`` without the constant, and for ``prompt-mean`` without group ids, or in a
     microbatch without ``group_tokens`` (a prompt's completions may lie in several microbatches).
     """
+    count = _at_least_one(totals.sequences if sequence_count == "trained" else present(totals.drawn, "Totals.drawn"))
     if name == "seq-mean-token-mean":
-        weights = 1.0 / (jnp.maximum(sequence_counts(sequences), 1.0) * _at_least_one(totals.sequences))
+        weights = 1.0 / (jnp.maximum(sequence_counts(sequences), 1.0) * count)
     elif name == "token-mean":
         weights = 1.0 / _at_least_one(totals.tokens)
     elif name == "seq-mean-token-sum":
-        weights = 1.0 / _at_least_one(totals.sequences)
+        weights = 1.0 / count
+    elif name == "token-sum":
+        weights = jnp.float32(1.0 / (max_completion_tokens or 1))
     elif name == "token-sum/const":
         if max_completion_tokens is None:
             raise UserError("reduce token-sum/const divides by a constant: set the option max_completion_tokens")
-        weights = 1.0 / (max_completion_tokens * _at_least_one(totals.sequences))
+        weights = 1.0 / (max_completion_tokens * count)
     elif name == "prompt-mean":
         weights = 1.0 / (jnp.maximum(_group_tokens(inputs), 1.0) * _at_least_one(totals.prompts))
     else:

@@ -12,7 +12,8 @@ from jax import Array
 
 from jaxreason import plugins
 from jaxreason.errors import UserError
-from jaxreason.losses import sampler_correction, sft, variants
+from jaxreason.losses import presets, sampler_correction, sft, variants
+from jaxreason.losses.axes import Axes
 from jaxreason.losses.check import reads_of
 from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs, check_shapes, only
 from jaxreason.losses.policy import policy_loss, shared_metrics
@@ -49,6 +50,16 @@ class Loss:
     def extras(self) -> frozenset[str]:
         """The names that it reads ``inputs.extras`` by."""
         return self.needs - frozenset(OPTIONAL_INPUTS[self.kind])
+
+    @property
+    def note(self) -> str | None:
+        """What whoever compares it with grpo at one learning rate has to know; None: nothing."""
+        if self.options.get("ratio") == "sequence_sum" or self.options.get("reduce") in ("seq-mean-token-sum", "token-sum"):
+            return (
+                f"{self.name} adds a completion's tokens up where grpo averages them: its gradient is about as many times grpo's "
+                "as completions have tokens; choose optimizer.learning_rate and optimizer.max_grad_norm for it"
+            )
+        return None
 
     def __call__(self, inputs: Inputs) -> tuple[Array, dict[str, Array]]:
         """Value and metrics. Raises UserError for inputs of the other kind, or arrays that are not [B, T] of one shape."""
@@ -107,7 +118,8 @@ def get(name: str, /, *, kind: Kind | None = None, preset: str | None = None, **
         otherwise its kind follows the annotation of its first parameter (without one: ``kind``, or policy), it is not
         tokenwise, and it is given every optional input that it reads.
       kind: the kind that the caller trains with; None: any.
-      preset: ``trl``, ``verl`` or ``nemo``: that framework's conventions (``docs/losses.md``); ``options`` win over it.
+      preset: a framework's name (``losses.presets``): its conventions and defaults (``docs/losses.md``); ``options`` win over
+        it, and a loss that it has not is refused.
 
     Raises:
       UserError: unknown name, option, preset or choice, with the nearest valid one; a loss of the other kind.
@@ -134,9 +146,7 @@ def _find(name: str, kind: Kind | None, preset: str | None, options: dict[str, A
         if preset is not None:
             raise UserError(f"loss.preset {preset} applies to policy losses; {name} is a supervised loss")
         return _sft(name, known | options)
-    if preset is not None and preset not in variants.PRESETS:
-        raise UserError(f"loss.preset {preset!r} is unknown; it is one of {', '.join(variants.PRESETS)}")
-    conventions = {} if preset is None else variants.preset_options(preset, name, known | options)
+    conventions = {} if preset is None else presets.changes(preset, name, known, options)
     return _policy(name, known | conventions | options, preset)
 
 
@@ -159,12 +169,11 @@ def _sft(name: str, options: dict[str, Any]) -> Loss:
 
 
 def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
-    variant = variants.VARIANTS[name]
+    variant, framework = variants.VARIANTS[name], None if preset is None else presets.find(preset)
     sampler_correction.check_bounds(options["correction"], options["correction_min"], options["correction_max"])
-    if options["reduce"] == "token-sum/const" and options["max_completion_tokens"] is None:
-        raise UserError(
-            f"loss {name}: reduce token-sum/const divides by a constant; set loss.options.max_completion_tokens"
-        )
+    for key in ("reduce", "kl_reduce", "entropy_reduce"):
+        if options[key] == "token-sum/const" and options["max_completion_tokens"] is None:
+            raise UserError(f"loss {name}: {key} token-sum/const divides by a constant; set loss.options.max_completion_tokens")
     if name == "vespo" and options["ratio"] != "token":
         raise UserError("loss vespo forms the sequence ratio itself; leave its option ratio at token")
     if name == "vespo" and options["correction"] not in ("none", "tis", "icepop"):
@@ -173,20 +182,19 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
             f"{options['correction']}; use tis or icepop"
         )
     rule = variants.step_rule(variant, options)
-    rule_keys = variants.options_of(variant.select, changed={})
     needs = {
         "ref_logp": options["kl_coef"] != 0,
         "sampler_logp": options["correction"] != "none"
         or options["behaviour"] == "sampler"
+        or (options["kl_coef"] != 0 and options["kl_ratio"] == "sampler")
         or (options["off_policy_threshold"] is not None and options["off_policy_behaviour"] == "sampler"),
         "entropy": options["entropy_coef"] != 0 or options["top_entropy"] is not None,
-        "group_tokens": options["reduce"] == "prompt-mean",
+        "group_tokens": "prompt-mean" in (options["reduce"], options["kl_reduce"], options["entropy_reduce"]),
         "selected": rule is not None,
     }
 
     def function(inputs: PolicyInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
-        bound = {key: value for key, value in bound.items() if key not in rule_keys}
-        return policy_loss(inputs, surrogate=variant.surrogate, select=rule, **bound)
+        return policy_loss(inputs, Axes.of(bound), variant.bound(bound), rule)
 
     return Loss(
         name=name,
@@ -195,9 +203,9 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         tokenwise=False,
         needs=frozenset(key for key, needed in needs.items() if needed),
         function=function,
-        advantage="rloo" if preset == "nemo" and variant.advantage == "grpo" else variant.advantage,
+        advantage=variant.advantage if framework is None else framework.advantage.get(name, variant.advantage),
         advantage_preset=preset,
-        kl_placement=variant.kl_placement,
+        kl_placement=variant.kl_placement if framework is None else framework.kl_placement or variant.kl_placement,
         select=None if rule is None else variants.on_raw(rule),
     )
 

@@ -4,24 +4,23 @@ rho = pi_old / pi_sampler, both at the rollout's parameters: 1 if sampler and tr
 results are detached weights [B, T] that multiply the policy term (not the KL term).
 """
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError
+from jaxreason.losses.axes import Correction
 from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
-
-Correction = Literal["none", "tis", "tis_sequence", "icepop", "mis", "geo_rs"]
 
 # (min, max) where the literature or its code states them.
 DEFAULT_BOUNDS = {
     "none": (None, None),
     "tis": (None, 2.0),
     "tis_sequence": (None, 2.0),
+    "tis_geometric": (None, 2.0),
     "icepop": (0.5, 5.0),
     "mis": (0.5, 2.0),
+    "seq_mask_tis": (0.999, 1.002),  # NeMo-RL's example
     "geo_rs": (0.99, 1.01),  # no paper states them
 }
 
@@ -36,28 +35,31 @@ def sampler_weights(
 ) -> Array:
     """[B, T] weights:
 
-    - ``tis``: min(rho_t, max), truncated importance sampling; ``tis_sequence``: min(prod_t rho_t, max).
+    - ``tis``: min(rho_t, max), truncated importance sampling; ``tis_sequence``: of prod_t rho_t; ``tis_geometric``: of
+      exp(mean_t log rho_t).
     - ``icepop``: rho_t where min <= rho_t <= max, else 0.
     - ``mis``: prod_t rho_t where it lies in [min, max], else 0, for the whole sequence.
+    - ``seq_mask_tis``: rho_t where exp(mean_t log rho_t) lies in [min, max], else 0, for the whole sequence.
     - ``geo_rs``: 1 where exp(mean_t log rho_t) lies in [min, max], else 0: rejection without weighting.
 
     A bound of None does not bind.
     """
     log_rho = stop_gradient(old_logp - sampler_logp)
+    judged = log_rho
     if kind in ("tis_sequence", "mis"):
-        log_rho = sequence_sum(log_rho, sequences)
-    elif kind == "geo_rs":
-        log_rho = sequence_mean(log_rho, sequences)
+        judged = sequence_sum(log_rho, sequences)
+    elif kind in ("tis_geometric", "seq_mask_tis", "geo_rs"):
+        judged = sequence_mean(log_rho, sequences)
     # float32 exp overflows at 88; no bound anybody sets is near e^60.
-    rho = jnp.exp(jnp.clip(log_rho, -60.0, 60.0))
-    if kind in ("tis", "tis_sequence"):
-        return jnp.clip(rho, minimum, maximum)
+    judged, rho = (jnp.exp(jnp.clip(x, -60.0, 60.0)) for x in (judged, log_rho))
+    if kind in ("tis", "tis_sequence", "tis_geometric"):
+        return jnp.clip(judged, minimum, maximum)
     inside = jnp.ones(rho.shape, bool)
     if minimum is not None:
-        inside &= rho >= minimum
+        inside &= judged >= minimum
     if maximum is not None:
-        inside &= rho <= maximum
-    return jnp.where(inside, 1.0 if kind == "geo_rs" else rho, 0.0)
+        inside &= judged <= maximum
+    return jnp.where(inside, {"seq_mask_tis": rho, "geo_rs": jnp.ones_like(rho)}.get(kind, judged), 0.0)
 
 
 def off_policy_keep(

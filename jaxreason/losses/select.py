@@ -35,17 +35,23 @@ def covariance(advantages: Array, logp: Array, mask: Array) -> Array:
 
 
 def random_in_band(cov: Array, mask: Array, low: float, high: float, fraction: float, key: Array) -> Array:
-    """[B, T] float32: 1 on random tokens with covariance in (low, high), ``fraction`` of all tokens (rounded up), or
-    all of the band if it holds fewer. Clip-Cov, 2505.22617."""
+    """[B, T] float32: 1 on random tokens with covariance in (low, high), ``fraction`` of all tokens (rounded down, at
+    least one), or all of the band if it holds fewer. Clip-Cov, 2505.22617."""
     live = mask > 0
     band = live & (cov > low) & (cov < high)
-    return _largest(jax.random.uniform(key, cov.shape), band, jnp.ceil(fraction * jnp.sum(live, dtype=jnp.float32)))
+    return _largest(jax.random.uniform(key, cov.shape), band, _count(fraction, live))
 
 
 def largest_covariance(cov: Array, mask: Array, fraction: float) -> Array:
-    """[B, T] float32: 1 on the ``fraction`` of tokens (rounded up) with the largest covariance. KL-Cov, 2505.22617."""
+    """[B, T] float32: 1 on the ``fraction`` of tokens (rounded down, at least one) with the largest covariance. KL-Cov,
+    2505.22617."""
     live = mask > 0
-    return _largest(cov, live, jnp.ceil(fraction * jnp.sum(live, dtype=jnp.float32)))
+    return _largest(cov, live, _count(fraction, live))
+
+
+def _count(fraction: float, live: Array) -> Array:
+    # A float32 product of a whole number may fall just below it.
+    return jnp.maximum(jnp.floor(fraction * jnp.sum(live, dtype=jnp.float32) + 1e-4), 1.0)
 
 
 def _largest(scores: Array, allowed: Array, count: Array) -> Array:

@@ -73,10 +73,11 @@ def power(x: SftInputs, sequences: Sequences, *, a: float = 0.0, b: float = 0.0)
     """-sg[p^a (1 - p)^b] log p: (0, 0) NLL, (1, 0) DFT (2508.05629), (0, gamma) focal (1708.02002), (1, 1) CHORD-phi
     (2508.11408)."""
     logp = stop_gradient(jnp.minimum(x.logp, 0.0))
-    weight = jnp.exp(a * logp)
+    weight = jnp.ones(logp.shape, jnp.float32) if a == 0 else jnp.exp(a * logp)
     if b != 0:
         weight = weight * jnp.power(-jnp.expm1(logp), b)
-    return -weight * x.logp
+    # A target of probability 0: p^a log p tends to 0 for a > 0, where 0 * inf would be NaN.
+    return -weight * jnp.where(weight > 0, x.logp, 0.0)
 
 
 def label_smoothing(x: SftInputs, sequences: Sequences, *, epsilon: Fraction = 0.1) -> Array:

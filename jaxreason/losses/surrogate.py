@@ -5,7 +5,7 @@ token was clipped from below or above) that become the clip fractions.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -87,12 +87,16 @@ def cispo(x: Tokens, *, ratio_min: float | None = None, ratio_max: float = 5.0) 
 def gmpo(x: Tokens, *, clip_low: float = 0.4, clip_high: float = 0.4) -> Surrogate:
     """-exp(mean_t c_t) A, the geometric mean of clipped token ratios. GMPO (2507.20673).
 
-    c_t = min(l_t, clip_high) where A >= 0 and max(l_t, -clip_low) where A < 0; the bounds are on the logarithm.
+    c_t = min(l_t, clip_high) where A >= 0 and max(l_t, -clip_low) where A < 0; the bounds are on the logarithm. A correction
+    for the sampler enters as its geometric mean over the sequence (verl).
     """
     log_w, a = x.log_w, x.advantages
     clipped = jnp.where(a >= 0, jnp.minimum(log_w, clip_high), jnp.maximum(log_w, -clip_low))
     loss = -jnp.exp(sequence_mean(clipped, x.sequences)) * a
-    return Surrogate(loss, (log_w < -clip_low) & (a < 0), (log_w > clip_high) & (a >= 0))
+    if x.rho is not None:
+        loss = loss * jnp.exp(sequence_mean(jnp.log(x.rho + 1e-10), x.sequences))
+    low, high = (log_w < -clip_low) & (a < 0), (log_w > clip_high) & (a >= 0)
+    return Surrogate(loss, low, high, corrected=x.rho is not None)
 
 
 def reinforce(x: Tokens) -> Surrogate:
@@ -138,23 +142,59 @@ def vespo(
     return _unclipped(-gain * x.advantages * x.logp)._replace(corrected=x.rho is not None)
 
 
-def dppo(x: Tokens, *, max_rise: float = 0.2, max_fall: float = 0.2, log_ratio_coef: float = 1e-3) -> Surrogate:
-    """-keep w A + log_ratio_coef log^2 w, trust region on probabilities instead of ratios. DPPO-TV, as in prime-rl.
+def dppo(
+    x: Tokens,
+    *,
+    max_rise: float = 0.2,
+    max_fall: float = 0.2,
+    divergence: Literal["tv", "kl"] = "tv",
+    region: Literal["signed", "symmetric"] = "signed",
+    form: Literal["importance", "reinforce"] = "importance",
+    ratio_cap: float | None = None,
+    log_ratio_coef: float = 1e-3,
+) -> Surrogate:
+    """-keep w A + log_ratio_coef l^2, a trust region on probabilities instead of ratios. DPPO (2602.04879).
 
-    A token is dropped when its probability rose by more than ``max_rise`` with A > 0, or fell by more than ``max_fall``
-    with A < 0.
+    The distance of the token's probability p from the behaviour's q is |p - q| (``tv``, DPPO-Binary-TV) or
+    q log(q / p) + (1 - q) log((1 - q) / (1 - p)) (``kl``, DPPO-Binary-KL). A token is dropped where that is above ``max_rise``
+    and p rose with A > 0, or above ``max_fall`` and p fell with A < 0; ``symmetric``: whatever the sign of A (prime-rl's ipo).
+    ``reinforce`` has -sg[w] A log p instead of -w A, with the same gradient (verl). ``ratio_cap`` bounds w from above.
     """
-    change = stop_gradient(jnp.exp(x.logp) - jnp.exp(x.old_logp))
-    high = (change > max_rise) & (x.advantages > 0)
-    low = (change < -max_fall) & (x.advantages < 0)
-    gain = jnp.where(high | low, 0.0, jnp.exp(x.log_w) * x.advantages)
-    return Surrogate(-gain + log_ratio_coef * jnp.square(x.log_w), low, high)
+    p, q = stop_gradient(jnp.exp(x.logp)), jnp.exp(x.old_logp)
+    distance = jnp.abs(p - q) if divergence == "tv" else _binary_kl(x.old_logp, stop_gradient(x.logp))
+    high, low = (distance > max_rise) & (p > q), (distance > max_fall) & (p < q)
+    if region == "signed":
+        high, low = high & (x.advantages > 0), low & (x.advantages <= 0)
+    w = jnp.exp(x.log_w)
+    w = w if ratio_cap is None else jnp.minimum(w, ratio_cap)
+    gain = w * x.advantages if form == "importance" else stop_gradient(w) * x.advantages * x.logp
+    return Surrogate(-jnp.where(high | low, 0.0, gain) + log_ratio_coef * jnp.square(x.log_w), low, high)
+
+
+def _binary_kl(old_logp: Array, logp: Array) -> Array:
+    """KL of the coin that lands on the token under the behaviour from the one under the policy, nats."""
+    p, q, tiny = jnp.exp(logp), jnp.exp(old_logp), 1e-8
+    return q * (old_logp - logp) + (1.0 - q) * jnp.log((1.0 - q + tiny) / (1.0 - p + tiny))
+
+
+def topr(x: Tokens, *, positive_weight: float = 1.0, negative_weight: float = 1.0) -> Surrogate:
+    """-positive_weight A log pi where A > 0, -negative_weight sg[min(w, 1)] A log pi elsewhere. TOPR (2503.14286): what is
+    wrong is unlearned only as far as the policy still does it."""
+    w = stop_gradient(jnp.exp(x.log_w))
+    high = (w > 1.0) & (x.advantages <= 0)
+    weight = jnp.where(x.advantages > 0, positive_weight, negative_weight * jnp.minimum(w, 1.0))
+    return Surrogate(-weight * x.advantages * x.logp, jnp.zeros_like(high), high)
+
+
+def dro(x: Tokens, *, beta: float = 0.1) -> Surrogate:
+    """-A log pi + beta / 2 l^2: REINFORCE held to the behaviour. DRO (2405.19107); Kimi k1.5 (2501.12599)."""
+    return _unclipped(-x.advantages * x.logp + 0.5 * beta * jnp.square(x.log_w))
 
 
 def clip_cov(x: Tokens, *, clip_low: float = 0.2, clip_high: float = 1.0) -> Surrogate:
-    """``ppo_clip`` with the gradient of the selected tokens removed. Clip-Cov (2505.22617)."""
-    clipped = ppo_clip(x, clip_low=clip_low, clip_high=clip_high)
-    return clipped._replace(loss=jnp.where(present(x.selected, _SELECTED) > 0, stop_gradient(clipped.loss), clipped.loss))
+    """``ppo_clip`` without the selected tokens, those apart that it clips. Clip-Cov (2505.22617)."""
+    loss, low, high, _ = ppo_clip(x, clip_low=clip_low, clip_high=clip_high)
+    return Surrogate(jnp.where((present(x.selected, _SELECTED) > 0) & ~(low | high), 0.0, loss), low, high)
 
 
 def kl_cov(x: Tokens, *, cov_kl_coef: float = 1.0) -> Surrogate:

@@ -1,5 +1,7 @@
 """Advantages that differ from token to token: over [B, T], all rows of the optimizer step at once."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -36,9 +38,10 @@ def reinforce_pp_tokens(
     gamma: float = 1.0,
     ddof: int = 1,
     eps: float = 1e-8,
+    whiten: Literal["token", "none"] = "token",
 ) -> Array:
-    """[B, T] REINFORCE++ (2501.03262): token reward -kl_coef k1, plus the score at the last token; reward-to-go;
-    whitened over all tokens of the step.
+    """[B, T] REINFORCE++ (2501.03262): token reward -kl_coef k1, plus the score at the last token; reward-to-go,
+    discounted by ``gamma``; whitened over all tokens of the step, or not (``none``).
 
     ``scores`` [B, T] holds each sequence's reward at every position of it.
     """
@@ -46,15 +49,17 @@ def reinforce_pp_tokens(
     sequences = sequences_of(live, sequence_ids)
     penalty = jnp.where(live, old_logp - ref_logp, 0.0)
     rewards = jnp.where(_last_supervised(sequences), scores, 0.0) - kl_coef * penalty
-    return whiten(reward_to_go(rewards, sequences, gamma), live, ddof=ddof, eps=eps)
+    returns = reward_to_go(rewards, sequences, gamma)
+    return returns if whiten == "none" else whitened(returns, live, ddof=ddof, eps=eps)
 
 
-def whiten(values: Array, live: Array, *, ddof: int = 1, eps: float = 1e-8) -> Array:
-    """[B, T] (x - mean) / (std + eps) over the positions where ``live``; 0 elsewhere."""
+def whitened(values: Array, live: Array, *, ddof: int = 1, eps: float = 1e-8) -> Array:
+    """[B, T] (x - mean) / (std + eps) over the positions where ``live``, exactly 0 where all are equal; 0 elsewhere."""
     n = jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
-    centred = jnp.where(live, values - jnp.sum(jnp.where(live, values, 0.0)) / n, 0.0)
-    std = jnp.sqrt(jnp.sum(jnp.square(centred)) / jnp.maximum(n - ddof, 1.0))
-    return centred / (std + eps)
+    differ = jnp.max(jnp.where(live, values, -jnp.inf)) > jnp.min(jnp.where(live, values, jnp.inf))
+    centred = jnp.where(live & differ, values - jnp.sum(jnp.where(live, values, 0.0)) / n, 0.0)
+    std = jnp.sqrt(jnp.sum(jnp.square(centred)) / jnp.maximum(n - ddof, 1.0)) + eps
+    return centred / jnp.where(std > 0, std, 1.0)
 
 
 def _last_supervised(sequences: Sequences) -> Array:

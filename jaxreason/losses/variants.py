@@ -1,5 +1,6 @@
 """The named policy losses: each a surrogate and the options in which it differs, as data."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from jax import Array
 
 from jaxreason.errors import UserError
 from jaxreason.losses import surrogate as s
+from jaxreason.losses.axes import RECORDS
 from jaxreason.losses.inputs import Fraction, PolicyInputs, clean
-from jaxreason.losses.policy import policy_loss, top_entropy_rule
+from jaxreason.losses.policy import top_entropy_rule
 from jaxreason.losses.select import covariance, largest_covariance, random_in_band
 
 Options = dict[str, inspect.Parameter]
@@ -27,9 +29,13 @@ class Variant:
     select: Callable[..., Callable[..., Array]] | None = None  # options of the rule -> rule(inputs, key)
     kl_placement: str = "loss"  # where the paper has its KL: ``loss`` or ``reward``
 
+    def bound(self, options: Mapping[str, Any]) -> Callable[[s.Tokens], s.Surrogate]:
+        """The surrogate with its own of ``options``."""
+        return functools.partial(self.surrogate, **{name: options[name] for name in options_of(self.surrogate, changed={})})
+
     def declared(self) -> Options:
         """Every option of the variant, with its default and its type."""
-        return options_of(policy_loss, self.surrogate, self.select, changed=self.options)
+        return options_of(*RECORDS, self.surrogate, self.select, changed=self.options)
 
 
 def options_of(*functions: Callable | None, changed: Mapping[str, Any]) -> Options:
@@ -105,8 +111,19 @@ VARIANTS: dict[str, Variant] = {
     "vespo": Variant(s.vespo, {"reduce": "token-mean"}),
     # 2602.02710
     "maxrl": Variant(s.ppo_clip, advantage="maxrl"),
-    # DPPO-TV as in prime-rl
+    # 2602.04879, and prime-rl's symmetric region
     "dppo": Variant(s.dppo, {"reduce": "token-mean"}, "center"),
+    "dppo_kl": Variant(s.dppo, {"reduce": "token-mean", "divergence": "kl"}, "center"),
+    "ipo": Variant(
+        s.dppo,
+        {"reduce": "token-mean", "region": "symmetric", "max_rise": 0.1, "max_fall": 0.1, "behaviour": "sampler"},
+        "center",
+    ),
+    # 2503.14286
+    "topr": Variant(s.topr, {"reduce": "seq-mean-token-sum"}, "raw"),
+    # 2405.19107, 2501.12599
+    "dro": Variant(s.dro, {"reduce": "token-mean"}, "center"),
+    "kimi15": Variant(s.dro, advantage="center"),
     # 2505.07291 and 1912.09729
     "two_sided": Variant(s.ppo_clip, {"ratio_cap": 4.0}),
     "dual_clip": Variant(s.ppo_clip, {"dual_clip": 3.0}),
@@ -122,44 +139,6 @@ VARIANTS: dict[str, Variant] = {
     # 2601.05242: one advantage from several rewards
     "gdpo": Variant(s.ppo_clip, advantage="gdpo"),
 }
-
-# Conventions of other frameworks: options set where a variant has them.
-_TRL = {
-    "log_ratio_clamp": None,
-    "kl_log_ratio_clamp": None,
-    "kl_estimator": "k3_unbiased",
-    "kl_ratio": "surrogate",
-    "entropy_over": "top",
-    "off_policy_behaviour": "sampler",
-}
-# TRL's one pair of bounds for every mode; 0 and not None, which would be the correction's own bound.
-_TRL_CORRECTION = {"correction_min": 0.0, "correction_max": 3.0}
-_VERL = {"log_ratio_clamp": 20.0, "kl_log_ratio_clamp": 20.0, "kl_value_clamp": 10.0}
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "trl": {
-        "*": _TRL,
-        "cispo": {"ratio_min": None, "ratio_max": 5.0},
-    },
-    "verl": {
-        "*": _VERL | {"dual_clip": 3.0},
-        "cispo": {"ratio_min": 0.8, "ratio_max": 1.2},
-        "gspo": {"ratio": "gspo_token", "dual_clip": None},
-    },
-    "nemo": {
-        "*": {},
-        "cispo": {"ratio_min": 0.8, "ratio_max": 1.2},
-    },
-}
-
-
-def preset_options(preset: str, name: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``preset`` changes in the variant ``name`` whose options would be ``known`` without it."""
-    table = PRESETS[preset]
-    wanted = table["*"] | table.get(name, {})
-    if preset == "trl" and known["correction"] not in ("none", "geo_rs"):  # geo_rs is not TRL's
-        wanted = wanted | _TRL_CORRECTION
-    return {key: value for key, value in wanted.items() if key in known}
-
 
 def step_rule(variant: Variant, options: Mapping[str, Any]) -> Callable[..., Array] | None:
     """The step-wide rule of a variant with these options, on cleaned inputs. Raises UserError if two would be

@@ -88,7 +88,7 @@ def _frozen(config: cfg.RunConfig) -> list[list[str]]:
     if config.algorithm == "sft":
         return []
     found = []
-    if config.kl.coef > 0:
+    if config.kl.coef:
         found += [["kl.coef=0"]] if config.kl.offload else [["kl.offload=true"], ["kl.coef=0"]]
     if config.teacher.weights and not config.teacher.offload:
         found.append(["teacher.offload=true"])

@@ -55,7 +55,7 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
     rewards_P_G = _table(groups, lambda s: _total(s, config, objective))
     if rewards_P_G.shape[1] == 0:  # no correction fitted
         return [[] for _ in groups]
-    if _beta(config, objective) and estimator.name == "reinforce_pp":
+    if estimator.name == "reinforce_pp":  # with KL in its token rewards, or without
         return _reinforce_pp(groups, objective, config)
     given: dict[str, object] = {"lengths_P_G": _table(groups, lambda s: len(s.completion.tokens))}
     if "rewards_F_P_G" in estimator.reads:
@@ -107,7 +107,7 @@ def _finite(value: float) -> float:
 
 def _beta(config: cfg.GrpoConfig, objective: Objective) -> float:
     """The coefficient of a KL in the reward."""
-    return config.kl.coef if objective.placement == "reward" else 0.0
+    return config.kl.coef or 0.0 if objective.placement == "reward" else 0.0
 
 
 def _penalty(sequence: Sequence, config: cfg.GrpoConfig) -> np.ndarray:
@@ -148,8 +148,9 @@ def _reinforce_pp(groups: Groups, objective: Objective, config: cfg.GrpoConfig) 
         return jnp.asarray(hosts.gather(out))
 
     scores, mask = table(lambda s: np.nan_to_num(s.reward)), table(lambda s: float(s.trained))
-    penalty = table(lambda s: _penalty(s, config))
-    options = {**objective.estimator.options, "kl_coef": config.kl.coef}
+    beta = _beta(config, objective)
+    penalty = table(lambda s: _penalty(s, config)) if beta else jnp.zeros_like(mask)
+    options = {**objective.estimator.options, "kl_coef": beta}
     found = np.asarray(tokens.reinforce_pp_tokens(scores, penalty, jnp.zeros_like(penalty), mask, **options))  # k = old - ref
     rows = iter(hosts.mine(found))
     return [[row[: len(s.completion.tokens)] for s, row in zip(group, rows)] for group in groups]

@@ -148,8 +148,9 @@ class Inputs:
             *([("second turn", f"{again.samples} corrections of each completion, {again.train} trained")] * (again.samples > 0)),
             ("update", f"{config.train.updates_per_rollout} of {shapes.rows} sequences packed in rows of {shapes.row_length} "
                        f"tokens, microbatches of {shapes.microbatch} rows"),
-            ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {config.kl.coef:g} in the "
-                     f"{self.objective.placement}"),
+            ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {self.objective.kl_coef(config):g} in "
+                     f"the {self.objective.placement}"),
+            *([("note", self.objective.loss.note)] if self.objective.loss.note else []),
             *([("teacher", f"{self.teacher.name} x {config.teacher.coef:g}")] if self.teacher else []),
             ("rewards", ", ".join(f"{reward.name} x {weight:g}" for reward, weight in self.objective.graders)),
             ("steps", f"{total} ({total * config.train.updates_per_rollout} updates)"),

@@ -19,6 +19,10 @@ class Objective:
     hooks: tuple[tuple[str, Callable], ...]  # by name
     placement: str  # of the KL: ``loss`` or ``reward``
 
+    def kl_coef(self, config: cfg.GrpoConfig) -> float:
+        """The config's, or what the loss has without one: its preset's."""
+        return float(self.loss.options.get("kl_coef", 0.0)) if config.kl.coef is None else config.kl.coef
+
 
 def objective_of(config: cfg.GrpoConfig) -> Objective:
     """Finds and checks all of it. Raises UserError for unknown names and for choices that exclude each other."""
@@ -60,14 +64,16 @@ def _options_from_sections(config: cfg.GrpoConfig) -> dict[str, float | str]:
     given = config.loss.options
     found: dict[str, float | str] = {}
     known = losses.defaults(config.loss.name)
-    placement = config.kl.placement or losses.get(config.loss.name).kl_placement
+    placement = config.kl.placement or losses.get(config.loss.name, preset=config.loss.preset).kl_placement
     for name in ("kl_coef", "kl_estimator"):
         if name in given:
             raise UserError(f"loss.options.{name}: set kl.{name.removeprefix('kl_')} instead")
-    if config.kl.coef and placement == "loss":
+    if placement == "reward":
+        found["kl_coef"] = 0.0  # a preset may have one
+    elif config.kl.coef is not None:
         found["kl_coef"] = config.kl.coef
-        if config.kl.estimator:
-            found["kl_estimator"] = config.kl.estimator
+    if config.kl.estimator and placement == "loss":
+        found["kl_estimator"] = config.kl.estimator
     if config.entropy.target is not None:
         found["entropy_coef"] = config.entropy.delta  # not 0: the loss then reads the entropy; each step sets it
     if given.get("reduce", known["reduce"]) == "token-sum/const" and "max_completion_tokens" not in given:

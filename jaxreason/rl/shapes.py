@@ -90,7 +90,7 @@ def longest_prompt(config: cfg.GrpoConfig, first: int, phrase_tokens: int) -> in
 
 def keeps_reference(config: cfg.GrpoConfig, loss: Loss) -> bool:
     """Whether the reference scores every rollout: for a KL, or for a loss of one's own that reads it."""
-    return config.kl.coef > 0 or "ref_logp" in loss.needs
+    return bool(config.kl.coef) or "ref_logp" in loss.needs
 
 
 def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:

@@ -23,10 +23,10 @@ from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_un
 
 def totals_of(batch: Batch) -> Totals:
     """Counts of the whole step, before it is split into microbatches."""
-    sequences = count_unique(_sequence_ids(batch), batch.loss_mask)
+    sequences, drawn = (count_unique(_sequence_ids(batch), where) for where in (batch.loss_mask, batch.segment_ids))
     prompts = sequences if batch.group_ids is None else count_unique(batch.group_ids, batch.loss_mask)
     # A step without any trained token has zero sums everywhere; dividing by 1 keeps them zero.
-    return Totals(*(jnp.maximum(x, 1.0) for x in (jnp.sum(batch.loss_mask), sequences, prompts)))
+    return Totals(*(jnp.maximum(x, 1.0) for x in (jnp.sum(batch.loss_mask), sequences, prompts, drawn)))
 
 
 def _sequence_ids(batch: Batch) -> Array:
