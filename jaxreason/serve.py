@@ -5,13 +5,12 @@ import sys
 from collections.abc import Iterable
 
 from jaxreason import config as cfg
-from jaxreason import rewards
 from jaxreason.data import chat as chats
 from jaxreason.data.example import Example
 from jaxreason.data.prompts import load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
-from jaxreason.evaluate.accuracy import evaluate
+from jaxreason.evaluate.accuracy import evaluate, grading_of
 from jaxreason.sampler import EngineSampler, Job, sampling_of
 from jaxreason.sharding import make_mesh
 from jaxreason.weights import locate
@@ -68,6 +67,5 @@ def measure(name: str, task: str, samples: int, options: cfg.Task) -> tuple[dict
         system_prompt=options.system_prompt, template=options.template,
     )  # fmt: skip
     prompts = load_prompts(data, opened.tokenizer, options.seed)
-    grader = rewards.get(options.grader)
     job = Job(sampling_of(options), samples, options.seed, slots=options.slots)
-    return evaluate(opened.sampler, prompts.prompts, opened.tokenizer, grader, job)
+    return evaluate(opened.sampler, prompts.prompts, opened.tokenizer, grading_of(options), job)

@@ -17,6 +17,7 @@ from jaxreason import config as cfg
 from jaxreason.data import files
 from jaxreason.data.pipeline import prepare
 from jaxreason.data.tokenizer import load
+from jaxreason.evaluate import accuracy
 from jaxreason.sharding import make_mesh
 from jaxreason.train import optimizer as opt
 from jaxreason.train import sft
@@ -244,17 +245,23 @@ def real_run(places: Places) -> dict:
         *sft_words(places.root / "elsewhere"), "run.name=named", "run.deterministic=true", "train.steps=null", "train.epochs=0.1",
         "train.save_every=1", "train.keep_checkpoints=3", "train.eval_every=2", "train.profile_steps=[2, 3]",
         "train.tensorboard=true", "train.wandb=project", "eval.problems=3", f"eval.grader={places.root / 'mine.py'}:right",
-        "eval.max_completion_tokens=5", "eval.slots=2", "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
+        "eval.max_completion_tokens=5", "eval.slots=2", "eval.workers=1", "eval.timeout_s=33", "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
     ]  # fmt: skip
     Scripted.jobs.clear()
     saved = sft.EngineSampler, xla.configure, {name: sys.modules.get(name) for name in Writer({}).modules}
-    sft.EngineSampler = Scripted
+    pool = accuracy.RewardPool
+
+    def pool_of(graders, workers, timeout_s, on_error):
+        log.update(eval_workers=workers, eval_timeout_s=timeout_s)
+        return pool(graders, workers, timeout_s, on_error)
+
+    sft.EngineSampler, accuracy.RewardPool = Scripted, pool_of
     xla.configure = lambda platform, devices=1, deterministic=False: log.update(deterministic=deterministic) or {}
     sys.modules.update(Writer(log).modules)
     try:
         assert cli.train(["--config", "sft", *words]) == 0
     finally:
-        sft.EngineSampler, xla.configure = saved[:2]
+        (sft.EngineSampler, xla.configure), accuracy.RewardPool = saved[:2], pool
         for name, module in saved[2].items():
             sys.modules.pop(name)
             if module is not None:
@@ -291,6 +298,8 @@ RUN = {
     "eval.grader": lambda r: r["lines"][-1]["eval_accuracy"] == 1.0,  # the scripted answer has two tokens
     "eval.max_completion_tokens": lambda r: r["jobs"][-1][0].sampling.max_completion_tokens == 5,
     "eval.slots": lambda r: r["jobs"][-1][0].slots == 2,
+    "eval.workers": lambda r: r["log"]["eval_workers"] == 1,
+    "eval.timeout_s": lambda r: r["log"]["eval_timeout_s"] == 33,
     "algorithm": lambda r: (r["folder"] / "data_report.json").is_file(),
     "model.weights": lambda r: r["continued"].weights == str(r["folder"] / "checkpoints" / "00000004"),
     "teacher.weights": lambda r: r["continued"].teacher == r["continued"].weights,

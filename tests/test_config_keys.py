@@ -63,7 +63,7 @@ def test_a_run_does_what_its_key_says(kind, key, runs):
 TASK = {
     "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "max_completion_tokens": 5, "slots": 3, "seed": 4,
     "system_prompt": "Think.", "template": "r1_zero", "compute_dtype": "bfloat16", "attention": "reference", "split": "train",
-    "problems": 7, "grader": "countdown",
+    "problems": 7, "grader": "countdown", "workers": 3, "timeout_s": 4.5,
 }  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def test_every_word_of_evaluate_reaches_the_measurement(runs, monkeypatch):
     monkeypatch.setattr(EngineSampler, "__init__", lambda self, model, stops, mesh: seen.append(model.execution))
     monkeypatch.setattr(EngineSampler, "load", lambda self, params, step: None)
 
-    def evaluate(sampler, prompts, tokenizer, grader, job):
-        return {}, [seen.pop(), [p.ids for p in prompts], grader.name, job]
+    def evaluate(sampler, prompts, tokenizer, grading, job):
+        return {}, [seen.pop(), [p.ids for p in prompts], grading, job]
 
     monkeypatch.setattr(serve, "evaluate", evaluate)
 

@@ -205,11 +205,18 @@ class SftTeacher(Section):
     """What forward_kl, reverse_kl and jsd distil: a model with the same tokenizer, Hugging Face directory, hub id or run."""
 
 
-class Eval(Section):
-    problems: NonNegative = 0
-    """Held-out problems answered greedily and graded; 0: none."""
+class Grader(Section):
     grader: str = "accuracy"
     """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
+    workers: Positive = 2
+    """Grading processes."""
+    timeout_s: float = Field(10.0, gt=0)
+    """A grader that takes longer on an answer is killed; its problem is left out and counted in ``ungraded``."""
+
+
+class Eval(Grader):
+    problems: NonNegative = 0
+    """Held-out problems answered greedily and graded; 0: none."""
     max_completion_tokens: Positive = 256
     slots: Positive = 64
     """Sequences decoded at once."""
@@ -254,15 +261,13 @@ class Decode(Draw):
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
 
 
-class Task(Decode):
+class Task(Grader, Decode):
     """Overrides of evaluate.py."""
 
     split: str | None = None
     """Split of the task; null: ``eval`` of one that a program writes, ``test`` of a hub data set."""
     problems: Positive = 500
     """At most this many problems, the first ones."""
-    grader: str = "accuracy"
-    """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
 
 
 class SftConfig(Section):
