@@ -18,7 +18,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """The run's folder below ``dir``."""
     dir: str = "runs"
     """Where runs are written."""

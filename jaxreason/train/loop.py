@@ -85,8 +85,11 @@ class Loop:
         self._trace.close()
         self._log.close()
         self._interrupt.restore()
-        # Whatever happened since, what was being saved is saved whole: the run goes on from there.
-        self._checkpoints.wait()
+        try:
+            # Whatever happened since, what was being saved is saved whole: the run goes on from there.
+            self._checkpoints.wait()
+        finally:
+            self._folder.release()
 
     def restore(
         self, abstract: TrainState, fresh: Callable[[], TrainState]
