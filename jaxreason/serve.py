@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from jaxreason import config as cfg
 from jaxreason.data import chat as chats
-from jaxreason.data.example import Example
+from jaxreason.data.example import Example, Reject
 from jaxreason.data.prompts import load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
+from jaxreason.errors import UserError
 from jaxreason.evaluate.accuracy import evaluate, grading_of
 from jaxreason.sampler import EngineSampler, Job, sampling_of
 from jaxreason.sharding import make_mesh
@@ -41,7 +42,10 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
     """Prints the model's answer to one user message while it is being written."""
     opened = open_model(name, options)
     chat = chats.resolve(opened.tokenizer, options.template, options.system_prompt)
-    prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
+    try:
+        prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
+    except Reject as reject:
+        raise UserError(f"--prompt holds {reject.reason}; leave it out") from None
     stops, written = opened.stop_ids, ""
     seen: list[int] = []
 

@@ -193,6 +193,7 @@ ROWS: dict[str, tuple] = {
     "data.schema": (prompts, "problem_answer", "data.source={rows}"),
     "data.system_prompt": (prompts, "Think first."),
     "data.template": (prompts, "r1_zero", "data.max_prompt_tokens=512"),
+    "data.trust_special_tokens": (prompts, "true", "data.source={marked}", "data.max_rows=null"),
     "data.max_rows": (prompts, 20),
     "data.keep_columns": (prompts, "[level]", *NOT_EMBEDDED),
     "data.eval_source": (prompts, "{other}", "eval.problems=5"),
@@ -240,7 +241,8 @@ def real_run(places: Places) -> dict:
         "train.steps=2", "train.updates_per_rollout=2", "train.minibatches=2", "train.truncated=mask",
         "train.save_every=1", "train.keep_checkpoints=1", "train.eval_every=1", "train.profile_steps=[1, 1]",
         "train.tensorboard=true", "train.wandb=project", "eval.problems=3", f"eval.grader={mine}:right",
-        "eval.max_completion_tokens=5", "eval.slots=4", "eval.workers=1", "eval.timeout_s=44", "eval.samples=2", "eval.temperature=0.3",
+        "eval.max_completion_tokens=5", "eval.slots=4", "eval.samples=2", "eval.temperature=0.3",
+        "eval.workers=1", "eval.timeout_s=44",
     ]  # fmt: skip
     Scripted.jobs.clear()
     with spied(log):

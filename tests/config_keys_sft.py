@@ -31,6 +31,7 @@ class Places:
         self.root, self.run = root, ""
         self.rows = data_helpers.write_jsonl(root / "rows.jsonl", [self._row(i) for i in range(40)])
         self.other = data_helpers.write_jsonl(root / "other.jsonl", [self._row(i) for i in range(100, 140)])
+        self.marked = data_helpers.write_jsonl(root / "marked.jsonl", [self._row(i, " <|eot_id|>") for i in range(40)])
         self.splits = root / "splits"
         for split, first in (("train", 0), ("test", 50), ("validation", 70)):
             (self.splits / split).mkdir(parents=True)
@@ -40,9 +41,9 @@ class Places:
         (root / "mine.py").write_text(MINE)
 
     @staticmethod
-    def _row(i: int) -> dict:
+    def _row(i: int, asked: str = "") -> dict:
         reply = f"<think>\n{'1 + 1 = 2 ' * (1 + i % 9)}\n</think>\n\n{i}"
-        turns = [{"role": "user", "content": f"{i} + 0 ="}, {"role": "assistant", "content": reply}]
+        turns = [{"role": "user", "content": f"{i} + 0 ={asked}"}, {"role": "assistant", "content": reply}]
         other = {"problem": f"{i} ?", "answer": str(i), "solution": f"<think>\nabc\n</think>\n\n{i}"}
         return {"messages": turns, "gold": i, "correct": i % 3 > 0, "level": i, **other}
 
@@ -179,6 +180,7 @@ ROWS: dict[str, tuple] = {
     "data.schema": (data, "problem_answer", *NOT_EMBEDDED),
     "data.system_prompt": (data, "Think first.", "data.max_length=256"),
     "data.template": (data, "r1_zero", "data.max_length=512"),
+    "data.trust_special_tokens": (data, "true", "data.source={marked}", "data.max_rows=null", "data.max_length=256"),
     "data.max_rows": (data, 50),
     "data.keep_columns": (problems, "[level]", *NOT_EMBEDDED, "data.eval_source={other}"),
     "data.eval_source": (data, "{other}", "data.max_length=256"),
@@ -245,7 +247,8 @@ def real_run(places: Places) -> dict:
         *sft_words(places.root / "elsewhere"), "run.name=named", "run.deterministic=true", "train.steps=null", "train.epochs=0.1",
         "train.save_every=1", "train.keep_checkpoints=3", "train.eval_every=2", "train.profile_steps=[2, 3]",
         "train.tensorboard=true", "train.wandb=project", "eval.problems=3", f"eval.grader={places.root / 'mine.py'}:right",
-        "eval.max_completion_tokens=5", "eval.slots=2", "eval.workers=1", "eval.timeout_s=33", "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
+        "eval.max_completion_tokens=5", "eval.slots=2", "eval.workers=1", "eval.timeout_s=33",
+        "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
     ]  # fmt: skip
     Scripted.jobs.clear()
     saved = sft.EngineSampler, xla.configure, {name: sys.modules.get(name) for name in Writer({}).modules}

@@ -73,9 +73,9 @@ def test_what_follows_the_stop_token_is_not_trained():
     assert tokenizer.decode(trained) == "a<|im_end|>"  # the template writes a line break behind it
 
 
-def test_a_stop_token_inside_the_text_is_rejected():
+def test_a_control_token_inside_the_answer_is_rejected():
     encoded = encode(helpers.llama(), Example("q", "a"), Example("q", "a <|eot_id|> b"))
-    assert encoded.rejects == [(1, "stop token inside the text", 1)]
+    assert encoded.rejects == [(1, "control token inside the answer", 1)]
     assert encoded.ordinals.tolist() == [0] and encoded.rows == 2
 
 

@@ -1,4 +1,4 @@
-"""Answers that are made to hang a grader cost their own problem, in training and in evaluation, and a run can be stopped meanwhile."""
+"""Answers that are made to hang a grader cost their own problem, and a run can be stopped meanwhile."""
 
 import json
 import os

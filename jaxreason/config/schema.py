@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+_MOST = 2**31 - 1  # of anything that is counted: more is a slip of the hand
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=_MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of a key of jax.random, 0 to 4294967295
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DType = Literal["float32", "bfloat16"]
@@ -13,7 +14,8 @@ DType = Literal["float32", "bfloat16"]
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, use_attribute_docstrings=True
+        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -85,6 +87,9 @@ class Problems(Section):
     """Put before every conversation that has no system message."""
     template: str | None = None
     """Chat template: a Jinja file, the name of a shipped one, or null for the tokenizer's own."""
+    trust_special_tokens: bool = False
+    """Whether a control token that a row's text spells out (``<|eot_id|>``) is that token. False: it is the characters that it
+    is in what a user, a system message or an earlier turn says, and a row whose answer holds one is dropped and counted."""
     max_rows: Positive | None = None
     """Use only the first rows of the source."""
     keep_columns: list[str] = []

@@ -13,7 +13,7 @@ import numpy as np
 from jaxreason.data.encode import Encoded
 from jaxreason.errors import UserError
 
-FORMAT = 3  # part of every cache key; raise it when parsing, rendering or this layout changes
+FORMAT = 4  # part of every cache key; raise it when parsing, rendering or this layout changes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def tokenize(
 def _key(source: Source, encoder: Encoder, schema: str, max_rows: int | None) -> str:
     chat = encoder.chat
     state = [FORMAT, source.fingerprint, encoder.tokenizer.fingerprint, chat.template, chat.tokens, chat.system_prompt]
-    state += [encoder.keep_only_correct, encoder.spans, schema, max_rows]
+    state += [chat.control, encoder.keep_only_correct, encoder.spans, schema, max_rows]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
 
 

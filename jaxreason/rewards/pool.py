@@ -245,13 +245,14 @@ class _Worker:
     def __init__(self, setup: tuple):
         self.connection, theirs = mp_connection.Pipe()
         # Not multiprocessing's spawn: that runs the main module in every worker, and a training script's imports jax.
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
-            "JAX_PLATFORMS": "cpu",
-        }
+        # The directory that the run was started from comes last: a numbers.py there is not Python's own. And -P keeps
+        # Python from putting it first.
+        here, places = os.getcwd(), list(map(os.path.abspath, sys.path))
+        places.sort(key=lambda path: path == here)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "JAX_PLATFORMS": "cpu"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from jaxreason.rewards.worker import main; main({theirs.fileno()})"],
+                [sys.executable, "-P", "-c", f"from jaxreason.rewards.worker import main; main({theirs.fileno()})"],
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

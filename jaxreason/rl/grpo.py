@@ -157,7 +157,7 @@ def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inpu
     resolved = setup.resolved
     if config.teacher.weights:
         teacher, resolved = open_teacher(config.teacher.weights, setup)
-    chat = chats.resolve(setup.tokenizer, config.data.template, config.data.system_prompt)
+    chat = chats.of_data(config.data, setup.tokenizer)
     prompts = load_prompts(
         config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat
     )

@@ -112,7 +112,7 @@ class RunFolder:
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self._owner = Owner(self.path)
-            if (checkpoint_steps(self.checkpoints)[-1:] or [None]) != [self.resume]:
+            if max(checkpoint_steps(self.checkpoints), default=None) != self.resume:
                 raise UserError(f"{self.path}: another process trained here meanwhile; run the same command again")
             temporary = self.path / "config.yaml.tmp"
             temporary.write_text(cfg.dump(self._config.model_copy(update={"resolved": self.resolved})))
