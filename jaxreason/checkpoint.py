@@ -65,15 +65,31 @@ def read_model(step_dir: Path) -> ModelConfig:
     left out: a bound on segments that fitted one run's rows would refuse another's.
     """
     path = step_dir / MODEL
-    values = json.loads(path.read_text())
+    values = _model_values(step_dir, path)
     for name in set(Execution.__dataclass_fields__) - {"param_dtype"}:
         values.pop(name, None)
     try:
-        scaling = values["rope_scaling"]
+        scaling = values.get("rope_scaling")
         values["rope_scaling"] = RopeScaling(**scaling) if scaling else None
-        return make_config(**values | {"stop_ids": tuple(values["stop_ids"])})
+        return make_config(**values | {"stop_ids": tuple(values.get("stop_ids", ()))})
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} describes a model that this version does not have: {error}") from None
+
+
+def _model_values(step_dir: Path, path: Path) -> dict:
+    """model.json as it was sealed. Raises UserError where it is missing, damaged or not what the manifest lists."""
+    fix = f"use another step (there are {steps(step_dir.parent)}), or delete {step_dir}"
+    try:
+        content = path.read_bytes()
+        if (step_dir / MANIFEST).is_file():
+            listed = json.loads((step_dir / MANIFEST).read_bytes())["files"][MODEL]["sha256"]
+            if listed != hashlib.sha256(content).hexdigest():
+                raise UserError(f"{path}: its content is not what was saved (sha256 differs); {fix}")
+        return dict(json.loads(content))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read, or {MANIFEST} beside it: {type(error).__name__}: {error}; {fix}") from None
 
 
 def steps(directory: Path) -> list[int]:
@@ -95,7 +111,7 @@ def hold(step_dir: Path) -> IO | None:
     except FileNotFoundError:
         return None
     # It may have been deleted between the two: its writer locks the manifest before it unlinks it.
-    if lock(file, exclusive=False) and (step_dir / MANIFEST).exists():
+    if lock(file, exclusive=False) is not False and (step_dir / MANIFEST).exists():
         return file
     file.close()
     return None
@@ -121,7 +137,7 @@ def _remove(step_dir: Path) -> bool:
     if int(step_dir.name) not in steps(step_dir.parent):
         return False
     with open(step_dir / MANIFEST, "r+") as file:
-        if not lock(file, exclusive=True):
+        if lock(file, exclusive=True) is False:
             return False
         # The manifest goes first: a deletion cut short leaves an unfinished step, not a damaged one.
         (step_dir / UNFINISHED).touch()

@@ -102,10 +102,10 @@ def test_a_folder_that_is_not_a_run_s_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run .*thesis.tex"):
         folder(tmp_path)
     (tmp_path / "sft" / "config.yaml").write_text("server: 8080\n")
-    with pytest.raises(UserError, match="another program's"):
+    with pytest.raises(UserError, match="cannot be resumed: .*another program's"):
         folder(tmp_path)
     (tmp_path / "sft" / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="config.yaml is damaged"):
+    with pytest.raises(UserError, match="cannot be resumed: .*config.yaml.*not valid YAML"):
         folder(tmp_path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file; set run.name"):

@@ -31,6 +31,7 @@ def directory(tmp_path):
     config = tiny()
     hf.save(random_params(config), config, tmp_path / "model", dtype="float32", shard_bytes=6000)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    (tmp_path / "model" / "SHA256SUMS").unlink()
     return tmp_path / "model"
 
 
@@ -151,6 +152,7 @@ def test_weights_that_are_not_finite_are_named(value, dtype, directory):
 
 def test_stop_ids_that_are_none_are_refused(tmp_path):
     data_helpers.llama().save(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
     for value in ("two", [2, "x"], 10**12, -1, True, {"a": 1}):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         with pytest.raises(UserError, match="generation_config.json has eos_token_id .*not a token id"):

@@ -27,6 +27,7 @@ class EvilConfig(PretrainedConfig): model_type = "evil"
 def poison(directory, mark, whole: bool) -> None:
     """Adds ``auto_map`` and its file to a tokenizer's directory; without ``whole`` it has no tokenizer.json to read instead."""
     (directory / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    (directory / "SHA256SUMS").unlink()
     path = directory / "tokenizer_config.json"  # config.json stays a plain Llama's
     there = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.EvilConfig"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Evil", "auto_map": there}))

@@ -11,8 +11,8 @@ import yaml
 
 from jaxreason import config as cfg
 from jaxreason.checkpoint import write_json
+from jaxreason.data.directory import read_json
 from jaxreason.errors import UserError
-from jaxreason.train.folder import read_config
 
 OFFLINE = "offline.json"
 _TAIL_BYTES = 8 * 2**20  # of samples.jsonl: more than one step's completions, less than a long run's file
@@ -73,13 +73,11 @@ def read_run(path: Path) -> Run:
     for name in ("config.yaml", "metrics.jsonl"):
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name}, so this is not a run that has trained; give the folder of a run")
-    config = read_config(path / "config.yaml")
-    if not {"algorithm", "run", "loss"} <= config.keys():
-        raise UserError(f"{path / 'config.yaml'}: not the config of a run")
+    config = cfg.read_run(path / "config.yaml")
     records = _json_lines(path / "metrics.jsonl")
     if not records:
         raise UserError(f"{path / 'metrics.jsonl'}: no step yet; run its training first")
-    summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else None
+    summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else None
     return Run(path, config, records, summary, _last_samples(path / "samples.jsonl"))
 
 

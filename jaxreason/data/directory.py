@@ -1,11 +1,18 @@
 """Files of a directory that somebody else made: found by a plain name, regular, and inside of it."""
 
+import concurrent.futures
+import hashlib
 import json
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxreason.errors import UserError
+
+SUMS = "SHA256SUMS"
+_SUM = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
 
 
 def find(directory: Path, name: str) -> Path | None:
@@ -44,3 +51,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; it is a JSON object")
     return value
+
+
+def write_sums(directory: Path) -> None:
+    """Writes SHA256SUMS over the directory's files, as ``sha256sum --check`` reads it."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != SUMS)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        lines = [f"{found}  {path.name}\n" for found, path in zip(pool.map(_digest, files), files)]
+    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(directory: Path, wanted: Callable[[str], bool]) -> None:
+    """Checks the files whose names are ``wanted`` against SHA256SUMS, where there is one. Raises UserError.
+
+    A file that is wanted and not listed is refused too: a damaged name would otherwise go unseen.
+    """
+    sums = find(directory, SUMS)
+    if sums is None:
+        return
+    fix = f"copy or export it again; if you changed it on purpose, remove {SUMS}"
+    listed: dict[str, str] = {}
+    for number, line in enumerate(sums.read_bytes().decode("utf-8", "replace").removesuffix("\n").split("\n"), 1):
+        if (match := _SUM.fullmatch(line)) is None:
+            raise UserError(f"{sums}, line {number}: not a sum and a file's name; {fix}")
+        listed[match[2]] = match[1]
+    present = {path.name for path in directory.iterdir() if path.is_file() and path.name != SUMS}
+    names = sorted(name for name in present | set(listed) if wanted(name))
+    for name in names:
+        if name not in listed or name not in present:
+            raise UserError(f"{directory / name}: {'missing' if name in listed else f'not listed in {SUMS}'}; {fix}")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for name, found in zip(names, pool.map(lambda name: _digest(directory / name), names)):
+            if found != listed[name]:
+                raise UserError(f"{directory / name}: its content is not what was saved ({SUMS} differs); {fix}")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

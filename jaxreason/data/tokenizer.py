@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxreason.data import hub
-from jaxreason.data.directory import find, read_json
+from jaxreason.data.directory import SUMS, check_sums, find, read_json, write_sums
 from jaxreason.errors import UserError
+from jaxreason.locks import Partial
 from jaxreason.text import LITERAL_CLOSE, LITERAL_OPEN, without_marks
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ EMBEDDED = Path(__file__).resolve().parent / "embedded_tokenizer"
 _STOPS = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>")
 _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _MAX_ID = 2**24
+_FILES = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "generation_config.json",
+}  # fmt: skip
 _PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>")
 
 
@@ -105,11 +110,20 @@ class Tokenizer:
         return text
 
     def save(self, directory: str | Path, chat_template: str | None = None) -> None:
-        """Writes the tokenizer's files, with ``chat_template``, which the model was trained with, for its own."""
+        """Writes the tokenizer's files, with ``chat_template``, which the model was trained with, for its own.
+
+        SHA256SUMS lists them. A reader meanwhile finds each file as it was before or as it is now.
+        """
         hf = self.hf if chat_template is None else copy.copy(self.hf)
         if chat_template is not None:
             hf.chat_template = chat_template
-        hf.save_pretrained(str(directory))
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        with Partial(place / "tokenizer") as partial:
+            hf.save_pretrained(str(partial.path))
+            write_sums(partial.path)
+            for file in sorted(partial.path.iterdir(), key=lambda file: file.name == SUMS):
+                os.replace(file, place / file.name)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -174,6 +188,7 @@ def _load_directory(path: Path) -> Tokenizer:
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {path}: the directory has no tokenizer.json; copy the tokenizer's files there")
     _refuse_code(path)
+    check_sums(path, lambda name: name in _FILES)
     try:
         hf = _class_for(path).from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json
@@ -184,7 +199,7 @@ def _load_directory(path: Path) -> Tokenizer:
 def _refuse_code(path: Path) -> None:
     """Raises UserError for a directory whose tokenizer is code of its own, or that holds pipes, which would be waited for."""
     for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.is_dir():
+        if file.name in _FILES:
             find(path, file.name)
     if (path / "tokenizer.json").is_file():
         return  # it is all that is read

@@ -14,13 +14,14 @@ from jax import Array
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
-from jaxreason.data.directory import find, read_json
+from jaxreason.data.directory import check_sums, find, read_json
 from jaxreason.errors import UserError
 from jaxreason.hf.config import config_from_hf
 from jaxreason.hf.hub import fetch
 from jaxreason.hf.table import DTYPES, EMBEDDING, HEAD, rows, unflatten
 from jaxreason.model import ModelConfig, family_of
 
+_INDEX = "model.safetensors.index.json"
 _BUFFER = "rotary_emb.inv_freq"  # old checkpoints store what rope.py computes
 _MAPPED_BYTES = 32 << 20  # of a file at once, where it holds float32
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -125,6 +126,8 @@ def load(
             raise UserError(f"{key} is {value!r}; it is one of {', '.join(DTYPES)}")
     directory = fetch(path)
     config = read_config(directory).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
+    if jax.process_index() == 0:  # of several processes the others need not read every file too
+        check_sums(directory, lambda name: name.endswith(".safetensors") or name == _INDEX)
     tensors = _read_headers(directory)
     placement = placement or _place_whole
     leaves = _match(tensors, config, directory)
@@ -133,6 +136,7 @@ def load(
 
 def read_config(directory: Path) -> ModelConfig:
     """The architecture in ``config.json``, with the stop ids of ``generation_config.json`` where that exists."""
+    check_sums(directory, lambda name: name in ("config.json", "generation_config.json"))
     where = find(directory, "config.json")
     if where is None:
         raise UserError(f"{directory / 'config.json'}: no such file; a Hugging Face directory has one next to its weights")
@@ -173,7 +177,7 @@ def _read_headers(directory: Path) -> dict[str, _Tensor]:
     weight_map: dict[str, str] = {}
     if single := find(directory, "model.safetensors"):
         files = [single]
-    elif index := find(directory, "model.safetensors.index.json"):
+    elif index := find(directory, _INDEX):
         weight_map = read_json(index).get("weight_map") or {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map; download or export it again")

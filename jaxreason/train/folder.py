@@ -62,10 +62,10 @@ class RunFolder:
             raise UserError(f"{self.path} is a file; {fix}")
         saved = self.path / "config.yaml"
         if saved.is_file():
-            config = read_config(saved)
-            if not {"algorithm", "run"} <= config.keys():
-                raise UserError(f"{self.path} is not the folder of a run: its config.yaml is another program's; {fix}")
-            return config
+            try:
+                return cfg.read_run(saved)
+            except UserError as error:
+                raise UserError(f"{self.path} cannot be resumed: {error}; {fix}") from None
         names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
         if others := sorted(names - {Owner.NAME, "config.yaml.tmp"}):
             raise UserError(f"{self.path} is not the folder of a run (no config.yaml, but {', '.join(others[:3])}); {fix}")
@@ -147,17 +147,6 @@ class RunFolder:
         """Writes summary.json, which says that the run is done."""
         if jax.process_index() == 0:
             write_json(self.path / "summary.json", summary)
-
-
-def read_config(path: Path) -> dict:
-    """A run's config.yaml. Raises UserError where it is damaged."""
-    try:
-        found = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged (not YAML): {str(error).splitlines()[0]}; restore it, or delete the folder") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (not the config of a run); restore it, or delete the folder")
-    return found
 
 
 def keep_lines(path: Path, step: int) -> None:
