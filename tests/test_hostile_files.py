@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_hf import edit_json, random_params, tiny
 
+import jaxreason
 from jaxreason import hf
 from jaxreason.data import chat as chats
 from jaxreason.data.encode import Encoder, encode_prompt
@@ -243,4 +244,12 @@ def test_a_worker_does_not_import_what_lies_in_the_current_directory(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[1.0]\n", done.stderr
-    assert get("format") and Sample and RewardPool
+
+
+def test_a_worker_runs_the_package_that_the_run_runs(tmp_path, monkeypatch):
+    """Also from a checkout's own directory, where another version is installed."""
+    code = "import jaxreason\n\ndef same(sample):\n    return float(jaxreason.__file__ == sample.gold)\n"
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(ROOT)
+    with RewardPool([(get(f"{tmp_path}/mine.py:same"), 1.0)], 1, 20.0, "count") as pool:
+        assert pool.grade([Sample("q", "a", jaxreason.__file__, 1, 9, False)]).total == [1.0]

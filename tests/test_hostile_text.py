@@ -81,7 +81,7 @@ def test_apart_and_here_are_the_same_text():
 def test_the_process_of_a_killed_run_ends():
     script = (
         "import os, signal; from jaxreason.data import render; render.apart('x', {}); "
-        "print(render._process._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "print(render._process._process.popen.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)

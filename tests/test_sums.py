@@ -77,9 +77,8 @@ def test_every_file_of_an_export_is_checked(kind, made):
     names = {path.name for path in (made / "hf").iterdir()}
     assert {"SHA256SUMS", "config.json", "generation_config.json", "tokenizer.json", "README.md"} < names and len(names) > 7
     for name in sorted(names - {"README.md"}):  # which nothing reads
-        with damaged(made / "hf" / name, kind):
-            with pytest.raises(UserError, match="SHA256SUMS|sum and a file's name|is not a sum|missing"):
-                read()
+        with damaged(made / "hf" / name, kind), pytest.raises(UserError, match="SHA256SUMS"):
+            read()
     read()
 
 
@@ -108,9 +107,8 @@ def test_every_file_of_a_run_s_tokenizer_is_checked(kind, made):
     place = made / "run" / "tokenizer"
     assert len(list(place.iterdir())) >= 4
     for path in sorted(place.iterdir()):
-        with damaged(path, kind):
-            with pytest.raises(UserError, match=path.name):
-                load(place)
+        with damaged(path, kind), pytest.raises(UserError, match=path.name):
+            load(place)
     load(place)
 
 

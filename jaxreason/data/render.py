@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+
+from jaxreason.processes import Process
 
 START_LIMIT_S, LIMIT_S = 60.0, 10.0
 MAX_CHARS = 64 << 20
@@ -105,15 +106,8 @@ class _Process:
 
     def __init__(self):
         self.owner = os.getpid()  # a fork of this process must not share the line
-        self._connection, theirs = mp_connection.Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from jaxreason.data.render import main; main({theirs.fileno()})"],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        self._process = Process("jaxreason.data.render", {})
+        self._connection = self._process.connection
         self._receive(START_LIMIT_S)
 
     def render(self, template: str, values: dict[str, Any]) -> str:
@@ -138,10 +132,9 @@ class _Process:
 
     def close(self) -> None:
         if self.owner == os.getpid():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._connection.close()
+            self._process.kill()
+        else:
+            self._connection.close()
 
 
 _process: _Process | None = None
