@@ -173,6 +173,23 @@ def test_a_pipe_among_a_tokenizer_s_files_is_refused(name, tmp_path):
         load(tmp_path)
 
 
+USELESS = [
+    {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}},
+    {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "x"}},
+    {"model": {"type": "BPE", "vocab": {"a": 2**31}, "merges": []}},
+    {"added_tokens": "x"},
+    {"decoder": {"type": "none"}},
+]
+
+
+@pytest.mark.parametrize("change", USELESS)
+def test_a_tokenizer_json_that_is_of_no_use_is_one_message(change, tmp_path):
+    data_helpers.llama().save(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", **change)
+    with pytest.raises(UserError, match="tokenizer"):
+        load(tmp_path)
+
+
 # ---- control tokens in texts
 
 TEMPLATE = (

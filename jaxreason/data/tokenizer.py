@@ -46,6 +46,8 @@ class Tokenizer:
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()
         self.vocab_size = max(hf.get_vocab().values()) + 1
+        if self.vocab_size > _MAX_ID:
+            raise UserError(f"tokenizer {hf.name_or_path}: has a token of id {self.vocab_size - 1}; the largest is {_MAX_ID - 1}")
         self.bos_id = hf.bos_token_id
         self.stop_ids = _stop_ids(hf, generation_config or {})
         self.is_stop = np.zeros(max(self.vocab_size, self.stop_ids[-1] + 1), bool)
@@ -191,9 +193,11 @@ def _load_directory(path: Path) -> Tokenizer:
     check_sums(path, lambda name: name in _FILES)
     try:
         hf = _class_for(path).from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json
+        return Tokenizer(hf, _generation_config(path))
+    except UserError:
+        raise
+    except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json, and so does its encoder
         raise UserError(f"tokenizer {path}: cannot be read: {hub.reason(error)}") from None
-    return Tokenizer(hf, _generation_config(path))
 
 
 def _refuse_code(path: Path) -> None:
