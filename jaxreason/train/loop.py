@@ -185,7 +185,8 @@ class Loop:
             done = f"stopped at step {self._step} and saved it" if self._step else "stopped before the first step"
             console.print(f"{done}; the same command goes on")
             return None
-        first = self._folder.lines()[0] if jax.process_index() == 0 else {"step": -1}
+        lines = self._folder.lines() if jax.process_index() == 0 else []
+        first = lines[0] if lines else {"step": -1}
         before = {f"before_{k}": v for k, v in first.items() if k.startswith("eval_accuracy")} if first["step"] == 0 else {}
         summary = {"step": self._span.total, **self._log.record, **self._counters, "parameters": param_count(self._model)}
         self._folder.finish(summary | before)
