@@ -88,14 +88,15 @@ def _model_values(step_dir: Path, path: Path) -> dict:
         return dict(json.loads(content))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read, or {MANIFEST} beside it: {type(error).__name__}: {error}; {fix}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read, or the {MANIFEST} next to it: {type(error).__name__}: {error}; {fix}") from None
 
 
 def steps(directory: Path) -> list[int]:
     """Finished steps, oldest first."""
     found = (path.parent for path in directory.glob(f"*/{MANIFEST}"))
-    return sorted(int(path.name) for path in found if _NAME.fullmatch(path.name) and (path / MODEL).is_file())
+    ours = (path for path in found if _NAME.fullmatch(path.name) and any((path / part).exists() for part in (MODEL, "params")))
+    return sorted(int(path.name) for path in ours)
 
 
 def unfinished(directory: Path) -> list[Path]:
@@ -191,8 +192,10 @@ def verify(step_dir: Path) -> dict:
 def _verified(step_dir: Path, path: Path) -> dict:
     fix = f"delete {step_dir} to go on from the step before it"
     try:
-        listed = json.loads(path.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
+        listed = json.loads(path.read_bytes())["files"]
+        if not all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in listed.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a readable manifest; {fix}") from None
     present = [step_dir / name for name in listed if (step_dir / name).is_file()]
     for name, entry in listed.items():

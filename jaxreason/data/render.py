@@ -67,10 +67,14 @@ def apart(template: str, values: Mapping[str, Any]) -> str:
             _process = _Process()
         try:
             return _process.render(template, dict(values))
-        except _Lost as lost:
+        except TemplateFailed:
+            raise
+        except BaseException as error:  # an interrupt too: the answer that still comes is not that of the next question
             _process.close()
             _process = None
-            raise TemplateFailed(str(lost)) from None
+            if isinstance(error, _Lost):
+                raise TemplateFailed(str(error)) from None
+            raise
 
 
 @functools.lru_cache(maxsize=8)
