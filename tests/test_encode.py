@@ -150,6 +150,7 @@ def test_stop_ids_join_generation_config_eos_and_known_stops():
 def test_load_reads_a_directory_and_its_generation_config(tmp_path):
     made = helpers.llama()
     made.save(tmp_path, chat_template=helpers.R1_TEMPLATE)
+    (tmp_path / "SHA256SUMS").unlink()  # which would say that the next file was not saved with the others
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 299}))
     loaded = tokenizers.load(tmp_path)
     assert loaded.hf.chat_template == helpers.R1_TEMPLATE and made.hf.chat_template is None
