@@ -5,19 +5,23 @@
                              data.json   the data iterator's state
                              model.json  the architecture
                              manifest.json  sha256 of every file above; a step without it was never finished
+                             unfinished  only while the step is written or deleted: what may be removed carries it
 
+A reader holds a step by a lock of its manifest, and a step that is held is not deleted.
 Orbax alone restores a flipped bit and reports a full disk as saved; a step exists here only once it was hashed.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -25,10 +29,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxreason.errors import UserError
+from jaxreason.locks import lock
 from jaxreason.model import Execution, ModelConfig, RopeScaling, make_config
 from jaxreason.types import TrainState
 
-MANIFEST = "manifest.json"
+MANIFEST, MODEL, UNFINISHED = "manifest.json", "model.json", "unfinished"
+_NAME = re.compile("[0-9]{8,}")
 _MARGIN = 1.02  # metadata in addition to the arrays
 
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING)
@@ -58,30 +64,102 @@ def read_model(step_dir: Path) -> ModelConfig:
     Checkpoints from before there were families name none: they are Llamas. Older ones also hold how they were run, which is
     left out: a bound on segments that fitted one run's rows would refuse another's.
     """
-    path = step_dir / "model.json"
-    values = json.loads(path.read_text())
+    path = step_dir / MODEL
+    values = _model_values(step_dir, path)
     for name in set(Execution.__dataclass_fields__) - {"param_dtype"}:
         values.pop(name, None)
     try:
-        scaling = values["rope_scaling"]
+        scaling = values.get("rope_scaling")
         values["rope_scaling"] = RopeScaling(**scaling) if scaling else None
-        return make_config(**values | {"stop_ids": tuple(values["stop_ids"])})
+        return make_config(**values | {"stop_ids": tuple(values.get("stop_ids", ()))})
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} describes a model that this version does not have: {error}") from None
 
 
+def _model_values(step_dir: Path, path: Path) -> dict:
+    """model.json as it was sealed. Raises UserError where it is missing, damaged or not what the manifest lists."""
+    fix = f"use another step (there are {steps(step_dir.parent)}), or delete {step_dir}"
+    try:
+        content = path.read_bytes()
+        if (step_dir / MANIFEST).is_file():
+            listed = json.loads((step_dir / MANIFEST).read_bytes())["files"][MODEL]["sha256"]
+            if listed != hashlib.sha256(content).hexdigest():
+                raise UserError(f"{path}: its content is not what was saved (sha256 differs); {fix}")
+        return dict(json.loads(content))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read, or the {MANIFEST} next to it: {type(error).__name__}: {error}; {fix}") from None
+
+
 def steps(directory: Path) -> list[int]:
     """Finished steps, oldest first."""
-    return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST}") if path.parent.name.isdigit())
+    found = (path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    ours = (path for path in found if _NAME.fullmatch(path.name) and any((path / part).exists() for part in (MODEL, "params")))
+    return sorted(int(path.name) for path in ours)
 
 
 def unfinished(directory: Path) -> list[Path]:
-    """Directories of steps whose writing was cut off."""
-    return sorted(p for p in directory.glob("*") if p.is_dir() and p.name.isdigit() and not (p / MANIFEST).exists())
+    """Directories of steps whose writing, or whose deletion, was cut off: they say so themselves."""
+    found = (path.parent for path in directory.glob(f"*/{UNFINISHED}") if _NAME.fullmatch(path.parent.name))
+    return sorted(path for path in found if not (path / MANIFEST).exists())
+
+
+def hold(step_dir: Path) -> IO | None:
+    """Keeps a step from being deleted for as long as what is returned is open; None if the step is not there."""
+    try:
+        file = open(step_dir / MANIFEST)
+    except FileNotFoundError:
+        return None
+    # It may have been deleted between the two: its writer locks the manifest before it unlinks it.
+    if lock(file, exclusive=False) is not False and (step_dir / MANIFEST).exists():
+        return file
+    file.close()
+    return None
+
+
+def _begin(step_dir: Path) -> None:
+    """Makes a step's directory, which says that it is not finished. Raises UserError where there is one that is not ours."""
+    with contextlib.suppress(OSError):
+        step_dir.rmdir()  # an empty one is nobody's loss
+    if step_dir.exists() and not _remove(step_dir):
+        raise UserError(
+            f"{step_dir} is in the way of this run's checkpoint, and it is not one of ours, or it is being read: move it away"
+        )
+    step_dir.mkdir(parents=True, exist_ok=True)
+    (step_dir / UNFINISHED).write_text("jaxreason writes or deletes this step; if it was cut off, the next run removes it\n")
+
+
+def _remove(step_dir: Path) -> bool:
+    """Deletes a step of ours, unless a reader holds it; whether it is gone."""
+    if step_dir in unfinished(step_dir.parent):
+        _clear(step_dir)
+        return True
+    if int(step_dir.name) not in steps(step_dir.parent):
+        return False
+    with open(step_dir / MANIFEST, "r+") as file:
+        if lock(file, exclusive=True) is False:
+            return False
+        # The manifest goes first: a deletion cut short leaves an unfinished step, not a damaged one.
+        (step_dir / UNFINISHED).touch()
+        (step_dir / MANIFEST).unlink()
+    _clear(step_dir)
+    return True
+
+
+def _clear(step_dir: Path) -> None:
+    """Deletes a directory, its mark last: what a kill leaves of it is still known for ours."""
+    for part in step_dir.iterdir():
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part)
+        elif part.name != UNFINISHED:
+            part.unlink()
+    shutil.rmtree(step_dir)
 
 
 def _files(step_dir: Path) -> list[Path]:
-    return sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.endswith(".tmp"))
+    names = (MANIFEST, UNFINISHED)
+    return sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name not in names and not p.name.endswith(".tmp"))
 
 
 def _digest(path: Path) -> str:
@@ -97,13 +175,27 @@ def _digests(step_dir: Path, files: list[Path]) -> dict[str, dict]:
 
 def verify(step_dir: Path) -> dict:
     """Checks every file of a step against its manifest and returns it. Raises UserError naming the first bad file."""
-    fix = f"delete {step_dir} to go on from the step before it"
     path = step_dir / MANIFEST
     if not path.is_file():
-        raise UserError(f"{step_dir}: no {MANIFEST}, so this checkpoint was never finished or was cut short; {fix}")
+        others = f"the finished steps are {steps(step_dir.parent) or 'none'}"
+        raise UserError(f"{step_dir}: no {MANIFEST}: it is being written or deleted, or that was cut off; {others}")
     try:
-        listed = json.loads(path.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
+        return _verified(step_dir, path)
+    except (UserError, FileNotFoundError):
+        if path.is_file():
+            raise
+        raise UserError(
+            f"{step_dir} was deleted while it was read: its run goes on, and keeps its newest steps; run the same command again"
+        ) from None
+
+
+def _verified(step_dir: Path, path: Path) -> dict:
+    fix = f"delete {step_dir} to go on from the step before it"
+    try:
+        listed = json.loads(path.read_bytes())["files"]
+        if not all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in listed.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a readable manifest; {fix}") from None
     present = [step_dir / name for name in listed if (step_dir / name).is_file()]
     for name, entry in listed.items():
@@ -151,7 +243,7 @@ class Checkpoints:
         cut = unfinished(self.directory)
         if jax.process_index() == 0:
             for path in cut:
-                shutil.rmtree(path)
+                _clear(path)
         return cut
 
     def save(self, state: TrainState, data_state: dict, model: ModelConfig) -> None:
@@ -170,8 +262,8 @@ class Checkpoints:
                 f"checkpoint of step {step}: needs {size / 2**30:.2f} GiB in {self.directory}, {free / 2**30:.2f} GiB "
                 "are free; make room, lower train.keep_checkpoints, or set run.dir to another disk"
             )
-        if jax.process_index() == 0 and path.exists():
-            shutil.rmtree(path)
+        if jax.process_index() == 0:
+            _begin(path)
         try:
             self._savers["params"].save(path / "params", state.model_params)
             self._savers["optimizer"].save(path / "optimizer", {"opt_state": state.opt_state})
@@ -188,9 +280,7 @@ class Checkpoints:
                 write_json(path / "data.json", data_state)
                 _seal(path, model)
                 for old in steps(self.directory)[: -self.keep]:
-                    # The manifest goes first: a deletion cut short leaves an unfinished step, not a damaged one.
-                    (self.directory / f"{old:08d}" / MANIFEST).unlink()
-                    shutil.rmtree(self.directory / f"{old:08d}")
+                    _remove(self.directory / f"{old:08d}")
         except BaseException as error:
             self._failure = (step, error)
 
@@ -226,8 +316,9 @@ def _part(params: dict, like: dict) -> dict:
 
 def _seal(step_dir: Path, model: ModelConfig) -> None:
     """Writes the architecture and, last, the manifest: from here on the step exists."""
-    write_json(step_dir / "model.json", model_to_json(model))
+    write_json(step_dir / MODEL, model_to_json(model))
     write_json(step_dir / MANIFEST, {"step": int(step_dir.name), "files": _digests(step_dir, _files(step_dir))})
+    (step_dir / UNFINISHED).unlink(missing_ok=True)
 
 
 def save_params(directory: Path, params: dict, model: ModelConfig) -> None:

@@ -1,18 +1,14 @@
 """Runs and checkpoints to Hugging Face directories, and back."""
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
+from jaxreason.data.directory import read_json
 from jaxreason.data.tokenizer import load as load_tokenizer
 from jaxreason.errors import UserError
+from jaxreason.locks import Partial
 from jaxreason.sharding import make_mesh
 from jaxreason.weights import WeightSource, locate
 
@@ -38,15 +34,10 @@ def from_hf(model: str, out: str) -> str:
     stored = hf.stored_dtype(directory)
     params, config = hf.load(directory, stored, stored)
     tokenizer = load_tokenizer(str(directory))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        checkpoint.save_params(temporary / "checkpoints", params, config)
-        tokenizer.save(temporary / "tokenizer")
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with Partial(target) as partial:
+        checkpoint.save_params(partial.path / "checkpoints", params, config)
+        tokenizer.save(partial.path / "tokenizer")
+        partial.commit()
     return f"{directory} -> {out} ({stored}); use it as model.weights={out}"
 
 
@@ -54,9 +45,10 @@ def _card(source: WeightSource) -> dict:
     """What the model card says of the run."""
     card: dict[str, Any] = {}
     if (source.run / "config.yaml").is_file():
-        recipe = yaml.safe_load((source.run / "config.yaml").read_text())
-        card |= {"base_model": recipe["model"]["weights"] or f"random weights ({recipe['model']['preset']})",
-                 "data": recipe["data"]["source"], "recipe": recipe}  # fmt: skip
+        recipe = cfg.read_run(source.run / "config.yaml")
+        model, data = recipe.get("model") or {}, recipe.get("data") or {}
+        card |= {"base_model": model.get("weights") or f"random weights ({model.get('preset')})",
+                 "data": data.get("source"), "recipe": recipe}  # fmt: skip
     if (source.run / "summary.json").is_file():
-        card["metrics"] = json.loads((source.run / "summary.json").read_text())
+        card["metrics"] = read_json(source.run / "summary.json")
     return card

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Iterable
 
 from jaxreason import config as cfg
-from jaxreason import rewards
 from jaxreason.data import chat as chats
-from jaxreason.data.example import Example
+from jaxreason.data.example import Example, Reject
 from jaxreason.data.prompts import load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
-from jaxreason.evaluate.accuracy import evaluate
+from jaxreason.errors import UserError
+from jaxreason.evaluate.accuracy import evaluate, grading_of
 from jaxreason.sampler import EngineSampler, Job, sampling_of
 from jaxreason.sharding import make_mesh
 from jaxreason.weights import locate
@@ -42,7 +42,10 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
     """Prints the model's answer to one user message while it is being written."""
     opened = open_model(name, options)
     chat = chats.resolve(opened.tokenizer, options.template, options.system_prompt)
-    prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
+    try:
+        prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
+    except Reject as reject:
+        raise UserError(f"--prompt holds {reject.reason}; leave it out") from None
     stops, written = opened.stop_ids, ""
     seen: list[int] = []
 
@@ -68,6 +71,5 @@ def measure(name: str, task: str, samples: int, options: cfg.Task) -> tuple[dict
         system_prompt=options.system_prompt, template=options.template,
     )  # fmt: skip
     prompts = load_prompts(data, opened.tokenizer, options.seed)
-    grader = rewards.get(options.grader)
     job = Job(sampling_of(options), samples, options.seed, slots=options.slots)
-    return evaluate(opened.sampler, prompts.prompts, opened.tokenizer, grader, job)
+    return evaluate(opened.sampler, prompts.prompts, opened.tokenizer, grading_of(options), job)

@@ -5,12 +5,21 @@ import re
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
+# Around what looks like a control token in somebody's text and is to be encoded as the characters that it is. Unicode keeps
+# both for a program's own use: no text has them.
+LITERAL_OPEN, LITERAL_CLOSE = "\ufdd0", "\ufdd1"
+
 MAX_ANSWER_CHARS = 2000
 """A longer text is not an answer: it is not read, so that 100 kB in a box cost nothing."""
 
 _BOX_TOKEN = re.compile(r"(?P<box>\\f?boxed\s*\{)|\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\f?boxed(?![A-Za-z])")
 _WHOLE_BOX = re.compile(r"\\f?boxed\s*\{(.*)\}", re.DOTALL)
+
+
+def without_marks(text: str) -> str:
+    """A rendered text as people and graders read it."""
+    return text.replace(LITERAL_OPEN, "").replace(LITERAL_CLOSE, "")
 
 
 def has_box(text: str) -> bool:

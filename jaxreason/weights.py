@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import time
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -23,12 +24,16 @@ class WeightSource:
 
     kind: Literal["checkpoint", "hf"]
     path: Path  # of the checkpoint's step or of the Hugging Face directory
+    held: IO | None = dataclasses.field(default=None, compare=False, repr=False)
+    """Open for as long as the source is used: its run, which may be training, does not delete the checkpoint meanwhile."""
 
     @classmethod
     def at(cls, path: str) -> "WeightSource":
         """The source at a path that :func:`locate` has found before."""
         place = Path(path)
-        return cls("checkpoint" if (place / "model.json").is_file() else "hf", place)
+        if (place / checkpoint.MODEL).is_file():
+            return cls("checkpoint", place, checkpoint.hold(place))
+        return cls("hf", place)
 
     def digest(self) -> str:
         """Tells these weights from others, in a moment: of a checkpoint its manifest, which lists a hash of every file; of a
@@ -83,18 +88,29 @@ def locate(name: str) -> WeightSource:
     """The source that ``name`` means. Raises UserError; a hub id is downloaded."""
     path = Path(name)
     if (path / "checkpoints").is_dir():
-        found = checkpoint.steps(path / "checkpoints")
-        if not found:
-            cut = len(checkpoint.unfinished(path / "checkpoints"))
-            raise UserError(f"{path}: a run without a finished checkpoint ({cut} unfinished); run its training again")
-        return WeightSource("checkpoint", path / "checkpoints" / f"{found[-1]:08d}")
+        return _newest(path)
     if path.name.isdigit() and path.parent.name == "checkpoints":
         if not path.is_dir():
             raise UserError(f"{path}: no such checkpoint; there are {checkpoint.steps(path.parent)}")
+        held = checkpoint.hold(path)
         checkpoint.verify(path)
-        return WeightSource("checkpoint", path)
+        return WeightSource("checkpoint", path, held)
     if (path / "config.yaml").is_file():
         raise UserError(f"{path}: a run without a checkpoint; run its training first")
     if not path.exists() and path.parts[:1] == (cfg.Run.model_fields["dir"].default,):
         raise UserError(f"{name}: no such run yet; make it first, e.g.: python scripts/train.py --config {path.name}")
     return WeightSource("hf", hf.fetch(name))
+
+
+def _newest(run: Path) -> WeightSource:
+    """The newest checkpoint of a run, which may be training: one that goes before it could be held is not the newest now."""
+    while found := checkpoint.steps(run / "checkpoints"):
+        path = run / "checkpoints" / f"{found[-1]:08d}"
+        if held := checkpoint.hold(path):
+            return WeightSource("checkpoint", path, held)
+        time.sleep(0.05)
+    cut = len(checkpoint.unfinished(run / "checkpoints"))
+    raise UserError(
+        f"{run}: a run without a finished checkpoint ({cut} unfinished): wait for its first (train.save_every), or run its "
+        "training again"
+    )

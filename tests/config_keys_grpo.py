@@ -19,6 +19,7 @@ from helpers import grpo_words
 from jaxreason import checkpoint, cli, losses, xla
 from jaxreason import config as cfg
 from jaxreason.data.prompts import Prompt, PromptStream, load_prompts
+from jaxreason.evaluate import accuracy
 from jaxreason.losses.check import tiny_inputs
 from jaxreason.losses.reduce import whole_step
 from jaxreason.rl import grpo
@@ -192,6 +193,7 @@ ROWS: dict[str, tuple] = {
     "data.schema": (prompts, "problem_answer", "data.source={rows}"),
     "data.system_prompt": (prompts, "Think first."),
     "data.template": (prompts, "r1_zero", "data.max_prompt_tokens=512"),
+    "data.trust_special_tokens": (prompts, "true", "data.source={marked}", "data.max_rows=null"),
     "data.max_rows": (prompts, 20),
     "data.keep_columns": (prompts, "[level]", *NOT_EMBEDDED),
     "data.eval_source": (prompts, "{other}", "eval.problems=5"),
@@ -241,6 +243,7 @@ def real_run(places: Places) -> dict:
         "train.save_every=1", "train.keep_checkpoints=1", "train.eval_every=1", "train.profile_steps=[1, 1]",
         "train.tensorboard=true", "train.wandb=project", "eval.problems=3", f"eval.grader={mine}:right",
         "eval.max_completion_tokens=5", "eval.slots=4", "eval.samples=2", "eval.temperature=0.3",
+        "eval.workers=1", "eval.timeout_s=44",
     ]  # fmt: skip
     Scripted.jobs.clear()
     with spied(log):
@@ -273,16 +276,21 @@ class spied:
             log.update(workers=workers, timeout_s=timeout_s, on_error=on_error)
             return pool(graders, workers, timeout_s, on_error)
 
+        def eval_pool_of(graders, workers, timeout_s, on_error):
+            log.update(eval_workers=workers, eval_timeout_s=timeout_s)
+            return pool(graders, workers, timeout_s, on_error)
+
         def model_of(score, params, offload):
             log["offloaded"].append(offload)
             return model(score, params, offload)
 
-        grpo.RewardPool, grpo.ScoringModel = pool_of, model_of
+        grpo.RewardPool, grpo.ScoringModel, accuracy.RewardPool = pool_of, model_of, eval_pool_of
         xla.configure = lambda platform, devices=1, deterministic=False: log.update(deterministic=deterministic) or {}
         sys.modules.update(shared.Writer(log).modules)
 
     def __exit__(self, *error: object) -> None:
         grpo.RewardPool, grpo.ScoringModel, xla.configure, modules = self.saved
+        accuracy.RewardPool = grpo.RewardPool
         for name in shared.Writer({}).modules:
             sys.modules.pop(name)
             if name in modules:
@@ -336,6 +344,8 @@ RUN = {
     "eval.grader": lambda r: r["lines"][0]["eval_accuracy"] == 1.0,
     "eval.max_completion_tokens": lambda r: r["greedy"][0][0].sampling.max_completion_tokens == 5,
     "eval.slots": lambda r: r["greedy"][0][0].slots == 4,
+    "eval.workers": lambda r: r["log"]["eval_workers"] == 1,
+    "eval.timeout_s": lambda r: r["log"]["eval_timeout_s"] == 44,
     "eval.samples": lambda r: r["sampled"][0][0].samples == 2,
     "eval.temperature": lambda r: r["sampled"][0][0].sampling.temperature == 0.3,
     **{f"resolved.{key}": lambda r, key=key: r["resolved"][key] is not None for key in cfg.Resolved.model_fields},

@@ -17,6 +17,7 @@ from jaxreason import config as cfg
 from jaxreason.data import files
 from jaxreason.data.pipeline import prepare
 from jaxreason.data.tokenizer import load
+from jaxreason.evaluate import accuracy
 from jaxreason.sharding import make_mesh
 from jaxreason.train import optimizer as opt
 from jaxreason.train import sft
@@ -30,6 +31,7 @@ class Places:
         self.root, self.run = root, ""
         self.rows = data_helpers.write_jsonl(root / "rows.jsonl", [self._row(i) for i in range(40)])
         self.other = data_helpers.write_jsonl(root / "other.jsonl", [self._row(i) for i in range(100, 140)])
+        self.marked = data_helpers.write_jsonl(root / "marked.jsonl", [self._row(i, " <|eot_id|>") for i in range(40)])
         self.splits = root / "splits"
         for split, first in (("train", 0), ("test", 50), ("validation", 70)):
             (self.splits / split).mkdir(parents=True)
@@ -39,9 +41,9 @@ class Places:
         (root / "mine.py").write_text(MINE)
 
     @staticmethod
-    def _row(i: int) -> dict:
+    def _row(i: int, asked: str = "") -> dict:
         reply = f"<think>\n{'1 + 1 = 2 ' * (1 + i % 9)}\n</think>\n\n{i}"
-        turns = [{"role": "user", "content": f"{i} + 0 ="}, {"role": "assistant", "content": reply}]
+        turns = [{"role": "user", "content": f"{i} + 0 ={asked}"}, {"role": "assistant", "content": reply}]
         other = {"problem": f"{i} ?", "answer": str(i), "solution": f"<think>\nabc\n</think>\n\n{i}"}
         return {"messages": turns, "gold": i, "correct": i % 3 > 0, "level": i, **other}
 
@@ -178,6 +180,7 @@ ROWS: dict[str, tuple] = {
     "data.schema": (data, "problem_answer", *NOT_EMBEDDED),
     "data.system_prompt": (data, "Think first.", "data.max_length=256"),
     "data.template": (data, "r1_zero", "data.max_length=512"),
+    "data.trust_special_tokens": (data, "true", "data.source={marked}", "data.max_rows=null", "data.max_length=256"),
     "data.max_rows": (data, 50),
     "data.keep_columns": (problems, "[level]", *NOT_EMBEDDED, "data.eval_source={other}"),
     "data.eval_source": (data, "{other}", "data.max_length=256"),
@@ -244,17 +247,24 @@ def real_run(places: Places) -> dict:
         *sft_words(places.root / "elsewhere"), "run.name=named", "run.deterministic=true", "train.steps=null", "train.epochs=0.1",
         "train.save_every=1", "train.keep_checkpoints=3", "train.eval_every=2", "train.profile_steps=[2, 3]",
         "train.tensorboard=true", "train.wandb=project", "eval.problems=3", f"eval.grader={places.root / 'mine.py'}:right",
-        "eval.max_completion_tokens=5", "eval.slots=2", "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
+        "eval.max_completion_tokens=5", "eval.slots=2", "eval.workers=1", "eval.timeout_s=33",
+        "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
     ]  # fmt: skip
     Scripted.jobs.clear()
     saved = sft.EngineSampler, xla.configure, {name: sys.modules.get(name) for name in Writer({}).modules}
-    sft.EngineSampler = Scripted
+    pool = accuracy.RewardPool
+
+    def pool_of(graders, workers, timeout_s, on_error):
+        log.update(eval_workers=workers, eval_timeout_s=timeout_s)
+        return pool(graders, workers, timeout_s, on_error)
+
+    sft.EngineSampler, accuracy.RewardPool = Scripted, pool_of
     xla.configure = lambda platform, devices=1, deterministic=False: log.update(deterministic=deterministic) or {}
     sys.modules.update(Writer(log).modules)
     try:
         assert cli.train(["--config", "sft", *words]) == 0
     finally:
-        sft.EngineSampler, xla.configure = saved[:2]
+        (sft.EngineSampler, xla.configure), accuracy.RewardPool = saved[:2], pool
         for name, module in saved[2].items():
             sys.modules.pop(name)
             if module is not None:
@@ -291,6 +301,8 @@ RUN = {
     "eval.grader": lambda r: r["lines"][-1]["eval_accuracy"] == 1.0,  # the scripted answer has two tokens
     "eval.max_completion_tokens": lambda r: r["jobs"][-1][0].sampling.max_completion_tokens == 5,
     "eval.slots": lambda r: r["jobs"][-1][0].slots == 2,
+    "eval.workers": lambda r: r["log"]["eval_workers"] == 1,
+    "eval.timeout_s": lambda r: r["log"]["eval_timeout_s"] == 33,
     "algorithm": lambda r: (r["folder"] / "data_report.json").is_file(),
     "model.weights": lambda r: r["continued"].weights == str(r["folder"] / "checkpoints" / "00000004"),
     "teacher.weights": lambda r: r["continued"].teacher == r["continued"].weights,

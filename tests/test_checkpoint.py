@@ -47,7 +47,7 @@ def test_a_deletion_cut_short_leaves_no_finished_step(saved, monkeypatch):
     """Killed while the files of step 2 go: what is left of it must not pass for a checkpoint."""
 
     def killed(path, *args, **options):
-        (path / "data.json").unlink()
+        (path.parent / "data.json").unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
@@ -108,6 +108,8 @@ def test_cut_short_and_missing_files_are_named(saved):
 def test_a_step_without_manifest_does_not_exist(saved):
     (saved.directory / "00000003" / checkpoint.MANIFEST).unlink()
     assert saved.latest() == 2
+    assert saved.remove_unfinished() == []  # it does not say that this project may delete it
+    (saved.directory / "00000003" / checkpoint.UNFINISHED).touch()
     assert saved.remove_unfinished() == [saved.directory / "00000003"]
     assert not (saved.directory / "00000003").exists()
 

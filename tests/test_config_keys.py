@@ -47,7 +47,8 @@ def test_every_key_has_an_observation(kind):
 @pytest.mark.parametrize(("kind", "key"), CASES)
 def test_changing_a_key_changes_something(kind, key, places):
     observe, value, *context = KINDS[kind].ROWS[key]
-    paths = {name: getattr(places, name) for name in ("rows", "other", "splits", "tokenizer")} | {"mine": places.root / "mine.py"}
+    paths = {name: getattr(places, name) for name in ("rows", "other", "marked", "splits", "tokenizer")}
+    paths["mine"] = places.root / "mine.py"
     context = [word.format(**paths) for word in context]
     changed = f"{key}={value}".format(**paths)
     assert observed(observe, places, (*context,)) != observed(observe, places, (*context, changed))
@@ -63,7 +64,7 @@ def test_a_run_does_what_its_key_says(kind, key, runs):
 TASK = {
     "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "max_completion_tokens": 5, "slots": 3, "seed": 4,
     "system_prompt": "Think.", "template": "r1_zero", "compute_dtype": "bfloat16", "attention": "reference", "split": "train",
-    "problems": 7, "grader": "countdown",
+    "problems": 7, "grader": "countdown", "workers": 3, "timeout_s": 4.5,
 }  # fmt: skip
 
 
@@ -74,8 +75,8 @@ def test_every_word_of_evaluate_reaches_the_measurement(runs, monkeypatch):
     monkeypatch.setattr(EngineSampler, "__init__", lambda self, model, stops, mesh: seen.append(model.execution))
     monkeypatch.setattr(EngineSampler, "load", lambda self, params, step: None)
 
-    def evaluate(sampler, prompts, tokenizer, grader, job):
-        return {}, [seen.pop(), [p.ids for p in prompts], grader.name, job]
+    def evaluate(sampler, prompts, tokenizer, grading, job):
+        return {}, [seen.pop(), [p.ids for p in prompts], grading, job]
 
     monkeypatch.setattr(serve, "evaluate", evaluate)
 

@@ -73,9 +73,9 @@ def test_what_follows_the_stop_token_is_not_trained():
     assert tokenizer.decode(trained) == "a<|im_end|>"  # the template writes a line break behind it
 
 
-def test_a_stop_token_inside_the_text_is_rejected():
+def test_a_control_token_inside_the_answer_is_rejected():
     encoded = encode(helpers.llama(), Example("q", "a"), Example("q", "a <|eot_id|> b"))
-    assert encoded.rejects == [(1, "stop token inside the text", 1)]
+    assert encoded.rejects == [(1, "control token inside the answer", 1)]
     assert encoded.ordinals.tolist() == [0] and encoded.rows == 2
 
 
@@ -150,6 +150,7 @@ def test_stop_ids_join_generation_config_eos_and_known_stops():
 def test_load_reads_a_directory_and_its_generation_config(tmp_path):
     made = helpers.llama()
     made.save(tmp_path, chat_template=helpers.R1_TEMPLATE)
+    (tmp_path / "SHA256SUMS").unlink()  # which would say that the next file was not saved with the others
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 299}))
     loaded = tokenizers.load(tmp_path)
     assert loaded.hf.chat_template == helpers.R1_TEMPLATE and made.hf.chat_template is None

@@ -46,19 +46,22 @@ def assert_same(found: dict, wanted: dict):
 
 @pytest.fixture
 def directory(tmp_path):
-    """An exported tied float32 model to damage."""
+    """An exported tied float32 model to damage, without the sums that would say so first."""
     config = tiny()
     hf.save(random_params(config), config, tmp_path / "model", dtype="float32")
+    (tmp_path / "model" / "SHA256SUMS").unlink()
     return tmp_path / "model"
 
 
 def edit_json(file, **changes):
+    (file.parent / "SHA256SUMS").unlink(missing_ok=True)  # as somebody does who changes an export
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def edit_weights(directory, change):
     file = directory / "model.safetensors"
     tensors = load_file(file)
+    (directory / "SHA256SUMS").unlink(missing_ok=True)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
 
@@ -275,6 +278,9 @@ def test_missing_shard_is_named(tmp_path):
     hf.save(random_params(config), config, tmp_path / "out", dtype="float32", shard_bytes=8000)
     lost = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     lost.unlink()
+    with pytest.raises(UserError, match=f"{lost.name}: missing; .*SHA256SUMS"):
+        hf.load(tmp_path / "out")
+    (tmp_path / "out" / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=f"{lost.name}: no such file"):
         hf.load(tmp_path / "out")
 
@@ -390,7 +396,7 @@ def test_tokenizer_card_and_permissions(tmp_path):
 
     card = {"base_model": "meta-llama/Llama-3.2-3B", "metrics": {"eval": {"accuracy": 0.5}}}
     hf.save(random_params(tiny()), tiny(), tmp_path / "out", tokenizer=Tokenizer(), card=card)
-    names = {"config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json"}
+    names = {"config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json", "SHA256SUMS"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     text = (tmp_path / "out/README.md").read_text()

@@ -293,8 +293,8 @@ def test_an_idle_worker_that_died_is_replaced_at_no_sample_s_cost(graders):
     with pool(get(f"{graders}:process"), workers=2) as grader:
         grader.grade(samples(*["ok"] * 64))
         victim = next(worker for worker in grader._workers if worker.ready)
-        victim._process.kill()
-        victim._process.wait()
+        victim._process.popen.kill()
+        victim._process.popen.wait()
         graded = grader.grade(samples(*["ok"] * 64))
         assert graded.errors == [] and None not in graded.total
         assert victim not in grader._workers

@@ -11,6 +11,7 @@ import yaml
 
 from jaxreason import config as cfg
 from jaxreason.checkpoint import write_json
+from jaxreason.data.directory import read_json
 from jaxreason.errors import UserError
 
 OFFLINE = "offline.json"
@@ -72,25 +73,24 @@ def read_run(path: Path) -> Run:
     for name in ("config.yaml", "metrics.jsonl"):
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name}, so this is not a run that has trained; give the folder of a run")
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    if not isinstance(config, dict) or not {"algorithm", "run", "loss"} <= config.keys():
-        raise UserError(f"{path / 'config.yaml'}: not the config of a run")
+    config = cfg.read_run(path / "config.yaml")
     records = _json_lines(path / "metrics.jsonl")
     if not records:
         raise UserError(f"{path / 'metrics.jsonl'}: no step yet; run its training first")
-    summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else None
+    summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else None
     return Run(path, config, records, summary, _last_samples(path / "samples.jsonl"))
 
 
 def _json_lines(path: Path) -> list[dict]:
     """Every line's object. The last line may be cut short, by a kill or because it is being written right now."""
-    lines, found = path.read_text().splitlines(), []
+    # What follows the last newline is empty, or a line that is not whole.
+    *lines, _ = path.read_bytes().split(b"\n")
+    found = []
     for at, line in enumerate(lines, 1):
         try:
             found.append({"step": json.loads(line)["step"], **json.loads(line)})
         except (ValueError, KeyError, TypeError):
-            if at < len(lines):
-                raise UserError(f"{path}, line {at}: not a JSON object with a step; the file is damaged") from None
+            raise UserError(f"{path}, line {at}: not a JSON object with a step; the file is damaged") from None
     return found
 
 
@@ -102,8 +102,11 @@ def _last_samples(path: Path) -> list[dict]:
         start = max(0, path.stat().st_size - _TAIL_BYTES)
         file.seek(start)
         lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only
-    samples = [json.loads(line) for line in lines]
-    return [s for s in samples if s["step"] == samples[-1]["step"]]
+    try:
+        samples = [json.loads(line) for line in lines]
+        return [s for s in samples if s["step"] == samples[-1]["step"]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not all of its last lines are JSON objects with a step; the file is damaged") from None
 
 
 def read_variants(paths: Sequence[Path]) -> list[Variant]:

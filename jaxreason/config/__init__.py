@@ -19,12 +19,13 @@ from jaxreason.config.grpo import (
     Teacher,
 )
 from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, parse_words
-from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig, may_change
+from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig, may_change, read_run
 from jaxreason.config.schema import (
     Data,
     Decode,
     Draw,
     Eval,
+    Grader,
     Loss,
     Mesh,
     Model,
@@ -48,6 +49,7 @@ __all__ = [
     "Draw",
     "Entropy",
     "Eval",
+    "Grader",
     "GrpoConfig",
     "GrpoData",
     "GrpoEval",
@@ -81,4 +83,5 @@ __all__ = [
     "load",
     "may_change",
     "parse_words",
+    "read_run",
 ]

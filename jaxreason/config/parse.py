@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from jaxreason.config.run import ALGORITHMS, RunConfig
 from jaxreason.config.schema import Section
+from jaxreason.config.text import read_yaml
 from jaxreason.errors import UserError
 from jaxreason.plugins import nearest
 
@@ -39,7 +40,14 @@ def find(name: str) -> Path:
 def load(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Reads config ``name``, applies ``key=value`` overrides, validates. Raises UserError."""
     path = find(name)
-    return build(_read_yaml(path.read_text(), str(path)), overrides, str(path))
+    try:
+        values = read_yaml(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    if not isinstance(values, dict):
+        found = "empty" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path}: the file is {found}; a config is made of sections with keys, as configs/sft.yaml")
+    return build(values, overrides, str(path))
 
 
 def build(values: dict[str, Any], overrides: typing.Sequence[str] = (), where: str = "config") -> RunConfig:
@@ -51,15 +59,19 @@ def build(values: dict[str, Any], overrides: typing.Sequence[str] = (), where: s
         if not equals or not key:
             raise UserError(f"{word!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
         words[key] = word
-        _assign(values, key, _word_value(ALGORITHMS.get(values.get("algorithm", "")), key, text, word), word)
+        _assign(values, key, _word_value(_class_of(values), key, text, word), word)
     algorithm = values.get("algorithm")
-    if algorithm not in ALGORITHMS:
+    if (config_class := _class_of(values)) is None:
         raise UserError(f"{where}: algorithm is {algorithm!r}; it is one of {', '.join(ALGORITHMS)}")
-    config_class = ALGORITHMS[algorithm]
     try:
         return config_class.model_validate(_numbers(values, config_class, ""))
     except pydantic.ValidationError as error:
         raise UserError(_explain(error, config_class, where, words)) from None
+
+
+def _class_of(values: dict) -> type[RunConfig] | None:
+    algorithm = values.get("algorithm")
+    return ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
 
 
 def parse_words(section: type[AnySection], words: typing.Sequence[str]) -> AnySection:
@@ -98,16 +110,6 @@ def json_schema() -> dict:
     return pydantic.TypeAdapter(functools.reduce(operator.or_, ALGORITHMS.values())).json_schema(by_alias=True)
 
 
-def _read_yaml(text: str, where: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    return value
-
-
 def _word_value(section: type[BaseModel] | None, key: str, text: str, word: str) -> Any:
     """The value of a ``key=value`` word: YAML, but what goes to a text stays as typed (``run.name=1``, ``a: b``)."""
     annotation: Any = section
@@ -116,12 +118,12 @@ def _word_value(section: type[BaseModel] | None, key: str, text: str, word: str)
         fields = {field.alias or name: field for name, field in section.model_fields.items()} if section else {}
         annotation = fields[part].annotation if part in fields else None
     if annotation is str or typing.get_args(annotation) == (str, types.NoneType):
-        with contextlib.suppress(yaml.YAMLError):
-            value = yaml.safe_load(text)
+        with contextlib.suppress(UserError):
+            value = read_yaml(text, word)
             if isinstance(value, str) or (value is None and annotation is not str):
                 return value
         return text
-    return _read_yaml(text, word)
+    return read_yaml(text, word)
 
 
 def _copy(values: Any) -> Any:
@@ -158,6 +160,20 @@ def _wants_float(annotation: Any) -> bool:
     return False
 
 
+def _wants(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether one of ``kinds`` is what the annotation takes, or what the list does that it takes."""
+    return annotation in kinds or any(_wants(inner, kinds) for inner in typing.get_args(annotation))
+
+
+def _check_plain(value: Any, annotation: Any, key: str) -> None:
+    """Raises UserError for what pydantic would take for something else: a truth value for 1, nothing for a text."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, bool) and _wants(annotation, (int, float)) and not _wants(annotation, (bool,)):
+            raise UserError(f"{key} is {str(item).lower()}: a number is expected, not a truth value")
+    if value == "" and annotation is str:
+        raise UserError(f"{key} is empty; give it a value")
+
+
 def _numbers(values: Any, section: type[BaseModel], prefix: str) -> Any:
     """YAML 1.1 reads ``3e-4`` as a string; where the schema wants a float, make it one."""
     if not isinstance(values, dict):
@@ -166,6 +182,8 @@ def _numbers(values: Any, section: type[BaseModel], prefix: str) -> Any:
     done = {}
     for key, value in values.items():
         field = fields.get(key)
+        if field is not None:
+            _check_plain(value, field.annotation, f"{prefix}{key}")
         if field is not None and isinstance(value, str) and _wants_float(field.annotation):
             try:
                 value = float(value)

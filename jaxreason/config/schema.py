@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+_MOST = 2**31 - 1  # of anything that is counted: more is a slip of the hand
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=_MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of a key of jax.random, 0 to 4294967295
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DType = Literal["float32", "bfloat16"]
@@ -13,12 +14,13 @@ DType = Literal["float32", "bfloat16"]
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, use_attribute_docstrings=True
+        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
 class Run(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """The run's folder below ``dir``."""
     dir: str = "runs"
     """Where runs are written."""
@@ -85,6 +87,9 @@ class Problems(Section):
     """Put before every conversation that has no system message."""
     template: str | None = None
     """Chat template: a Jinja file, the name of a shipped one, or null for the tokenizer's own."""
+    trust_special_tokens: bool = False
+    """Whether a control token that a row's text spells out (``<|eot_id|>``) is that token. False: it is the characters that it
+    is in what a user, a system message or an earlier turn says, and a row whose answer holds one is dropped and counted."""
     max_rows: Positive | None = None
     """Use only the first rows of the source."""
     keep_columns: list[str] = []
@@ -205,11 +210,18 @@ class SftTeacher(Section):
     """What forward_kl, reverse_kl and jsd distil: a model with the same tokenizer, Hugging Face directory, hub id or run."""
 
 
-class Eval(Section):
-    problems: NonNegative = 0
-    """Held-out problems answered greedily and graded; 0: none."""
+class Grader(Section):
     grader: str = "accuracy"
     """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
+    workers: Positive = 2
+    """Grading processes."""
+    timeout_s: float = Field(10.0, gt=0)
+    """A grader that takes longer on an answer is killed; its problem is left out and counted in ``ungraded``."""
+
+
+class Eval(Grader):
+    problems: NonNegative = 0
+    """Held-out problems answered greedily and graded; 0: none."""
     max_completion_tokens: Positive = 256
     slots: Positive = 64
     """Sequences decoded at once."""
@@ -254,15 +266,13 @@ class Decode(Draw):
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
 
 
-class Task(Decode):
+class Task(Grader, Decode):
     """Overrides of evaluate.py."""
 
     split: str | None = None
     """Split of the task; null: ``eval`` of one that a program writes, ``test`` of a hub data set."""
     problems: Positive = 500
     """At most this many problems, the first ones."""
-    grader: str = "accuracy"
-    """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
 
 
 class SftConfig(Section):

@@ -5,27 +5,20 @@ trained on exactly the text that it is later asked to continue, and the thought 
 """
 
 import dataclasses
-import datetime
 import functools
-import json
+import re
 from pathlib import Path
-from typing import Any, NoReturn
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
+from jaxreason.config import Problems
+from jaxreason.data import render
 from jaxreason.data.example import Example, Reject
-from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.data.tokenizer import EMBEDDED, Tokenizer
 from jaxreason.errors import UserError
-from jaxreason.text import THINK_OPEN
+from jaxreason.text import LITERAL_CLOSE, LITERAL_OPEN, THINK_OPEN
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
-# Llama-3.2's template writes today's date into the system message: the same row must give the same tokens on any day.
-DATE = datetime.datetime(2024, 7, 26)
-DATE_STRING = "26 Jul 2024"
+DATE_STRING = f"{render.DATE:%d %b %Y}"
 
 _PROBE = "\u2402probe\u2403"  # stands for the assistant's text where a template rewrites it
 
@@ -41,6 +34,7 @@ class Chat:
     origin: str  # for messages: where the template comes from
     tokens: tuple[tuple[str, str], ...]  # bos_token, eos_token … as templates see them
     system_prompt: str | None = None
+    control: tuple[str, ...] = ()  # texts of control tokens, which somebody's text may hold only as the characters they are
 
     def render_prompt(self, example: Example) -> str:
         """The text up to where the assistant begins. Plain text has no prompt but the BOS, see ``encode``."""
@@ -54,11 +48,23 @@ class Chat:
         prompt, reply = self.render_prompt(example), example.reply
         if reply is None:
             raise Reject("no answer to train on")
+        self.check_reply(reply)
         whole = self._render([*self._messages(example), {"role": "assistant", "content": reply}], False)
         completion = whole[len(prompt) :] if whole.startswith(prompt) else ""
         if reply.removeprefix(_opened(prompt, reply)) in completion:
             return prompt, completion
         return prompt, self._around_probe(example, prompt, reply)
+
+    def check_reply(self, text: str) -> None:
+        """Raises Reject for a control token inside a text that is trained: the model would learn to write it there."""
+        if LITERAL_OPEN in self._literal(text):
+            raise Reject("control token inside the answer")
+
+    def _literal(self, text: str) -> str:
+        """``text`` with its control tokens marked as characters, see ``Tokenizer.encode_batch``."""
+        if LITERAL_OPEN in text or LITERAL_CLOSE in text:
+            raise Reject("a character that Unicode keeps out of texts (U+FDD0, U+FDD1)")
+        return _pattern(self.control).sub(rf"{LITERAL_OPEN}\g<0>{LITERAL_CLOSE}", text)
 
     def _around_probe(self, example: Example, prompt: str, reply: str) -> str:
         """The completion for a template that rewrites the assistant's text, e.g. drops its thought.
@@ -80,35 +86,39 @@ class Chat:
         return reply[len(opened) :] + after
 
     def _messages(self, example: Example) -> list[dict[str, str]]:
-        system = self.system_prompt if example.system is None else example.system
+        system = self.system_prompt if example.system is None else self._literal(example.system)
         turns = [] if system is None else [{"role": "system", "content": system}]
-        turns += [{"role": role, "content": text} for role, text in example.history]
-        return [*turns, {"role": "user", "content": example.question}]
+        turns += [{"role": role, "content": self._literal(text)} for role, text in example.history]
+        return [*turns, {"role": "user", "content": self._literal(example.question)}]
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
-            return _compile(self.template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                date_string=DATE_STRING,
-                **dict(self.tokens),
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            # Of our own templates the bounds are known, and a process costs a tenth of a millisecond a text.
+            render_in = render.here if self.template in _ours() else render.apart
+            return render_in(self.template, values | {"date_string": DATE_STRING} | dict(self.tokens))
+        except render.TemplateFailed as error:
             raise UserError(f"chat template {self.origin}: {error}; set data.template to one that fits") from None
 
 
-def resolve(tokenizer: Tokenizer, template: str | None = None, system_prompt: str | None = None) -> Chat:
+def of_data(data: Problems, tokenizer: Tokenizer) -> Chat:
+    """The chat of a config's section ``data``. Raises UserError."""
+    return resolve(tokenizer, data.template, data.system_prompt, data.trust_special_tokens)
+
+
+def resolve(tokenizer: Tokenizer, template: str | None = None, system_prompt: str | None = None, trust: bool = False) -> Chat:
     """The template that ``data.template`` means: a Jinja file, a shipped one by name, or (None) the tokenizer's own.
 
     A Llama-3 base tokenizer has no template of its own; it gets the shipped ``llama3``. Raises UserError.
+
+    Args:
+      trust: special tokens that texts of rows hold are tokens (``data.trust_special_tokens``), not characters.
     """
     tokens = tuple(sorted((k, str(v)) for k, v in tokenizer.hf.special_tokens_map.items() if isinstance(v, str)))
     if template is not None:
         text, origin = _read(template)
     elif tokenizer.hf.chat_template:
-        text, origin = tokenizer.hf.get_chat_template(), f"of tokenizer {tokenizer.hf.name_or_path}"
+        text, origin = _own(tokenizer), f"of tokenizer {tokenizer.hf.name_or_path}"
     elif {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= tokenizer.hf.get_vocab().keys():
         text, origin = _read("llama3")
     else:
@@ -116,9 +126,21 @@ def resolve(tokenizer: Tokenizer, template: str | None = None, system_prompt: st
             f"tokenizer {tokenizer.hf.name_or_path} has no chat template; set data.template to a Jinja file, or to one "
             f"of {', '.join(shipped())}"
         )
-    chat = Chat(text, origin, tokens, system_prompt)
+    chat = Chat(text, origin, tokens, system_prompt, () if trust else tokenizer.control)
     _check_bos(chat, tokenizer, own=template is None)
     return chat
+
+
+def _own(tokenizer: Tokenizer) -> str:
+    try:
+        text = tokenizer.hf.get_chat_template()
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # of named ones, none of which is the default
+        reason = str(error).split("\n")[0]
+    else:
+        if isinstance(text, str):
+            return text
+        reason = f"it is a {type(text).__name__}"
+    raise UserError(f"chat template of tokenizer {tokenizer.hf.name_or_path}: {reason}; set data.template to a Jinja file")
 
 
 def shipped() -> list[str]:
@@ -131,7 +153,17 @@ def _read(template: str) -> tuple[str, str]:
         path = TEMPLATES / f"{template}.jinja"
     if not path.is_file():
         raise UserError(f"data.template {template}: no such file; give a Jinja file or one of {', '.join(shipped())}")
-    return path.read_text(), str(path)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template {path}: cannot be read as UTF-8 text: {error}") from None
+
+
+@functools.cache
+def _ours() -> frozenset[str]:
+    """The texts of the templates that come with this package."""
+    files = [*TEMPLATES.glob("*.jinja"), EMBEDDED / "chat_template.jinja"]
+    return frozenset(file.read_text(encoding="utf-8") for file in files)
 
 
 def _check_bos(chat: Chat, tokenizer: Tokenizer, own: bool) -> None:
@@ -156,35 +188,6 @@ def _opened(prompt: str, reply: str) -> str:
     return ""
 
 
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks assistant text for other trainers; here it only renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 @functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    """Compiled as transformers does it, sandboxed, but with the clock pinned."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
-    return environment.from_string(template)
+def _pattern(control: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, control)) or "(?!)")

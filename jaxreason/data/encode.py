@@ -79,6 +79,7 @@ class Encoder:
         if example.answer is None:
             raise Reject("no answer to train on")
         if example.user is None:
+            self.chat.check_reply(example.answer)
             return (self.tokenizer.hf.bos_token if self.tokenizer.adds_bos else ""), example.answer
         return self.chat.render(example)
 

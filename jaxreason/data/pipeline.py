@@ -42,7 +42,7 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
 
     Raises UserError for a source that cannot be read, for rows of which nothing is left to train, and for the template.
     """
-    chat = chats.resolve(tokenizer, data.template, data.system_prompt)
+    chat = chats.of_data(data, tokenizer)
     eval_source = eval_split = None
     if data.eval_source is not None or data.eval_split is not None:
         eval_source, eval_split = held_out_source(data)

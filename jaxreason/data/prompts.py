@@ -19,6 +19,7 @@ from jaxreason.data.sources import open_source
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.data.tokenizing import row_formats
 from jaxreason.errors import UserError
+from jaxreason.text import without_marks
 
 # A row whose generations are all unusable for SFT is still a problem to solve.
 _FORMAT = {"openr1": "problem_answer"}
@@ -87,19 +88,19 @@ def load_prompts(
 
     Only prompts are held in memory, never the rows' traces. Raises UserError where no row is usable.
     """
-    chat = chat or chats.resolve(tokenizer, data.template, data.system_prompt)
+    chat = chat or chats.of_data(data, tokenizer)
     source = open_source(data.source, data.split, data.max_rows, seed)
     prompts: list[Prompt] = []
     dropped: collections.Counter[str] = collections.Counter()
     rows = 0
     for chunk, schema in row_formats(source, data.row_schema, keep_only_correct=False):
         found, read = _examples(chunk, _FORMAT.get(schema, schema), rows, data, dropped)
-        texts = [chat.render_prompt(example) for _, example, _ in found]
+        texts = _rendered(found, chat, dropped)
         for (index, example, gold), text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
             else:
-                prompts.append(Prompt(tuple(ids), text, gold, example.question, index, example.row))
+                prompts.append(Prompt(tuple(ids), without_marks(text), gold, example.question, index, example.row))
         rows += read
         if rows == data.max_rows:
             break
@@ -107,6 +108,19 @@ def load_prompts(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none read"
         raise UserError(f"data.source {data.source}: no usable prompt in {rows} rows ({reasons}); check data.schema")
     return Prompts(tuple(prompts), rows, dict(dropped))
+
+
+def _rendered(found: list[tuple[int, Example, str]], chat: Chat, dropped: collections.Counter[str]) -> list[str]:
+    """The prompts' texts; what cannot be rendered is taken out of ``found`` and counted."""
+    texts, kept = [], []
+    for item in found:
+        try:
+            texts.append(chat.render_prompt(item[1]))
+            kept.append(item)
+        except Reject as reject:
+            dropped[reject.reason] += 1
+    found[:] = kept
+    return texts
 
 
 def _examples(

@@ -3,17 +3,18 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from jaxreason.data.directory import SUMS, check_sums, read_json, write_sums
 from jaxreason.data.encode import Encoded
 from jaxreason.errors import UserError
+from jaxreason.locks import Partial
+from jaxreason.terminal import console
 
-FORMAT = 3  # part of every cache key; raise it when parsing, rendering or this layout changes
+FORMAT = 4  # part of every cache key; raise it when parsing, rendering or this layout changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Writer:
     def __init__(self, final: Path, vocab_size: int):
         self.final = final
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = Path(tempfile.mkdtemp(prefix=f".{final.name[:16]}-", dir=final.parent))
+            self.partial = Partial(final, all_targets=True)
+            self.temporary = self.partial.path
         except OSError as error:
             raise UserError(f"{final.parent}: cannot write tokenized data: {error}; set data.cache_dir") from None
         self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
@@ -73,8 +74,9 @@ class Writer:
             self.content.update(array)
         meta = {**meta, "dtype": np.dtype(self.dtype).name, "content": self.content.hexdigest()}
         (self.temporary / "meta.json").write_text(json.dumps(meta))
+        write_sums(self.temporary)
         try:
-            os.rename(self.temporary, self.final)
+            self.partial.commit()
         except OSError:
             # Another run built the same data meanwhile; anything else is a real failure.
             if not (self.final / "meta.json").is_file():
@@ -83,19 +85,25 @@ class Writer:
 
     def discard(self) -> None:
         self.file.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.partial.discard()
 
 
 def open_store(path: Path) -> Store | None:
-    """The store at ``path``, or None where there is none."""
-    if not (path / "meta.json").is_file():
+    """The store at ``path``, or None where there is none, and where what is there is damaged: that is said and removed."""
+    if not path.is_dir():
         return None
-    meta = json.loads((path / "meta.json").read_text())
+    try:
+        if not (path / SUMS).is_file():
+            raise UserError(f"{path / SUMS}: missing")
+        check_sums(path, lambda name: True)
+    except UserError as error:
+        console.print(f"tokenized data are made again: {error}", markup=False)
+        shutil.rmtree(path)
+        return None
+    meta = read_json(path / "meta.json")
     with np.load(path / "index.npz") as index:
         offsets, starts, answers, rows = (index[name] for name in ("offsets", "starts", "answers", "rows"))
     dtype, size = np.dtype(meta["dtype"]), (path / "tokens.bin").stat().st_size
-    if size != offsets[-1] * dtype.itemsize:
-        raise UserError(f"{path}: tokenized data is damaged; delete this directory, it will be made again")
     # An empty file cannot be mapped.
     tokens = np.memmap(path / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
     return Store(tokens, offsets, starts, answers, rows, meta)

@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxreason.data import hub
+from jaxreason.data.directory import SUMS, check_sums, find, read_json, write_sums
 from jaxreason.errors import UserError
+from jaxreason.locks import Partial
+from jaxreason.text import LITERAL_CLOSE, LITERAL_OPEN, without_marks
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded_tokenizer"
 _STOPS = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>")
 _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+_MAX_ID = 2**24
+_FILES = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "generation_config.json",
+}  # fmt: skip
 _PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>")
 
 
@@ -37,6 +46,8 @@ class Tokenizer:
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()
         self.vocab_size = max(hf.get_vocab().values()) + 1
+        if self.vocab_size > _MAX_ID:
+            raise UserError(f"tokenizer {hf.name_or_path}: has a token of id {self.vocab_size - 1}; the largest is {_MAX_ID - 1}")
         self.bos_id = hf.bos_token_id
         self.stop_ids = _stop_ids(hf, generation_config or {})
         self.is_stop = np.zeros(max(self.vocab_size, self.stop_ids[-1] + 1), bool)
@@ -50,9 +61,42 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for many texts; without character offsets, which take a third of the time."""
-        encodings = self.hf.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """The same for many texts; without character offsets, which take a third of the time.
+
+        What a chat has marked as somebody's text (``text.LITERAL_OPEN``) is encoded as the characters that it is.
+        """
+        encodings = self.hf.backend_tokenizer.encode_batch_fast([without_marks(text) for text in texts], add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        for at, text in enumerate(texts):
+            if LITERAL_OPEN in text:
+                ids[at] = self._encode_marked(text)
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        first, *rest = text.split(LITERAL_OPEN)
+        ids = self.encode(first) if first else []
+        for part in rest:
+            literal, _, after = part.partition(LITERAL_CLOSE)
+            anchor = [] if self._anchor is None else self._anchor
+            encoded = self._as_text.encode(f"\n{literal}" if anchor else literal, add_special_tokens=False).ids
+            ids += encoded[len(anchor) :]
+            ids += self.encode_continuations([after])[0] if after else []
+        return ids
+
+    @functools.cached_property
+    def _as_text(self) -> "Backend":
+        """The tokenizer for which special tokens are characters like any other."""
+        backend = type(self.hf.backend_tokenizer).from_str(self.hf.backend_tokenizer.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def control(self) -> tuple[str, ...]:
+        """The texts of control tokens, longest first. The tags of a thought and an answer are text, whatever the tokenizer
+        takes them for."""
+        added = self.hf.added_tokens_decoder.values()
+        found = {t.content for t in added if t.special and t.content.strip("</>") not in ("think", "answer")}
+        return tuple(sorted(found, key=lambda text: (-len(text), text)))
 
     def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that follow another one. SentencePiece-style tokenizers put a space before every text they
@@ -68,11 +112,20 @@ class Tokenizer:
         return text
 
     def save(self, directory: str | Path, chat_template: str | None = None) -> None:
-        """Writes the tokenizer's files, with ``chat_template``, which the model was trained with, for its own."""
+        """Writes the tokenizer's files, with ``chat_template``, which the model was trained with, for its own.
+
+        SHA256SUMS lists them. A reader meanwhile finds each file as it was before or as it is now.
+        """
         hf = self.hf if chat_template is None else copy.copy(self.hf)
         if chat_template is not None:
             hf.chat_template = chat_template
-        hf.save_pretrained(str(directory))
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        with Partial(place / "tokenizer") as partial:
+            hf.save_pretrained(str(partial.path))
+            write_sums(partial.path)
+            for file in sorted(partial.path.iterdir(), key=lambda file: file.name == SUMS):
+                os.replace(file, place / file.name)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -136,11 +189,35 @@ def _load_directory(path: Path) -> Tokenizer:
         raise UserError(f"tokenizer {path}: no such directory; give a directory with tokenizer.json or a hub id")
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {path}: the directory has no tokenizer.json; copy the tokenizer's files there")
+    _refuse_code(path)
+    check_sums(path, lambda name: name in _FILES)
     try:
         hf = _class_for(path).from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json
+        return Tokenizer(hf, _generation_config(path))
+    except UserError:
+        raise
+    except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json, and so does its encoder
         raise UserError(f"tokenizer {path}: cannot be read: {hub.reason(error)}") from None
-    return Tokenizer(hf, _read_json(path / "generation_config.json"))
+
+
+def _refuse_code(path: Path) -> None:
+    """Raises UserError for a directory whose tokenizer is code of its own, or that holds pipes, which would be waited for."""
+    for file in sorted(path.iterdir()):
+        if file.name in _FILES:
+            find(path, file.name)
+    if (path / "tokenizer.json").is_file():
+        return  # it is all that is read
+    for name in ("tokenizer_config.json", "config.json"):
+        if (there := find(path, name)) and "auto_map" in read_json(there):
+            raise UserError(
+                f"tokenizer {path}: {name} asks to run Python code of the directory (auto_map), which is never done; give "
+                "one with a tokenizer.json"
+            )
+
+
+def _generation_config(path: Path) -> dict:
+    file = find(path, "generation_config.json")
+    return read_json(file) if file else {}
 
 
 def _hub_generation_config(name: str, offline: bool) -> dict:
@@ -151,16 +228,7 @@ def _hub_generation_config(name: str, offline: bool) -> dict:
         path = hf_hub_download(name, "generation_config.json", local_files_only=offline)
     except (EntryNotFoundError, HfHubHTTPError, OSError):
         return {}  # many repositories have none; the tokenizer's own stop tokens remain
-    return _read_json(Path(path))
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    return read_json(Path(path))
 
 
 def _fast(hf: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerFast":
@@ -173,7 +241,10 @@ def _fast(hf: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerFast":
 
 def _stop_ids(hf: "PreTrainedTokenizerFast", generation_config: dict) -> tuple[int, ...]:
     listed = generation_config.get("eos_token_id")
-    ids = set(listed if isinstance(listed, list) else [listed])
+    given = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if bad := [i for i in given if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < _MAX_ID]:
+        raise UserError(f"tokenizer {hf.name_or_path}: generation_config.json has eos_token_id {bad[0]!r:.60}, not a token id")
+    ids = set(given)
     vocabulary = hf.get_vocab()
     ids |= {hf.eos_token_id, *(vocabulary.get(token) for token in _STOPS)}
     ids.discard(None)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -56,7 +57,7 @@ def tokenize(
 def _key(source: Source, encoder: Encoder, schema: str, max_rows: int | None) -> str:
     chat = encoder.chat
     state = [FORMAT, source.fingerprint, encoder.tokenizer.fingerprint, chat.template, chat.tokens, chat.system_prompt]
-    state += [encoder.keep_only_correct, encoder.spans, schema, max_rows]
+    state += [chat.control, encoder.keep_only_correct, encoder.spans, schema, max_rows]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
 
 
@@ -125,7 +126,16 @@ _encoder: Encoder | None = None  # of a tokenizing process, so that the tokenize
 def _start(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = encoder
+
+
+def _end_with_parent() -> None:
+    """Ends this process once the one that started it has ended, killed or not: nobody else would."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a process of a pool
+    parent.join()
+    os._exit(1)
 
 
 def _work(chunk: Chunk, schema: str) -> Encoded:

@@ -1,16 +1,36 @@
 """Accuracy on held-out problems: decode, grade, and say how sure the number is."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxreason import config as cfg
+from jaxreason import rewards
 from jaxreason.data.prompts import Prompt
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.rewards import Reward
+from jaxreason.rewards.pool import RewardPool
 from jaxreason.rewards.sample import Sample
-from jaxreason.rewards.worker import call
 from jaxreason.sampler import Completion, Job, Sampler
+from jaxreason.terminal import console
+
+_SHOWN_ERRORS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Grading:
+    """What decides which answers are right, and in how many processes with what time limit for one answer."""
+
+    grader: Reward
+    workers: int
+    timeout_s: float
+
+
+def grading_of(settings: cfg.Grader) -> Grading:
+    """What a config's section says. Raises UserError for a grader that there is not."""
+    return Grading(rewards.get(settings.grader), settings.workers, settings.timeout_s)
 
 
 def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -37,14 +57,17 @@ def sample_of(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, limi
     )
 
 
-def _right(grader: Reward, sample: Sample) -> float:
-    """1, 0, or NaN where there is no telling. What a grader raises costs a problem, not the run."""
-    ((kind, value, _),) = call(grader, [sample])
-    return math.nan if kind != "reward" or not isinstance(value, float) else float(value >= 1.0)
+def _right(pool: RewardPool, samples: Sequence[Sample]) -> np.ndarray:
+    """[n] of 1, 0, or NaN where there is no telling. An answer on which the grader fails or hangs costs itself, not the run."""
+    graded = pool.grade(samples)
+    for error in graded.errors[:_SHOWN_ERRORS]:
+        console.print(f"evaluation: {error}", markup=False)
+    rewards = graded.rewards[:, 0]
+    return np.where(np.isnan(rewards), np.nan, rewards >= 1.0)
 
 
 def evaluate(
-    sampler: Sampler, prompts: Sequence[Prompt], tokenizer: Tokenizer, grader: Reward, job: Job
+    sampler: Sampler, prompts: Sequence[Prompt], tokenizer: Tokenizer, grading: Grading, job: Job
 ) -> tuple[dict[str, float], list[dict]]:
     """Accuracy of ``job.samples`` completions of each problem (greedy at temperature 0); a grade of 1 is right.
 
@@ -53,13 +76,15 @@ def evaluate(
     Returns the metrics ``accuracy`` (mean over problems of the mean over samples: avg@k), its 95 % interval
     ``accuracy_low`` and ``accuracy_high`` (Wilson for one sample, else normal over the problems' means), ``pass_at_k``
     where k > 1, ``accuracy_if_finished``, ``truncated_fraction``, ``completion_tokens`` (mean), ``problems``; and one
-    record per completion. A problem with a completion that the grader cannot grade (an unreadable gold, an exception) is
-    left out and counted in ``ungraded``.
+    record per completion. A problem with a completion that the grader cannot grade (an unreadable gold, an exception, the
+    time limit) is left out and counted in ``ungraded``. The grader runs in worker processes that are killed at the limit.
     """
     limit, samples = job.sampling.max_completion_tokens, job.samples
-    completions = sampler.generate([p.ids for p in prompts], job)
-    graded = [sample_of(prompts[c.prompt_index], c, tokenizer, limit) for c in completions]
-    right = np.array([_right(grader, s) for s in graded])
+    # The workers start here, so that they load the grader while the sampler decodes.
+    with RewardPool([(grading.grader, 1.0)], grading.workers, grading.timeout_s, "count") as pool:
+        completions = sampler.generate([p.ids for p in prompts], job)
+        graded = [sample_of(prompts[c.prompt_index], c, tokenizer, limit) for c in completions]
+        right = _right(pool, graded)
     records = [
         {"problem": prompts[c.prompt_index].text, "gold": s.gold, "completion": s.completion, "correct": bool(r == 1.0),
          "tokens": s.completion_tokens, "truncated": s.truncated}

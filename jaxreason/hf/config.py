@@ -5,7 +5,6 @@ keys that transformers ignores too, such as a tool's version, are ignored.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from jaxreason.errors import UserError
@@ -17,6 +16,10 @@ _ROPE_KEYS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 _DEFAULT_THETA = 10000.0
+# Far beyond any model, and small enough that a wrong one is said before anything is made of that size.
+_LIMITS = {"vocab_size": 2**24, "hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 2**12,
+           "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14}  # fmt: skip
+_MAX_COUNT = 2**31 - 1
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Sampling that the exported directory asks for: DeepSeek-R1's advice for models that reason (arXiv 2501.12948), since
 # greedy decoding of long traces tends to repeat itself.
@@ -113,17 +116,18 @@ def generation_to_hf(config: ModelConfig) -> dict:
 def _check_supported(hf: dict, where: str) -> str:
     """The name of the family that implements everything that ``hf`` asks for."""
     families = {family.hf.model_type: name for name, family in FAMILIES.items()}
-    if (kind := hf.get("model_type")) not in families:
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in families:
         raise UserError(f"{where}: model_type is {kind!r}; implemented are {', '.join(families)}")
     form = FAMILIES[families[kind]].hf
-    architectures = hf.get("architectures") or [form.architecture]
+    architectures = _texts(hf, "architectures", where) or [form.architecture]
     if form.architecture not in architectures:
         raise UserError(f"{where}: architectures is {architectures}; give a {form.architecture} checkpoint")
     for key, (only, advice) in form.fixed.items():
         value = hf.get(key)
         if value is not None and value != only:
             raise UserError(f"{where}: {key} is {value!r}; {advice}")
-    if other := sorted(set(hf.get("layer_types") or []) - {"full_attention"}):
+    if other := sorted(set(_texts(hf, "layer_types", where)) - {"full_attention"}):
         raise UserError(f"{where}: layer_types has {', '.join(other)}; only full_attention is implemented")
     for key in _REQUIRED:
         if hf.get(key) is None:
@@ -149,7 +153,7 @@ def _rope_section(section: Any, hf: dict, where: str) -> tuple[float, RopeScalin
     if not isinstance(section, dict):
         raise UserError(f"{where} is {section!r}; it is an object with rope_type")
     kind = section.get("rope_type", section.get("type", "default"))
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise UserError(f"{where} has rope_type {kind!r}; implemented are {', '.join(_ROPE_KEYS)}")
     if _number(section, "partial_rotary_factor", where, 1.0) != 1.0:
         raise UserError(
@@ -192,17 +196,30 @@ def _number(section: dict, key: str, where: str, default: Any = _MISSING) -> Any
         if default is _MISSING:
             raise UserError(f"{where} lacks {key}")
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{where}: {key} is {value!r}; it is a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e30:  # NaN is not either
+        raise UserError(f"{where}: {key} is {_shown(value)}; it is a positive number")
     return float(value)
 
 
 def _count(section: dict, key: str, where: str, default: int | None = None) -> int:
     value = section.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}; it is a positive integer")
+    limit = _LIMITS.get(key, _MAX_COUNT)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise UserError(f"{where}: {key} is {_shown(value)}; it is an integer from 1 to {limit}")
     return value
+
+
+def _texts(section: dict, key: str, where: str) -> list[str]:
+    value = section.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{where}: {key} is {_shown(value)}; it is a list of names")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = f"a number of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 200 else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]} …"
 
 
 def _flag(section: dict, key: str, where: str) -> bool:
@@ -214,8 +231,8 @@ def _flag(section: dict, key: str, where: str) -> bool:
 
 def _token_ids(value: Any, where: str) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if bad := [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0]:
-        raise UserError(f"{where} has {bad[0]!r}, which is not a token id")
+    if bad := [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < _LIMITS["vocab_size"]]:
+        raise UserError(f"{where} has {_shown(bad[0])}, which is not a token id")
     return ids
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -15,12 +14,14 @@ from jax import Array
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
+from jaxreason.data.directory import check_sums, find, read_json
 from jaxreason.errors import UserError
 from jaxreason.hf.config import config_from_hf
 from jaxreason.hf.hub import fetch
 from jaxreason.hf.table import DTYPES, EMBEDDING, HEAD, rows, unflatten
 from jaxreason.model import ModelConfig, family_of
 
+_INDEX = "model.safetensors.index.json"
 _BUFFER = "rotary_emb.inv_freq"  # old checkpoints store what rope.py computes
 _MAPPED_BYTES = 32 << 20  # of a file at once, where it holds float32
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -92,7 +93,16 @@ class _Tensor:
         start, stop = index[0].start, index[0].stop
         for row in range(start, stop, step):
             part = slice(row, min(row + step, stop))
-            out[row - start : part.stop - start] = self.read((part, *index[1:]))
+            values = out[row - start : part.stop - start]
+            values[...] = self.read((part, *index[1:]))
+            if not _finite(values):
+                raise UserError(f"{self.file}: {self.name} holds NaN or infinite values near row {row}; the weights are damaged")
+
+
+def _finite(values: np.ndarray) -> bool:
+    if values.dtype.itemsize == 2:  # bfloat16, which numpy's own test widens first: ten times as slow
+        return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(values).all())
 
 
 def load(
@@ -116,6 +126,8 @@ def load(
             raise UserError(f"{key} is {value!r}; it is one of {', '.join(DTYPES)}")
     directory = fetch(path)
     config = read_config(directory).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
+    if jax.process_index() == 0:  # of several processes the others need not read every file too
+        check_sums(directory, lambda name: name.endswith(".safetensors") or name == _INDEX)
     tensors = _read_headers(directory)
     placement = placement or _place_whole
     leaves = _match(tensors, config, directory)
@@ -124,11 +136,12 @@ def load(
 
 def read_config(directory: Path) -> ModelConfig:
     """The architecture in ``config.json``, with the stop ids of ``generation_config.json`` where that exists."""
-    where = directory / "config.json"
-    if not where.is_file():
-        raise UserError(f"{where}: no such file; a Hugging Face directory has one next to its weights")
-    generation = directory / "generation_config.json"
-    return config_from_hf(_read_json(where), str(where), _read_json(generation) if generation.is_file() else None)
+    check_sums(directory, lambda name: name in ("config.json", "generation_config.json"))
+    where = find(directory, "config.json")
+    if where is None:
+        raise UserError(f"{directory / 'config.json'}: no such file; a Hugging Face directory has one next to its weights")
+    generation = find(directory, "generation_config.json")
+    return config_from_hf(read_json(where), str(where), read_json(generation) if generation else None)
 
 
 def stored_dtype(directory: Path) -> str:
@@ -159,26 +172,16 @@ def _open(file: Path) -> safe_open:
         raise UserError(f"{file} is not a whole safetensors file ({error}); download or export it again") from None
 
 
-def _read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); download or export it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a {type(value).__name__}; it is a JSON object")
-    return value
-
-
 def _read_headers(directory: Path) -> dict[str, _Tensor]:
     """Every tensor of the directory by name, none of them read."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
+    weight_map: dict[str, str] = {}
+    if single := find(directory, "model.safetensors"):
         files = [single]
-    elif index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+    elif index := find(directory, _INDEX):
+        weight_map = read_json(index).get("weight_map") or {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map; download or export it again")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+        files = [_shard(directory, name) for name in sorted(set(map(str, weight_map.values())))]
     elif pickled := sorted(file.name for file in directory.glob("*.bin")):
         raise UserError(
             f"{directory} has {pickled[0]} but no safetensors; pickles run code when opened and are never read. "
@@ -193,9 +196,22 @@ def _read_headers(directory: Path) -> dict[str, _Tensor]:
     for file in files:
         with _open(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
+                if weight_map and weight_map.get(name) != file.name:
+                    said = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                    raise UserError(f"{file} has {name}, which the index puts {said}; download or export all of it again")
                 view = handle.get_slice(name)
                 found[name] = _Tensor(name, file, tuple(view.get_shape()), view.get_dtype())
+    if missing := sorted(set(weight_map) - set(found)):
+        raise UserError(
+            f"{directory / weight_map[missing[0]]} lacks {missing[0]}, which the index puts there; download or export it again"
+        )
     return found
+
+
+def _shard(directory: Path, name: str) -> Path:
+    if file := find(directory, name):
+        return file
+    raise UserError(f"{directory / name}: no such file, though the checkpoint needs it; download it again")
 
 
 def _match(tensors: dict[str, _Tensor], config: ModelConfig, directory: Path) -> dict[tuple[str, ...], Leaf]:

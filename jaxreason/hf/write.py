@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreason.data.directory import write_sums
 from jaxreason.errors import UserError
 from jaxreason.hf.card import model_card
 from jaxreason.hf.config import config_to_hf, generation_to_hf
 from jaxreason.hf.table import DTYPES, EMBEDDING, flatten, rows
+from jaxreason.locks import Partial
 from jaxreason.model import ModelConfig
 
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
@@ -155,18 +156,14 @@ def _all_or_nothing(target: Path, size: int) -> Iterator[Path]:
             f"{target.parent} has {free / 1e9:.1f} GB free, but the export needs {(size + _SLACK_BYTES) / 1e9:.1f} GB; "
             "free some, or export elsewhere"
         )
-    directory = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    directory.mkdir()
-    try:
-        yield directory
-        for file in directory.rglob("*"):
+    with Partial(target) as partial:
+        yield partial.path
+        write_sums(partial.path)
+        for file in partial.path.rglob("*"):
             _sync(file)
         if target.exists():
             target.rmdir()
-        directory.rename(target)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+        partial.commit()
     _sync(target.parent)
 
 

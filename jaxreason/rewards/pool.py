@@ -4,10 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
@@ -17,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from jaxreason.errors import UserError
+from jaxreason.processes import Process
 from jaxreason.rewards.registry import Reward
 from jaxreason.rewards.sample import Sample
 from jaxreason.rewards.worker import Kind, Outcome, call
@@ -243,20 +240,8 @@ class _Worker:
     """A worker process: ``calls`` are sent and unanswered, the first of them is running until ``deadline``."""
 
     def __init__(self, setup: tuple):
-        self.connection, theirs = mp_connection.Pipe()
-        # Not multiprocessing's spawn: that runs the main module in every worker, and a training script's imports jax.
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
-            "JAX_PLATFORMS": "cpu",
-        }
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from jaxreason.rewards.worker import main; main({theirs.fileno()})"],
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is the run's; and kill() reaches a grader's own children
-            )
+        self._process = Process("jaxreason.rewards.worker", {"JAX_PLATFORMS": "cpu"})
+        self.connection, self.kill = self._process.connection, self._process.kill
         self.calls: collections.deque[_Call] = collections.deque()
         self.ready = False
         self.deadline = time.monotonic() + START_LIMIT_S
@@ -270,15 +255,6 @@ class _Worker:
     def _post(self, message: object) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # recv tells that it died
             self.connection.send(message)
-
-    def kill(self) -> str:
-        """Kills the process and all that it started, reaps it, and says how it ended, which may have been before."""
-        if self._process.returncode is None:  # else it is reaped, and its id may be another's
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        self.connection.close()
-        return f"the process {f'died of {signal.Signals(-code).name}' if code < 0 else f'exited with status {code}'}"
 
 
 def _kill_all(workers: list[_Worker]) -> None:

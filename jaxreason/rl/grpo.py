@@ -19,6 +19,7 @@ from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
 from jaxreason.errors import present
+from jaxreason.evaluate.accuracy import grading_of
 from jaxreason.losses.policy import adapt_entropy_coef
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.rewards.pool import RewardPool
@@ -80,7 +81,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         return None
     train_step = compile_step(config, objective, setup, shapes, optimizer, abstract, mesh, span.all_updates)
     score = compile_score(model, shapes, config.rollout.temperature, mesh)
-    held_out = HeldOut(config, sampler, problems, setup.tokenizer, inputs.chat) if problems else None
+    held_out = HeldOut(config, sampler, problems, setup.tokenizer, inputs.chat, grading_of(config.eval)) if problems else None
     reward = config.reward
     with (
         Loop(folder, config, span, model, held_out, evaluate_first=True) as loop,
@@ -117,7 +118,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             samples.write(step, sequences)
             watch(step, record)
             loop.end(state, record, {"cursor": cursor} | bonus.state())
-        return loop.finish(state)
+        return loop.finish()
 
 
 # ---- the pieces
@@ -163,7 +164,7 @@ def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inpu
     resolved = setup.resolved
     if config.teacher.weights:
         teacher, resolved = open_teacher(config.teacher.weights, setup)
-    chat = chats.resolve(setup.tokenizer, config.data.template, config.data.system_prompt)
+    chat = chats.of_data(config.data, setup.tokenizer)
     prompts = load_prompts(
         config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat
     )

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxreason import config as cfg
-from jaxreason import rewards
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompt, Prompts
 from jaxreason.data.tokenizer import Tokenizer
-from jaxreason.evaluate.accuracy import evaluate
+from jaxreason.evaluate.accuracy import Grading, evaluate
 from jaxreason.rl import turns
 from jaxreason.sampler import Job, Sampler, Sampling
 from jaxreason.types import TrainState
@@ -25,6 +24,7 @@ class HeldOut:
     problems: Prompts
     tokenizer: Tokenizer
     chat: Chat
+    grading: Grading
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """The metrics ``eval_*`` of a state's parameters."""
@@ -53,4 +53,4 @@ class HeldOut:
         return Job(sampling, samples, self.config.run.seed if samples > 1 else 0, slots=settings.slots)
 
     def _measure(self, prompts: Sequence[Prompt], job: Job) -> tuple[dict[str, float], list[dict]]:
-        return evaluate(self.sampler, prompts, self.tokenizer, rewards.get(self.config.eval.grader), job)
+        return evaluate(self.sampler, prompts, self.tokenizer, self.grading, job)

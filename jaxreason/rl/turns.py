@@ -11,7 +11,7 @@ from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.rl.sequence import Sequence as Sampled
-from jaxreason.text import THINK_CLOSE, THINK_OPEN
+from jaxreason.text import THINK_CLOSE, THINK_OPEN, without_marks
 
 _SPARE = 32  # tokens by which a completion's text may grow when it is tokenized again as part of a prompt
 
@@ -21,9 +21,9 @@ def again(prompt: Prompt, completion: str, phrase: str, chat: Chat, tokenizer: T
 
     Control tokens that the policy wrote are left out of it: they would end the user's turn.
     """
-    user = f"{prompt.user}\n{THINK_OPEN}\n{_without_control(completion, tokenizer)}\n{THINK_CLOSE}\n{phrase}"
+    user = f"{prompt.user}\n{THINK_OPEN}\n{_without_control(without_marks(completion), tokenizer)}\n{THINK_CLOSE}\n{phrase}"
     text = chat.render_prompt(Example(user))
-    return dataclasses.replace(prompt, ids=tuple(tokenizer.encode(text)), text=text)
+    return dataclasses.replace(prompt, ids=tuple(tokenizer.encode(text)), text=without_marks(text))
 
 
 def phrase_tokens(phrases: Sequence[str], chat: Chat, tokenizer: Tokenizer) -> int:
@@ -76,10 +76,8 @@ def _graded(sequence: Sampled) -> float:
 
 
 def _without_control(text: str, tokenizer: Tokenizer) -> str:
-    """Without special tokens; the tags of a thought and an answer are text, whatever the tokenizer takes them for."""
-    added = tokenizer.hf.added_tokens_decoder.values()
-    control = [t.content for t in added if t.special and t.content.strip("</>") not in ("think", "answer")]
-    pattern = re.compile("|".join(map(re.escape, control)) or "(?!)")
+    """Without control tokens."""
+    pattern = re.compile("|".join(map(re.escape, tokenizer.control)) or "(?!)")
     while (cut := pattern.sub("", text)) != text:  # taking one out may join the halves of another
         text = cut
     return text

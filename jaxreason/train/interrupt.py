@@ -1,9 +1,17 @@
 """A request to stop, from a signal, that all processes of a run follow after the same step."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
+import jax
+
 from jaxreason.train import hosts
+
+
+class Stopped(BaseException):
+    """What was under way is left, because the run was told to stop. Not an Exception: nothing that fails may swallow it."""
 
 
 class Interrupt:
@@ -17,7 +25,7 @@ class Interrupt:
     """
 
     def __init__(self):
-        self.requested = False
+        self.requested = self._leaves = False
         self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def agreed(self) -> bool:
@@ -28,6 +36,24 @@ class Interrupt:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        if self._leaves:
+            self._leaves = False
+            raise Stopped
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Work that a request to stop leaves at once, by raising Stopped: an evaluation, which may take longer than the
+        time that a scheduler gives.
+
+        Of a run of several processes it is finished: one that left alone would not be where the others meet.
+        """
+        self._leaves = jax.process_count() == 1
+        try:
+            if self._leaves and self.requested:
+                raise Stopped
+            yield
+        finally:
+            self._leaves = False
 
     def restore(self) -> None:
         for number, old in self._old.items():

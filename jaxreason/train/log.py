@@ -50,7 +50,7 @@ class Log:
 
     def amend(self, found: dict[str, float]) -> None:
         """Adds what was measured after the newest line was written: to that line, and to what people see."""
-        if self._file is None:
+        if self._file is None or not found:
             return
         step, record = self._last
         self._file.truncate(self._at)

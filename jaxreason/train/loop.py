@@ -7,7 +7,7 @@ A loop is then its own steps and nothing else:
         for step in loop:
             state, metrics = train_step(state, batch)
             loop.end(state, loop.fetch(metrics, state) | {...}, data_state)
-        return loop.finish(state)
+        return loop.finish()
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ from jaxreason.checkpoint import Checkpoints
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.terminal import console
+from jaxreason.train import hosts
 from jaxreason.train.ahead import compilations
 from jaxreason.train.folder import RunFolder
-from jaxreason.train.interrupt import Interrupt
+from jaxreason.train.interrupt import Interrupt, Stopped
 from jaxreason.train.log import Log
 from jaxreason.train.measure import Trace
 from jaxreason.types import TrainState
@@ -68,7 +69,7 @@ class Loop:
         self._start = 0 if folder.resume is None else folder.resume // span.updates
         self._trace = Trace(folder.path / "profile", config.train.profile_steps, span.total)
         self._counters: dict[str, float] = {"trained_tokens": 0.0, "train_seconds": 0.0}
-        self._step, self._stopped = self._start, False
+        self._step, self._stopped, self._unmeasured = self._start, False, False
 
     # ---- around the loop
 
@@ -85,8 +86,11 @@ class Loop:
         self._trace.close()
         self._log.close()
         self._interrupt.restore()
-        # Whatever happened since, what was being saved is saved whole: the run goes on from there.
-        self._checkpoints.wait()
+        try:
+            # Whatever happened since, what was being saved is saved whole: the run goes on from there.
+            self._checkpoints.wait()
+        finally:
+            self._folder.release()
 
     def restore(
         self, abstract: TrainState, fresh: Callable[[], TrainState]
@@ -99,8 +103,10 @@ class Loop:
             state, saved = self._checkpoints.restore(self._folder.resume, abstract)
             data = saved["data"]
             self._counters |= saved["counters"]
-        if self._start == 0 and self._evaluate and self._evaluate_first:
-            self._log.write(0, self._evaluate(state))
+        if self._start == 0 and self._evaluate_first and (found := self._measured(state)):
+            self._log.write(0, found)
+        if self._start and self._due(self._start) and hosts.largest(int(self._lacks_evaluation())):
+            self._log.amend(self._measured(state))  # it was saved, and then its evaluation failed or was left
         self._clock = time.monotonic()
         return state, data
 
@@ -109,11 +115,11 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         """The numbers of the steps that are left, until the last or until the run is told to stop."""
         for step in range(self._start + 1, self._span.total + 1):
+            if self._stopped:
+                return
             self._step = step
             self._trace.before(step)
             yield step
-            if self._stopped:
-                return
 
     def fetch(self, metrics: dict, state: TrainState) -> dict[str, float]:
         """A train step's metrics on the host, with their gradient norms by parameter checked and left out.
@@ -143,29 +149,45 @@ class Loop:
         self._log.write(step, record)
         self._checkpoints.check()
         self._stopped = self._interrupt.agreed() or step == self._span.total
-        if self._stopped or (every.save_every and step % every.save_every == 0):
-            self._checkpoints.save(state, {"data": data, "counters": dict(self._counters)}, self._model)
-        if step == self._span.total or (every.eval_every and step % every.eval_every == 0):
-            self._measure(state)
+        saved = {"data": data, "counters": dict(self._counters)}
+        if keep := self._stopped or bool(every.save_every and step % every.save_every == 0):
+            self._checkpoints.save(state, saved, self._model)
+        if self._due(step):
+            self._log.amend(self._measured(state))
+        if self._unmeasured and not keep:
+            self._checkpoints.save(state, saved, self._model)
 
-    def _measure(self, state: TrainState) -> None:
-        if self._evaluate:
-            self._log.amend(self._evaluate(state))
+    def _due(self, step: int) -> bool:
+        """Whether a step's state is evaluated."""
+        every = self._config.train.eval_every
+        return step == self._span.total or bool(every and step % every == 0)
+
+    def _lacks_evaluation(self) -> bool:
+        return not any(name.startswith("eval_") for name in self._log.record)
+
+    def _measured(self, state: TrainState) -> dict[str, float]:
+        """What the evaluation finds; nothing without one, and where the run is told to stop meanwhile."""
+        if self._evaluate is None:
+            return {}
+        try:
+            with self._interrupt.leaving():
+                return self._evaluate(state)
+        except Stopped:
+            console.print(f"told to stop: the evaluation after step {self._step} is left out")
+            self._stopped = self._unmeasured = True
+            return {}
 
     # ---- the end
 
-    def finish(self, state: TrainState) -> dict | None:
-        """Writes the summary and returns it; None if the run was told to stop before its last step.
-
-        A run whose last step was saved and not evaluated, since that failed, is evaluated now.
-        """
+    def finish(self) -> dict | None:
+        """Writes the summary and returns it; None if the run was told to stop before its last step or its evaluation."""
         self._checkpoints.wait()
-        if self._step < self._span.total:
-            console.print(f"stopped at step {self._step} and saved it; the same command goes on")
+        if self._step < self._span.total or self._unmeasured:
+            done = f"stopped at step {self._step} and saved it" if self._step else "stopped before the first step"
+            console.print(f"{done}; the same command goes on")
             return None
-        if self._start == self._span.total and not any(name.startswith("eval_") for name in self._log.record):
-            self._measure(state)
-        first = self._folder.lines()[0] if jax.process_index() == 0 else {"step": -1}
+        lines = self._folder.lines() if jax.process_index() == 0 else []
+        first = lines[0] if lines else {"step": -1}
         before = {f"before_{k}": v for k, v in first.items() if k.startswith("eval_accuracy")} if first["step"] == 0 else {}
         summary = {"step": self._span.total, **self._log.record, **self._counters, **compilations.take()}
         summary["parameters"] = param_count(self._model)

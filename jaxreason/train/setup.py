@@ -107,7 +107,10 @@ def _pinned(path: str, digest: str | None, needed_for: str) -> WeightSource:
 def _source(weights: str, folder: RunFolder | None, resolved: cfg.Resolved) -> WeightSource:
     if folder is None or resolved.weights is None:
         return locate(weights)
-    return WeightSource.at(resolved.weights) if Path(resolved.weights).exists() else locate(str(folder.path))
+    if Path(resolved.weights).exists():
+        return WeightSource.at(resolved.weights)
+    own = locate(str(folder.path))
+    return dataclasses.replace(own, held=None)  # the run itself may delete it
 
 
 def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompts | None:

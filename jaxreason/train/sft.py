@@ -11,13 +11,13 @@ import optax
 from jax.sharding import Mesh
 
 from jaxreason import config as cfg
-from jaxreason import losses, rewards
+from jaxreason import losses
 from jaxreason.checkpoint import write_json
 from jaxreason.data.batches import loader
 from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError, present
-from jaxreason.evaluate.accuracy import evaluate
+from jaxreason.evaluate.accuracy import evaluate, grading_of
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.model.cudnn import segment_bound
 from jaxreason.sampler import EngineSampler, Job, Sampling
@@ -87,7 +87,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
             seconds = time.monotonic() - clock
             record |= speeds(seconds, record["tokens"], batch) | meter(segment_lengths(batch.segment_ids), seconds)
             loop.end(state, record, batches.get_state())
-        return loop.finish(state)
+        return loop.finish()
 
 
 def speeds(seconds: float, trained: float, batch: Batch[np.ndarray]) -> dict[str, float]:
@@ -192,7 +192,7 @@ class HeldOut:
         nll, one, model = losses.get("nll"), Totals(*(jnp.ones(()),) * 3), setup.config
         self._loss = within(mesh, jax.jit(lambda params, batch: batch_loss(params, model, nll, batch, one)[0]))
         if problems:
-            self._grader = rewards.get(config.eval.grader)
+            self._grading = grading_of(config.eval)
             sampling = Sampling(temperature=0.0, max_completion_tokens=config.eval.max_completion_tokens)
             self._job = Job(sampling, slots=config.eval.slots)
             self._sampler = EngineSampler(model, setup.tokenizer.stop_ids, mesh)
@@ -209,7 +209,7 @@ class HeldOut:
             found |= {"eval_loss": loss / tokens, "eval_tokens": tokens}
         if self._problems:
             self._sampler.load(state.model_params, int(state.step))
-            metrics, _ = evaluate(self._sampler, self._problems.prompts, self._tokenizer, self._grader, self._job)
+            metrics, _ = evaluate(self._sampler, self._problems.prompts, self._tokenizer, self._grading, self._job)
             self._sampler.release()
             found |= {f"eval_{name}": value for name, value in metrics.items()}
         return found
