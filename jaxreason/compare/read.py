@@ -56,10 +56,6 @@ class Variant:
     label: str
     runs: list[Run]  # by seed
 
-    def by_seed(self, values: Sequence[float | None]) -> dict[int, float]:
-        """Values of the runs, those that are known, by seed."""
-        return {run.seed: value for run, value in zip(self.runs, values) if value is not None}
-
 
 def number(value: Any) -> float | None:
     """A finite float, or None: metrics.jsonl holds ``"nan"`` and ``"inf"`` as strings."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
+_NORMAL = 1.96  # half-width of a normal's 95 % interval
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -36,13 +38,55 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, count)
 
 
-def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
-    """Mean of ``values − base`` over the seeds that both have, None if there is none.
+@dataclass(frozen=True)
+class Rate:
+    """A share of right answers, and to how many problems."""
 
-    Both sides of a difference saw the same prompts in the same order, which takes that part of the noise away.
+    value: float
+    trials: float | None  # None: not recorded
+
+    @property
+    def variance(self) -> float:
+        """Of the share, over other problems of the same kind; NaN where their number is not known.
+
+        Two right and two wrong answers more than there were keep it from being zero (Agresti and Coull 1998).
+        """
+        if self.trials is None:
+            return math.nan
+        p = (self.value * self.trials + 2) / (self.trials + 4)
+        return p * (1 - p) / self.trials
+
+
+def accuracy(rates: Sequence[Rate]) -> Estimate:
+    """Mean over seeds, with an interval for other seeds and other problems: the squares of both half-widths add.
+
+    Over seeds it is :func:`estimate`; over problems, which are the same for every seed, 1.96 binomial standard errors.
     """
-    shared = sorted(values.keys() & base.keys())
-    return estimate([values[seed] - base[seed] for seed in shared]) if shared else None
+    return _wider(estimate([rate.value for rate in rates]), statistics.fmean(rate.variance for rate in rates))
+
+
+def accuracy_difference(rates: Mapping[int, Rate], base: Mapping[int, Rate]) -> Estimate | None:
+    """Mean of ``rates − base`` over seeds that both have on equally many problems, None if there is none.
+
+    Both sides of a seed saw the same prompts in the same order, which takes that part of the noise away. The interval is for
+    other seeds and other problems. The variance over problems is that of two independent sets, which is
+    the most: answers to the same problems mostly agree, and how often is not recorded.
+    """
+    shared = sorted(seed for seed in rates.keys() & base.keys() if rates[seed].trials == base[seed].trials)
+    if not shared:
+        return None
+    pairs = [(rates[seed], base[seed]) for seed in shared]
+    return _wider(
+        estimate([a.value - b.value for a, b in pairs]), statistics.fmean(a.variance + b.variance for a, b in pairs)
+    )
+
+
+def _wider(found: Estimate, variance: float) -> Estimate:
+    """With the error over problems in its interval; without an interval where either error is unknown."""
+    if found.low is None or found.high is None or math.isnan(variance):
+        return Estimate(found.mean, None, None, found.count)
+    half = math.hypot((found.high - found.low) / 2, _NORMAL * math.sqrt(variance))
+    return Estimate(found.mean, found.mean - half, found.mean + half, found.count)
 
 
 def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:

@@ -1,7 +1,7 @@
 """The tables of a comparison, as text: the terminal and the report show the same ones."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.text import Text
 from jaxreason.compare.charts import short
 from jaxreason.compare.curves import TITLES, main_metrics
 from jaxreason.compare.read import Run, Variant
-from jaxreason.compare.stats import Estimate, estimate, paired, t_factor
+from jaxreason.compare.stats import Estimate, Rate, accuracy, accuracy_difference, t_factor
 
 ONE_UPDATE = (
     "One update a rollout: every ratio is 1, nothing is clipped, and built-in losses differ in aggregation and advantage "
@@ -44,18 +44,18 @@ def show(table: Table, console: Console) -> None:
 
 def accuracy_table(variants: Sequence[Variant]) -> Table | None:
     """Held-out accuracy before and after training; None if no run was evaluated."""
-    after = [v.by_seed([run.last("eval_accuracy") for run in v.runs]) for v in variants]
+    after = [_rates(v, Run.last) for v in variants]
     if not any(after):
         return None
-    before = [v.by_seed([run.first("eval_accuracy") for run in v.runs]) for v in variants]
+    before = [_rates(v, Run.first) for v in variants]
     rows = []
     for i, variant in enumerate(variants):
-        found = estimate(list(after[i].values())) if after[i] else None
-        gain = paired(after[i], before[i])
-        ahead = paired(after[i], after[0]) if i else None
+        found = accuracy(list(after[i].values())) if after[i] else None
+        gain = accuracy_difference(after[i], before[i])
+        ahead = accuracy_difference(after[i], after[0]) if i else None
         rows.append([
             variant.label, str(len(variant.runs)),
-            _percent(statistics.fmean(before[i].values()) if before[i] else None),
+            _percent(statistics.fmean(rate.value for rate in before[i].values()) if before[i] else None),
             _percent(found.mean if found else None), _interval(found, clip=True), _difference(gain),
             _difference(ahead) if i else "",
         ])  # fmt: skip
@@ -63,11 +63,18 @@ def accuracy_table(variants: Sequence[Variant]) -> Table | None:
     return Table("Held-out accuracy, %", header, rows, _accuracy_notes(variants))
 
 
+def _rates(variant: Variant, at: Callable[[Run, str], float | None]) -> dict[int, Rate]:
+    """By seed, the held-out accuracy at the first or the last evaluation, and on how many problems it was."""
+    known = {run.seed: (at(run, "eval_accuracy"), at(run, "eval_problems")) for run in variant.runs}
+    return {seed: Rate(value, problems) for seed, (value, problems) in known.items() if value is not None}
+
+
 def _accuracy_notes(variants: Sequence[Variant]) -> list[str]:
     count = min(len(v.runs) for v in variants)
     notes = [
-        "Gain and difference pair the same seed, which saw the same prompts; ▲ and ▼ mark intervals without 0. Intervals "
-        "are Student's t over seeds; the same problems serve every seed, so they say nothing about other problems.",
+        "Gain and difference pair the same seed, which saw the same prompts, and are of runs on equally many problems; ▲ and ▼ "
+        "mark intervals without 0. An interval is for other seeds and other problems: Student's t over seeds and the binomial "
+        "error over problems, their squares added.",
     ]
     if count == 1:
         notes.append("With one seed the spread between seeds is unknown: no interval, and no claim about which is better.")

@@ -20,6 +20,7 @@ from jaxreason.types import Totals
 
 Metrics = dict[str, Array]
 
+
 def policy_loss(
     inputs: PolicyInputs, axes: Axes, surrogate: Callable[[Tokens], Surrogate], select: Callable[..., Array] | None = None
 ) -> tuple[Array, Metrics]:
@@ -43,7 +44,10 @@ def policy_loss(
     rho = _rho(inputs, axes.correction, sequences)
     tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
     loss, clipped_low, clipped_high, corrected = surrogate(tokens)
-    metrics = _ratio_metrics(log_w, sequences.live, totals) | _other_metrics(inputs, sequences.live, totals)
+    # By token whatever the loss's own ratio is, so that losses can be compared: a sequence's mean is calmer than its tokens.
+    watched = inputs.old_logp if axes.ratio.behaviour == "policy" else behaviour_logp
+    by_token = log_ratio(inputs.logp, watched, "token", LOG_RATIO_CLAMP, sequences)
+    metrics = _ratio_metrics(by_token, sequences.live, totals) | _other_metrics(inputs, sequences.live, totals)
     metrics |= _clip_metrics(clipped_low, clipped_high, sequences.live, totals)
 
     loss, dropped = _kept(loss, inputs, axes, selected, sequences)

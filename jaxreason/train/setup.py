@@ -25,6 +25,8 @@ from jaxreason.train.state import start_key
 from jaxreason.types import Batch, TrainState
 from jaxreason.weights import WeightSource, locate
 
+_HELD_OUT_SEED = 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -114,7 +116,10 @@ def _source(weights: str, folder: RunFolder | None, resolved: cfg.Resolved) -> W
 
 
 def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompts | None:
-    """Problems for evaluation: of ``data.eval_source``, or the task's own held-out ones where a program writes it."""
+    """Problems for evaluation: of ``data.eval_source``, or the task's own held-out ones where a program writes it.
+
+    They are the same for every ``run.seed``, so that runs of several seeds are measured on one set.
+    """
     if not config.eval.problems:
         return None
     data = config.data
@@ -122,7 +127,7 @@ def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompt
         raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
     source, split = held_out_source(data)
     changes = {"source": source, "split": split, "max_rows": config.eval.problems}
-    return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, config.run.seed, chat=chat)
+    return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, _HELD_OUT_SEED, chat=chat)
 
 
 def put(batch: Batch[np.ndarray], mesh: Mesh) -> Batch:
