@@ -1,7 +1,7 @@
 """Decoding speed of the rollout engine beside transformers ``generate``, on the same random weights.
 
     python benchmarks/decode.py                       # SmolLM2-135M's shape, 16 prompts of 32 tokens, 64 new tokens
-    python benchmarks/decode.py --preset embedded-tiny --batch 32 --json
+    python benchmarks/decode.py --preset embedded-tiny --batch 32 --json OUT
 
 Both decode greedily and never stop early. The two take turns within one process, so that other load on the machine
 meets both; the table holds each one's best and median round. Both run in float32.
@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures there")
     return parser.parse_args()
 
 
@@ -90,8 +91,7 @@ def report(args: argparse.Namespace, tokens: dict[str, np.ndarray], seconds: dic
     same = float(np.mean(tokens["jaxreason"] == tokens["transformers"])) if args.temperature == 0 else None
     if args.json:
         found = {"tokens_per_s": best, "median_tokens_per_s": median, "ratio": ratio, "tokens_in_common": same}
-        print(json.dumps(vars(args) | found))
-        return
+        args.json.write_text(json.dumps({**vars(args), **found, "json": str(args.json)}, indent=1))
     print(f"{args.preset}, float32, batch {args.batch}, {args.prompt_tokens} prompt + {args.new_tokens} new tokens")
     print(f"{'':14}{'best tok/s':>12}{'median tok/s':>14}")
     for name in best:
