@@ -377,7 +377,7 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize("name", ["gspo", "gspo_token", "tic_grpo", "luspo"])
 def test_ratios_and_kl_are_watched_by_token_whatever_the_loss_s_own_ratio_is(name):
     """One sequence with ratios 1.5 and 0.5, whose mean is e^{(log 1.5 + log 0.5)/2} = 0.866: GSPO's own, calmer one."""
-    l = jnp.log(jnp.array([[1.5, 0.5]]))  # noqa: E741
+    l = jnp.log(jnp.array([[1.5, 0.5]]))
     ones = jnp.ones((1, 2))
     inputs = losses.PolicyInputs(logp=l, old_logp=0 * l, advantages=ones, mask=ones, sequence_ids=jnp.ones((1, 2), int))
     _, metrics, _ = cases.evaluate_one(losses.get(name), inputs)
