@@ -102,6 +102,17 @@ def test_a_file_that_is_missing_or_added_is_named(made, tmp_path):
         hf.load(tmp_path / "hf")
 
 
+def test_sums_of_a_tokenizer_say_nothing_about_weights_that_share_its_directory(made, tmp_path):
+    """A model saved by something else, and then a tokenizer by this package: both are read, and the tokenizer is checked."""
+    for path in [made / "hf" / "config.json", *(made / "hf").glob("*.safetensors*")]:
+        shutil.copy(path, tmp_path)
+    load("embedded").save(tmp_path)
+    hf.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(flip((tmp_path / "tokenizer.json").read_bytes()))
+    with pytest.raises(UserError, match="tokenizer.json: its content is not what was saved"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_every_file_of_a_run_s_tokenizer_is_checked(kind, made):
     place = made / "run" / "tokenizer"

@@ -64,7 +64,8 @@ def write_sums(directory: Path) -> None:
 def check_sums(directory: Path, wanted: Callable[[str], bool]) -> None:
     """Checks the files whose names are ``wanted`` against SHA256SUMS, where there is one. Raises UserError.
 
-    A file that is wanted and not listed is refused too: a damaged name would otherwise go unseen.
+    A file that is wanted and not listed is refused too: a damaged name would otherwise go unseen. Sums that list none that is
+    wanted, and whose own files are all there, are of something else that was put in the directory, such as a tokenizer.
     """
     sums = find(directory, SUMS)
     if sums is None:
@@ -76,7 +77,8 @@ def check_sums(directory: Path, wanted: Callable[[str], bool]) -> None:
             raise UserError(f"{sums}, line {number}: not a sum and a file's name; {fix}")
         listed[match[2]] = match[1]
     present = {path.name for path in directory.iterdir() if path.is_file() and path.name != SUMS}
-    names = sorted(name for name in present | set(listed) if wanted(name))
+    concerned = any(map(wanted, listed)) or not listed.keys() <= present
+    names = sorted(name for name in (present if concerned else set()) | listed.keys() if wanted(name))
     for name in names:
         if name not in listed or name not in present:
             raise UserError(f"{directory / name}: {'missing' if name in listed else f'not listed in {SUMS}'}; {fix}")

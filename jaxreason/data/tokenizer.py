@@ -29,6 +29,7 @@ _FILES = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "generation_config.json",
 }  # fmt: skip
+_GENERATION = "generation_config.json"  # of these the model's own, which may have come by another way
 _PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>")
 
 
@@ -190,7 +191,8 @@ def _load_directory(path: Path) -> Tokenizer:
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {path}: the directory has no tokenizer.json; copy the tokenizer's files there")
     _refuse_code(path)
-    check_sums(path, lambda name: name in _FILES)
+    check_sums(path, lambda name: name in _FILES - {_GENERATION})
+    check_sums(path, lambda name: name == _GENERATION)
     try:
         hf = _class_for(path).from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         return Tokenizer(hf, _generation_config(path))
