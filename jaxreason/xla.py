@@ -57,7 +57,7 @@ def _name(flag: str) -> str:
     return flag.partition("=")[0].replace("_enable_pipelined_", "_pipeline_")
 
 
-def compile_options(devices: int, deterministic: bool) -> dict[str, bool | int | str]:
+def compile_options(devices: int, deterministic: bool) -> dict[str, bool | str]:
     """:func:`flags` of a GPU run for one compilation (``Lowered.compile``), without those that XLA_FLAGS names.
 
     For a process whose own XLA has started already, and for another machine than this: jaxreason.plan.
@@ -66,7 +66,7 @@ def compile_options(devices: int, deterministic: bool) -> dict[str, bool | int |
     wanted = [flag for flag in flags("gpu", devices, deterministic) if _name(flag) not in given]
     values: dict[str, bool | str] = {"true": True, "false": False, "on": "COLLECTIVE_PIPELINING_MODE_ON"}
     pairs = [flag.removeprefix("--").split("=") for flag in wanted]
-    return {name: values[value] if value in values else int(value) for name, value in pairs}
+    return {name: values.get(value, value) for name, value in pairs}
 
 
 def unknown(names: tuple[str, ...]) -> list[str]:

@@ -797,7 +797,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "loops run once",
     ),
     Mutant(
-        "rl/slots.py",
+        "sampler/engine/slots.py",
         "free // one",
         "room.limit_bytes // one",
         "tests/test_slots.py",

@@ -41,18 +41,19 @@ def test_intervals_by_hand():
 
 def test_differences_pair_the_seeds():
     # Differences 0.1 and 0.1: no spread at all, though the accuracies themselves spread widely. What is left is the error
-    # over 96 problems, p(1 − p)/96 with two right and two wrong answers more: 50/100, 40.4/100, 88.4/100 and 78.8/100.
+    # over 96 problems, p(1 − p)/100 with two right and two wrong answers more: 50/100, 40.4/100, 88.4/100 and 78.8/100.
     a, b = {0: 0.5, 1: 0.9, 7: 0.0}, {1: 0.8, 0: 0.4, 8: 1.0}
     found = stats.accuracy_difference({k: Rate(v, 96) for k, v in a.items()}, {k: Rate(v, 96) for k, v in b.items()})
-    variance = (0.25 + 0.404 * 0.596 + 0.884 * 0.116 + 0.788 * 0.212) / 2 / 96
+    variance = (0.25 + 0.404 * 0.596 + 0.884 * 0.116 + 0.788 * 0.212) / 2 / 100
     assert found.mean == pytest.approx(0.1) and found.count == 2
     assert found.high - found.mean == pytest.approx(1.96 * variance**0.5)
     # seeds apart by 0.2 add 12.706 · 0.1
     apart = stats.accuracy_difference({0: Rate(0.5, 96), 1: Rate(0.9, 96)}, {0: Rate(0.5, 96), 1: Rate(0.7, 96)})
-    of_problems = (0.25 * 2 + 0.884 * 0.116 + 0.692 * 0.308) / 2 / 96
+    of_problems = (0.25 * 2 + 0.884 * 0.116 + 0.692 * 0.308) / 2 / 100
     assert apart.high - 0.1 == pytest.approx((12.7062**2 * 0.01 + 1.96**2 * of_problems) ** 0.5, rel=1e-4)
     assert stats.accuracy_difference({0: Rate(1.0, 9)}, {1: Rate(1.0, 9)}) is None
     assert stats.accuracy_difference({0: Rate(1.0, 9)}, {0: Rate(1.0, 8)}) is None  # of another number of problems
+    assert Rate(0.0, 0).variance == 0.25 / 4  # nothing was graded: as little is known as can be
     unknown = stats.accuracy_difference({s: Rate(0.9, None) for s in (0, 1)}, {s: Rate(0.1, None) for s in (0, 1)})
     assert (unknown.low, unknown.excludes_zero) == (None, False)
 
@@ -232,11 +233,11 @@ def test_the_report_holds_the_numbers(two_losses):
     path, _ = report.write_report(where, paths)
     rows = {tuple(row) for row in Page(path.read_text()).rows}
     # Means 0.7 and 0.8; half-widths 12.706 · 0.1 leave [0, 1] on both sides, and [-1, 1] for gains: such intervals end
-    # where accuracies do. Every pair differs by exactly 0.1, which on 100 problems is ± 1.96 · 0.0601: with two right and two
+    # where accuracies do. Every pair differs by exactly 0.1, which on 100 problems is ± 1.96 · 0.0589: with two right and two
     # wrong answers more the shares are 62/104, 82/104, 72/104 and 92/104.
     assert ("grpo", "2", "50.0", "70.0", "0.0 to 100.0", "+20.0 (-100.0 to +100.0)", "") in rows
     (gspo,) = [row for row in rows if row[:4] == ("gspo", "2", "50.0", "80.0")]
-    assert gspo[6] == "+10.0 (-1.8 to +21.8)"
+    assert gspo[6] == "+10.0 (-1.6 to +21.6)"
     assert ("grpo", "60.0 (50.0–70.0)", "80.0 (70.0–90.0)") in rows
     assert ("Reward", "0.500 (0.250 to 0.750)", "0.500 (0.250 to 0.750)") in rows  # the last tenth is the last step
     assert ("Seconds a step", "2.00", "2.00") in rows and ("Minutes in all", "2.00", "2.00") in rows

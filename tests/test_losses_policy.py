@@ -14,6 +14,8 @@ from losses_twin import clip, ppo
 from jaxreason import losses
 from jaxreason.errors import UserError
 from jaxreason.losses import kl, policy, select
+from jaxreason.losses.inputs import clean, totals_of
+from jaxreason.losses.reduce import reduction_weights
 from jaxreason.types import Totals
 
 exp, log = math.exp, math.log
@@ -383,6 +385,15 @@ def test_ratios_and_kl_are_watched_by_token_whatever_the_loss_s_own_ratio_is(nam
     _, metrics, _ = cases.evaluate_one(losses.get(name), inputs)
     assert float(metrics["ratio_max"]) == pytest.approx(1.5) and float(metrics["ratio_min"]) == pytest.approx(0.5)
     assert float(metrics["policy_kl"]) == pytest.approx((0.5 - log(1.5) - 0.5 - log(0.5)) / 2)
+
+
+@pytest.mark.parametrize("reduce", ["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum/const", "token-sum"])
+def test_a_token_that_is_masked_weighs_nothing(reduce):
+    zeros = jnp.zeros((2, 3))
+    given = losses.PolicyInputs(logp=zeros, old_logp=zeros, advantages=zeros, mask=jnp.array([[1.0, 0, 1], [0, 0, 0]]))
+    inputs, sequences = clean(given)
+    weights = reduction_weights(reduce, inputs, sequences, totals_of(inputs, sequences), 10)
+    assert (np.asarray(weights) > 0).tolist() == [[True, False, True], [False] * 3]
 
 
 def test_extreme_ratios_stay_finite():

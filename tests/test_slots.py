@@ -9,9 +9,8 @@ from jaxreason import cli
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.model import PRESETS
-from jaxreason.rl import shapes, slots
-from jaxreason.rl.objective import objective_of
-from jaxreason.rl.slots import Room
+from jaxreason.rl.collect import slots_of
+from jaxreason.sampler.engine.slots import Room, room_here
 from jaxreason.sharding import make_mesh, replicated
 from jaxreason.train.offload import Shelf
 
@@ -22,8 +21,7 @@ LLAMA_3B = PRESETS["llama3.2-3b"].replace(compute_dtype="bfloat16")
 def settled(room: Room, *words: str) -> int:
     config = cfg.load("grpo", ["rollout.slots=auto", "rollout.prompts_per_step=64", "rollout.group_size=8", *words])
     assert isinstance(config, cfg.GrpoConfig)
-    found = shapes.shapes_of(config, objective_of(config).loss, 512, make_mesh(cfg.Mesh()))
-    return slots.settle(config, LLAMA_3B, found, room)
+    return slots_of(config, LLAMA_3B, 512, room)
 
 
 def test_slots_are_what_is_left_over_what_one_takes():
@@ -42,7 +40,7 @@ def test_slots_are_what_is_left_over_what_one_takes():
 
 
 def test_this_machines_room_is_half_of_its_memory():
-    here, total = slots.room_here(7), int(open("/proc/meminfo").readline().split()[1]) * 1024
+    here, total = room_here(7), int(open("/proc/meminfo").readline().split()[1]) * 1024
     assert here.resident_bytes == 7 and here.devices == jax.local_device_count() and here.processes == 1
     assert here.limit_bytes * here.devices == pytest.approx(total / 2, rel=0.01)
 

@@ -54,7 +54,7 @@ class Rate:
         if self.trials is None:
             return math.nan
         p = (self.value * self.trials + 2) / (self.trials + 4)
-        return p * (1 - p) / self.trials
+        return p * (1 - p) / (self.trials + 4)
 
 
 def accuracy(rates: Sequence[Rate]) -> Estimate:
@@ -69,8 +69,8 @@ def accuracy_difference(rates: Mapping[int, Rate], base: Mapping[int, Rate]) -> 
     """Mean of ``rates − base`` over seeds that both have on equally many problems, None if there is none.
 
     Both sides of a seed saw the same prompts in the same order, which takes that part of the noise away. The interval is for
-    other seeds and other problems. The variance over problems is that of two independent sets, which is
-    the most: answers to the same problems mostly agree, and how often is not recorded.
+    other seeds and other problems. The variance over problems is that of two independent sets, more than that of one set whose
+    answers mostly agree: how often they do is not recorded.
     """
     shared = sorted(seed for seed in rates.keys() & base.keys() if rates[seed].trials == base[seed].trials)
     if not shared:

@@ -20,7 +20,7 @@ from jaxreason.sharding import make_mesh
 from jaxreason.targets import Target
 
 # Tuning on a card takes cuBLAS for nearly all products of training; a compilation without one cannot tune and takes Triton.
-_AS_TUNED: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
+_AS_TUNED: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def compile_program(
     started = time.monotonic()
     with compiling_for(target, mesh):
         options = {**xla.compile_options(mesh.size, deterministic), **_AS_TUNED}
-        compiled = jitted.lower(*arguments).compile(options)  # type: ignore[arg-type]  # jax takes numbers as well
+        compiled = jitted.lower(*arguments).compile(options)
     memory = present(compiled.memory_analysis(), "the memory of XLA's program")
     return Program(
         name,

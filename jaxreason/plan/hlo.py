@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 
@@ -56,6 +57,7 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in _SHAPE.findall(text)]
 
 
+@functools.lru_cache(maxsize=2)  # a report asks a text of some megabytes six questions
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
     """Every computation's instructions by its name, the root as the last one; and the name of the program's own."""
     bodies: dict[str, list[Instruction]] = {}

@@ -13,11 +13,12 @@ from jaxreason.model.cudnn import assume_capability
 from jaxreason.plan import architecture, phases, workspace
 from jaxreason.plan.compile import Program
 from jaxreason.plan.phases import Place
-from jaxreason.rl import slots as rollout_slots
+from jaxreason.rl.collect import slots_of
 from jaxreason.rl.shapes import Shapes, keeps_reference, scores_old
 from jaxreason.sampler import Engine, Sampling, sampling_of
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.generation import prefill_rows
+from jaxreason.sampler.engine.slots import Room
 from jaxreason.sampler.engine.spread import devices_for
 from jaxreason.sharding import device_bytes
 from jaxreason.train import sft
@@ -161,8 +162,8 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
 
     planned = {"update": Planned(update, frozen | _workspace(s)), "decoding weights": _weights(s, moments | frozen)}
     resident = frozen if c.rollout.offload_state else state | frozen
-    room = rollout_slots.Room(s.place.target.limit_bytes, sum(resident.values()), s.devices // s.hosts, s.hosts)
-    slots = math.ceil(rollout_slots.settle(c, s.model, rl, room) / s.hosts)
+    room = Room(s.place.target.limit_bytes, sum(resident.values()), s.devices // s.hosts, s.hosts)
+    slots = math.ceil(slots_of(c, s.model, rl.longest_prompt, room) / s.hosts)
     found, decoding = _decoding(s, "", slots, rl.longest_prompt, sampling_of(c.rollout), resident)
     planned |= found
     for name, model in models.items():

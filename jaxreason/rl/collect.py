@@ -14,10 +14,12 @@ from jaxreason.data.prompts import Prompt, PromptStream
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.evaluate.accuracy import sample_of
 from jaxreason.losses import advantage
+from jaxreason.model import ModelConfig
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl import turns
 from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, metrics_of
 from jaxreason.sampler import ROUNDS, Job, Sampler, sampling_of
+from jaxreason.sampler.engine.slots import Room, that_fit
 from jaxreason.terminal import console
 from jaxreason.train import hosts
 
@@ -38,6 +40,15 @@ class Rollout:
     def sequences(self) -> list[Sequence]:
         """Of both turns, in the order of ``groups`` and ``second``."""
         return [s for group in [*self.groups, *self.second] for s in group]
+
+
+def slots_of(config: cfg.GrpoConfig, model: ModelConfig, longest_prompt: int, room: Room) -> int:
+    """Sequences that are decoded at once, over all devices: the config's number or, for ``auto``, what ``room`` holds."""
+    rollout = config.rollout
+    if rollout.slots != "auto":
+        return rollout.slots
+    sequences = rollout.prompts_per_step * rollout.group_size * max(1, config.second_turn.samples)
+    return that_fit(model, longest_prompt, rollout.max_completion_tokens, sequences, room)
 
 
 def rollout_job(config: cfg.GrpoConfig) -> Job:

@@ -23,13 +23,14 @@ from jaxreason.evaluate.accuracy import grading_of
 from jaxreason.losses.policy import adapt_entropy_coef
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.rewards.pool import RewardPool
-from jaxreason.rl import slots, turns
+from jaxreason.rl import turns
 from jaxreason.rl.batch import Batcher
-from jaxreason.rl.collect import Collector, rollout_job
+from jaxreason.rl.collect import Collector, rollout_job, slots_of
 from jaxreason.rl.held_out import HeldOut
 from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.rl.sequence import Sequence
 from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, shapes_of
+from jaxreason.sampler.engine.slots import room_here
 from jaxreason.sharding import batch_sharding, device_bytes, make_mesh, replicated, within
 from jaxreason.terminal import console, gib, show_table
 from jaxreason.train import optimizer as opt
@@ -181,7 +182,7 @@ def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract:
     others = [inputs.setup.config] if keeps_reference(config, inputs.objective.loss) and not config.kl.offload else []
     others += [inputs.teacher.config] if inputs.teacher and not config.teacher.offload else []
     kept += [states.abstract_params(model, mesh, model.execution.compute_dtype) for model in others]
-    found = slots.settle(config, inputs.setup.config, shapes, slots.room_here(sum(map(device_bytes, kept))))
+    found = slots_of(config, inputs.setup.config, shapes.longest_prompt, room_here(sum(map(device_bytes, kept))))
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"slots": found})})
 
 

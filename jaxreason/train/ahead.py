@@ -39,20 +39,24 @@ class Compilations:
 
     def __init__(self) -> None:
         self._count, self._cached, self._seconds = 0, 0, 0.0
+        self._lock = threading.Lock()  # threads compile side by side
         jax.monitoring.register_event_duration_secs_listener(self._timed)
         jax.monitoring.register_event_listener(self._seen)
 
     def _timed(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self._count, self._seconds = self._count + 1, self._seconds + duration_secs
+            with self._lock:
+                self._count, self._seconds = self._count + 1, self._seconds + duration_secs
 
     def _seen(self, event: str, **_: Any) -> None:
-        self._cached += event == "/jax/compilation_cache/cache_hits"
+        with self._lock:
+            self._cached += event == "/jax/compilation_cache/cache_hits"
 
     def take(self) -> dict[str, float]:
         """Their number, how many of them the cache had, and seconds, which may have passed side by side; then zero."""
-        found = {"compilations": self._count, "compilations_cached": self._cached, "compile_seconds": self._seconds}
-        self._count, self._cached, self._seconds = 0, 0, 0.0
+        with self._lock:
+            found = {"compilations": self._count, "compilations_cached": self._cached, "compile_seconds": self._seconds}
+            self._count, self._cached, self._seconds = 0, 0, 0.0
         return found
 
 

@@ -74,11 +74,6 @@ class Engine:
         copied = cache.num_bytes(self.config, devices * rows, prompts) // (2 * self.config.arch.num_layers) if devices > 1 else 0
         return cache.num_bytes(self.config, slots, limit) + cache.num_bytes(self.config, rows, prompts) + copied
 
-    def compiles(self) -> int:
-        """Variants of prefill and decoding compiled so far; grows with each new bucket of lengths or number of slots."""
-        functions = [function for pair in self._programs.values() for function in pair]
-        return sum(function._cache_size() for function in functions)  # type: ignore[attr-defined]  # jax's types lack it
-
     def generate(
         self,
         params: dict,

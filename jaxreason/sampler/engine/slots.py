@@ -6,10 +6,8 @@ import os
 import jax
 import jax.numpy as jnp
 
-from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, param_count
-from jaxreason.rl.shapes import Shapes
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.generation import prefill_rows
 
@@ -40,21 +38,24 @@ def room_here(resident_bytes: int) -> Room:
     return Room(limit, resident_bytes, len(devices), jax.process_count())
 
 
-def settle(config: cfg.GrpoConfig, model: ModelConfig, shapes: Shapes, room: Room) -> int:
-    """Slots over all devices: the config's own or, for ``auto``, the most that fit, and no more than a rollout has sequences.
+def that_fit(model: ModelConfig, longest_prompt: int, completion: int, sequences: int, room: Room) -> int:
+    """Slots over all devices: the most that fit, and no more than there are sequences.
 
     A device holds the weights that decoding reads, prompts' keys and values, and for each slot its keys and values and three
     float32 arrays over the vocabulary. Raises UserError where not one slot fits.
+
+    Args:
+      model: the network.
+      longest_prompt, completion: most tokens of either.
+      sequences: of a rollout, over all processes.
+      room: what is on each device.
     """
-    if config.rollout.slots != "auto":
-        return config.rollout.slots
     weights = param_count(model) * jnp.dtype(model.execution.compute_dtype).itemsize
-    length = cache.longest(shapes.longest_prompt + config.rollout.max_completion_tokens)
+    length = cache.longest(longest_prompt + completion)
     one = cache.num_bytes(model, 1, length) + 3 * 4 * model.arch.vocab_size
-    prompt = cache.prompt_bucket(max(shapes.longest_prompt - 1, 1), length)
-    sequences = config.rollout.prompts_per_step * config.rollout.group_size * max(1, config.second_turn.samples)
     share = -(-sequences // (room.devices * room.processes))
-    prompts = cache.num_bytes(model, prefill_rows(shapes.longest_prompt, share, devices=1), prompt)
+    padded = cache.prompt_bucket(max(longest_prompt - 1, 1), length)
+    prompts = cache.num_bytes(model, prefill_rows(longest_prompt, share, devices=1), padded)
     free = room.limit_bytes - room.resident_bytes - weights - prompts - _MARGIN
     slots = min(share, free // one)
     if slots < 1:
