@@ -156,7 +156,8 @@ def compare(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report-only", nargs="+", metavar="RUN", help="train nothing: report on runs that exist")
     parser.add_argument("--out", help="folder of the runs and report.html; default: RUN.DIR/RUN.NAME-compare")
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config, for every loss")
-    args = parser.parse_intermixed_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_intermixed_args(given)
     if args.report_only and (args.config or args.losses or args.words or args.offline):
         raise UserError("--report-only RUN [RUN ...] goes with --out alone")
     if not args.report_only and not (args.config and args.losses):
@@ -165,11 +166,11 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
     if args.report_only:
         runs = [Path(run) for run in args.report_only]
-        work.finish(Path(args.out) if args.out else runs[0].parent, runs)
+        work.finish(Path(args.out) if args.out else runs[0].parent, runs, given)
         return
     entries = work.entries_of(args.config, args.losses.split(","), args.seeds, args.words, args.out)
     _start(entries[0].config.run.deterministic)
-    (work.offline if args.offline else work.train)(entries)
+    (work.offline if args.offline else work.train)(entries, given)
 
 
 @command

@@ -1,27 +1,41 @@
 """The comparison: its statistics by hand, its page parsed, its runs entries, a real one end to end."""
 
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import grpo_words
+from test_grpo import batch_of, sequence
 
-from jaxreason import cli
+from jaxreason import cli, losses, model
 from jaxreason import config as cfg
-from jaxreason.compare import charts, curves, gradients, read, report, runs, stats, tables, work
+from jaxreason.compare import curves, gradients, headline, measured, options, probe, read, report, runs, stats, tables, work
 from jaxreason.compare.stats import Rate
 from jaxreason.errors import UserError
+from jaxreason.report import charts, explain, plots
+from jaxreason.report.read import read_run
+from jaxreason.train.step import make_gradient, make_score
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
+
+
+@pytest.fixture(autouse=True)
+def _without_matplotlib(monkeypatch):
+    """It takes seconds a report; tests/test_report.py draws with it."""
+    monkeypatch.setattr(plots, "available", lambda: False)
 
 
 # ---- statistics
@@ -30,6 +44,8 @@ EVIL = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(
 def test_intervals_by_hand():
     # Quantiles of the printed t table: 12.706 for one degree of freedom, 4.303 for two.
     assert stats.t_factor(2) == pytest.approx(12.706, abs=1e-3)
+    # One degree of freedom is Cauchy's distribution; for two claims the 0.9875 quantile.
+    assert stats.t_factor(2, 2) == pytest.approx(math.tan(math.pi * 0.4875))
     found = stats.estimate([1.0, 2.0, 3.0])  # s = 1, s/sqrt(3) = 0.57735
     assert (found.mean, found.count) == (2.0, 3)
     assert found.low == pytest.approx(2 - 4.3027 * 0.57735, abs=1e-3) and not found.excludes_zero
@@ -46,11 +62,11 @@ def test_differences_pair_the_seeds():
     found = stats.accuracy_difference({k: Rate(v, 96) for k, v in a.items()}, {k: Rate(v, 96) for k, v in b.items()})
     variance = (0.25 + 0.404 * 0.596 + 0.884 * 0.116 + 0.788 * 0.212) / 2 / 100
     assert found.mean == pytest.approx(0.1) and found.count == 2
-    assert found.high - found.mean == pytest.approx(1.96 * variance**0.5)
+    assert found.high - found.mean == pytest.approx(1.959964 * variance**0.5)
     # seeds apart by 0.2 add 12.706 · 0.1
     apart = stats.accuracy_difference({0: Rate(0.5, 96), 1: Rate(0.9, 96)}, {0: Rate(0.5, 96), 1: Rate(0.7, 96)})
     of_problems = (0.25 * 2 + 0.884 * 0.116 + 0.692 * 0.308) / 2 / 100
-    assert apart.high - 0.1 == pytest.approx((12.7062**2 * 0.01 + 1.96**2 * of_problems) ** 0.5, rel=1e-4)
+    assert apart.high - 0.1 == pytest.approx((12.7062**2 * 0.01 + 1.959964**2 * of_problems) ** 0.5, rel=1e-4)
     assert stats.accuracy_difference({0: Rate(1.0, 9)}, {1: Rate(1.0, 9)}) is None
     assert stats.accuracy_difference({0: Rate(1.0, 9)}, {0: Rate(1.0, 8)}) is None  # of another number of problems
     assert Rate(0.0, 0).variance == 0.25 / 4  # nothing was graded: as little is known as can be
@@ -66,8 +82,54 @@ def test_a_mark_needs_more_than_seeds_that_agree(tmp_path, right, mark):
                  f"loss.name={loss}")
         for loss, n in (("grpo", 120), ("gspo", right)) for seed in range(3)
     ]  # fmt: skip
-    (_, row) = tables.accuracy_table(read.read_variants(paths)).rows
+    variants = read.read_variants(paths)
+    (_, row) = tables.accuracy_table(variants).rows
     assert row[6].startswith(f"{(right - 120) / 2:+.1f} (") and row[6].endswith(f"){mark}")
+    said = headline.headline(variants, None)
+    about = [s for s in said.supported if s.startswith("gspo ends ")]
+    if mark:
+        side = "above" if right > 120 else "below"
+        assert len(about) == 1 and f"gspo ends {side} grpo" in said.lead
+    else:
+        assert not about and said.lead.startswith("No loss can be told from grpo")
+        assert any(s.startswith("that gspo differs from grpo") for s in said.unsupported)
+
+
+@pytest.mark.parametrize(("count", "marked"), [(2, True), (9, False)])
+def test_marks_that_are_read_together_hold_together(tmp_path, count, marked):
+    """12 points on 256 problems are 2.71 standard errors: beyond the 1.96 of one difference, not beyond the 2.73 of eight."""
+    clip = [f"loss.options.clip_high={0.2 + i / 100}" for i in range(count)]
+    paths = [
+        make_run(tmp_path, f"{i}-{seed}", seed, [{"step": 1, "eval_accuracy": (160 if i == count - 1 else 130) / 256,
+                                                  "eval_problems": 256}], clip[i])
+        for i in range(count) for seed in range(2)
+    ]  # fmt: skip
+    rows = tables.accuracy_table(read.read_variants(paths)).rows
+    assert [row[6].endswith("▲") for row in rows] == [False] * (count - 1) + [marked]
+
+
+@pytest.mark.parametrize(
+    ("words", "problems", "message"),
+    [
+        ((), 128, "128 problems, not 256"),
+        ((), None, "an unknown number of problems, not 256"),
+        (("data.source=embedded:x",), 256, "other problems: data.eval_source is embedded:x, not embedded:arithmetic"),
+        (("eval.max_completion_tokens=64",), 256, "other problems: eval.max_completion_tokens is 64, not 128"),
+    ],
+)  # fmt: skip
+def test_runs_on_other_problems_are_not_subtracted(tmp_path, words, problems, message):
+    """Whatever the accuracies are, and even where they are far apart."""
+    def lines(value, count):
+        return [{"step": 1, "eval_accuracy": value, **({} if count is None else {"eval_problems": count})}]
+
+    paths = [make_run(tmp_path, f"a{seed}", seed, lines(0.1, 256)) for seed in range(3)]
+    paths += [make_run(tmp_path, f"b{seed}", seed, lines(0.9, problems), "loss.name=gspo", *words) for seed in range(3)]
+    variants = read.read_variants(paths)
+    table = tables.accuracy_table(variants)
+    assert table.rows[1][6] == message and table.records[1]["minus_first"] is None
+    assert any("are not subtracted" in note for note in table.notes)
+    said = headline.headline(variants, None)
+    assert any(s.endswith(message) for s in said.unsupported) and not any("gspo ends" in s for s in said.supported)
 
 
 def test_no_interval_of_a_difference_leaves_what_accuracies_can_differ_by(tmp_path):
@@ -165,10 +227,10 @@ def test_files_that_cannot_be_reported_are_named(tmp_path):
         read.read_variants([tmp_path / "nothing"])
     with open(good / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "rew')  # being written right now
-    assert read.read_run(good).last_step == 1
+    assert read_run(good).last_step == 1
     (good / "metrics.jsonl").write_text('{"step": 1}\nbroken\n{"step": 3}\n')
     with pytest.raises(UserError, match="metrics.jsonl, line 2"):
-        read.read_run(good)
+        read_run(good)
     sft = make_run(tmp_path, "sft", 0, [{"step": 1}])
     (sft / "config.yaml").write_text(cfg.dump(cfg.load("sft")))
     with pytest.raises(UserError, match="different algorithms"):
@@ -230,7 +292,7 @@ def two_losses(tmp_path):
 
 def test_the_report_holds_the_numbers(two_losses):
     where, paths = two_losses
-    path, _ = report.write_report(where, paths)
+    path = report.write_report(where, paths).path
     rows = {tuple(row) for row in Page(path.read_text()).rows}
     # Means 0.7 and 0.8; half-widths 12.706 · 0.1 leave [0, 1] on both sides, and [-1, 1] for gains: such intervals end
     # where accuracies do. Every pair differs by exactly 0.1, which on 100 problems is ± 1.96 · 0.0589: with two right and two
@@ -248,7 +310,7 @@ def test_the_report_holds_the_numbers(two_losses):
 
 def test_no_text_of_a_run_becomes_markup(two_losses):
     where, paths = two_losses
-    path, _ = report.write_report(where, paths)
+    path = report.write_report(where, paths).path
     page = Page(path.read_text())
     names = {tag for tag, _ in page.tags}
     assert "img" not in names and [tag for tag, _ in page.tags].count("script") == 1
@@ -265,10 +327,48 @@ def test_no_text_of_a_run_becomes_markup(two_losses):
         assert f"{kind}-src 'sha256-{digest}'" in policy
 
 
+def test_the_report_says_where_its_numbers_come_from(two_losses, monkeypatch):
+    where, paths = two_losses
+    made = {"command": f"python x {EVIL}", "commit": "abc with changes", "versions": {"jax": "9.9"}, "hardware": "1 x abacus",
+            "finished": "today"}  # fmt: skip
+    read.write_origin(where, made | {"command": "python scripts/compare.py --losses grpo"})
+    read.write_origin(where, made | {"command": "again"})
+    written = report.write_report(where, paths, made)
+    rows = Page(written.path.read_text()).rows
+    commands = ["python scripts/compare.py --losses grpo", "again", made["command"]]
+    assert [row[1] for row in rows if row[0] == "command"] == commands
+    for row in (["commit", "abc with changes"], ["versions", "jax 9.9"], ["hardware", "1 x abacus"]):
+        assert row in rows
+    assert ["clip_high", "0.2", "0.0004"] in rows
+    assert "img" not in {tag for tag, _ in Page(written.path.read_text()).tags}
+    # Every figure of the page has its files, every table its own.
+    names = {f"curve-{name}" for name in ("reward", "eval_accuracy", "entropy", "seconds")}
+    assert names < {path.stem for path in (where / "report.figures").glob("*.svg")}
+    lines = (where / "report.tables" / "accuracy.csv").read_text().splitlines()
+    assert lines[0].startswith("loss,seeds,before,after,after_low") and lines[1].startswith("grpo,2,0.5,0.7,")
+    assert {path.stem for path in (where / "report.tables").iterdir()} == {
+        "accuracy", "accuracy-by-seed", "end-of-training", "options",
+    }  # fmt: skip
+    # What is missing is said, and how to get it; with matplotlib the same figures are there in its formats.
+    assert plots.MISSING in written.files and "jaxreason[report]" in written.path.read_text()
+    drawn = []
+    monkeypatch.setattr(plots, "available", lambda: True)
+    monkeypatch.setattr(plots, "write", lambda figure, stem: drawn.append(stem))
+    assert plots.MISSING not in report.write_report(where, paths).files
+    assert {stem.name for stem in drawn} == {path.stem for path in (where / "report.figures").iterdir()}
+
+
+def test_every_metric_of_a_run_is_explained(two_losses):
+    where, paths = two_losses
+    text = report.write_report(where, paths).path.read_text()
+    assert explain.METRICS["entropy"][1] in text
+    assert text.count("jaxreason attaches no meaning to it") == 1  # a metric of one's own
+
+
 def test_charts_carry_the_values_for_the_cursor(two_losses):
     where, paths = two_losses
-    page = Page(report.write_report(where, paths)[0].read_text())
-    drawn = [a for tag, a in page.tags if tag == "g" and a["data-label"] == "gspo"]
+    page = Page(report.write_report(where, paths).path.read_text())
+    drawn = [a for tag, a in page.tags if tag == "g" and a.get("data-label") == "gspo"]
     assert [2, "0.700", "0.200", "1.20"] in [v for a in drawn for v in json.loads(a["data-values"])]  # entropy, step 2
     accuracy = next(v for a in drawn if len(v := json.loads(a["data-values"])) == 2)
     assert accuracy == [[0, "0.500", "0.500", "0.500"], [10, "0.800", "0.700", "0.900"]]
@@ -367,13 +467,16 @@ def test_two_losses_train_from_the_same_start_and_are_not_trained_twice(tmp_path
     argv = ["--config", "grpo", "--losses", "bnpo,cispo", "--seeds", "1", "--out", str(tmp_path / "out"),
             *grpo_words(tmp_path, "train.steps=2")]  # fmt: skip
     script(*argv)
-    first = {name: read.read_run(tmp_path / "out" / f"{name}-seed0") for name in ("bnpo", "cispo")}
+    first = {name: read_run(tmp_path / "out" / f"{name}-seed0") for name in ("bnpo", "cispo")}
     # At step 1 nothing but the loss differs: the same completions, the same rewards, and at ratio 1 the same gradient.
     a, b = (run.records[0] for run in first.values())
     for key in ("reward", "completion_tokens", "entropy"):
         assert a[key] == b[key]
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5) and a["grad_norm"] > 0
-    page = Page((tmp_path / "out" / "report.html").read_text())
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "attaches no meaning" not in text  # whatever a run records by itself is explained
+    page = Page(text)
+    assert [row[1].startswith("python scripts/compare.py --config grpo") for row in page.rows if row[0] == "command"] == [True]
     assert [row for row in page.rows if row[0].endswith("-seed0")] == [
         [str(tmp_path / "out" / f"{name}-seed0"), name, "0", "2", "finished"] for name in ("bnpo", "cispo")
     ]
@@ -390,6 +493,107 @@ def test_cosines_by_hand():
     assert found[0][0] == found[1][1] == 1.0
     assert found[0][1] == found[1][0] == pytest.approx(8 / (5 * 2))
     assert found[2] == [None] * 3 and found[0][2] is None
+
+
+def test_what_the_network_pulls_back_is_the_gradient():
+    """A twin: the loss differentiated through the network as training does, with an entropy bonus, a KL and empty rows."""
+    config = model.make_config(
+        vocab_size=128, embed_dim=32, mlp_dim=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, init_std=0.2
+    )
+    params = model.init(config, jax.random.key(0))
+    sequences = [sequence(3 + i % 4, 2 + i % 5, i // 4, advantage=(-1.0) ** i * (1 + i) / 16) for i in range(8)]
+    batch = jax.tree.map(jnp.asarray, batch_of(sequences, 16, 8, 4))
+    stats = jax.jit(make_score(config, 4, 0.7))(params, batch)
+    noise = jax.random.normal(jax.random.key(1), stats.logp.shape) * 0.3
+    batch = dataclasses.replace(batch, old_logp=stats.logp + noise, ref_logp=stats.logp - noise)
+    loss = losses.get("dapo", entropy_coef=0.1, kl_coef=0.2)
+    value, metrics, by_input = jax.jit(gradients.value_of(loss))(stats, batch)
+    pulled = dataclasses.replace(batch, extras=dict(zip(gradients.PULL, by_input)))
+    found = jax.jit(gradients.pullback(config, [loss], 4, 0.7))(params, pulled)[2]
+    direct = jax.jit(make_gradient(config, loss, 4, 0.7))(params, batch)
+    np.testing.assert_allclose(value, direct[0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["ratio_max"], direct[1]["ratio_max"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, direct[2])
+
+
+def weight(name: str, log_ratio: float, sign: str, **options) -> float:
+    at = int(np.argmin(np.abs(probe.LOG_RATIOS - log_ratio)))
+    return probe.weight_curve(losses.get(name, **options), {})[sign][at]
+
+
+def test_weight_curves_by_hand():
+    """−∂L/∂log p of a token is A w while the ratio w is within its bounds, and 0 where the bound is reached."""
+    rises, falls = math.log(1.2) + 0.1, math.log(0.8) - 0.1
+    assert weight("grpo", 0.0, "positive") == 1.0 and weight("grpo", 0.0, "negative") == -1.0
+    assert weight("grpo", 0.15, "positive") == pytest.approx(math.exp(0.15), rel=1e-3)
+    assert weight("grpo", rises, "positive") == 0.0 and weight("grpo", falls, "negative") == 0.0
+    assert weight("grpo", falls, "positive") > 0.7 and weight("grpo", 2.0, "negative") == pytest.approx(-math.exp(2), rel=1e-3)
+    assert weight("cispo", 1.0, "positive") == pytest.approx(math.e, rel=1e-3)
+    assert weight("cispo", 2.0, "positive") == 5.0  # its cap
+    assert weight("reinforce", 1.5, "negative") == -1.0
+    # k3's pull, of the KL to a reference that is the old policy: 1 - exp(-x), in units of the loss at ratio 1
+    pulled = weight("grpo", 0.1, "positive", kl_coef=0.5) - weight("grpo", 0.1, "positive")
+    assert pulled == pytest.approx(-0.5 * (1 - math.exp(-0.1)), abs=1e-3)
+    # the scale of an aggregation is not in it
+    assert weight("dr_grpo", 0.1, "positive") == weight("grpo", 0.1, "positive")
+
+
+def test_a_loss_that_is_zero_or_not_finite_somewhere_has_gaps(tmp_path):
+    file = tmp_path / "odd.py"
+    file.write_text("""
+import jax.numpy as jnp
+def odd(inputs):
+    x = inputs.logp - inputs.old_logp
+    return jnp.sum(jnp.where(inputs.mask > 0, jnp.sqrt(x) * inputs.extras["bonus"], 0.0)), {}
+""")
+    curve = probe.weight_curve(losses.get(f"{file}:odd"), {"bonus": 2.0})["positive"]
+    assert curve[0] is None and curve[80] is None and curve[-1] is not None
+    assert curve[81] == -1.0  # at ratio 1 it is infinite, so the largest finite weight is the unit
+
+
+def test_effective_options_say_defaults_and_changes(tmp_path):
+    found = [
+        options.effective(cfg.load("grpo", ["loss.name=grpo", "loss.options.clip_high=0.3", "kl.coef=0.1"])),
+        options.effective(cfg.load("grpo", ["loss.name=dr_grpo"])),
+        options.effective(cfg.load("sft")),
+    ]
+    table = options.options_table(["a", "b", "c"], found)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["clip_high"] == ["0.3 •", "0.2", ""] and rows["clip_low"] == ["0.2", "0.2", ""]
+    assert rows["kl_coef"][0] == "0.1 •" and rows["advantage"] == ["grpo", "center", ""]
+    assert rows["max_completion_tokens"][1] == "128 •"  # of the rollout
+    assert rows["reduce"] == ["seq-mean-token-mean", "token-sum/const", "token-mean"]
+    assert table.records[0] == {"option": "loss", "a": "grpo", "b": "dr_grpo", "c": "nll"}
+    lost = options.of_run(json.loads(cfg.load("grpo", [f"loss.name={tmp_path}/gone.py:f"]).model_dump_json(by_alias=True)))
+    note = options.options_table(["x"], [lost]).notes[-1]
+    assert note.startswith("x: ") and "no such file" in note and lost["values"]["loss"].endswith("gone.py:f")
+
+
+def test_the_headline_of_a_measurement_names_what_was_found():
+    rows = [{"grad_norm": n} for n in (0.5, 0.1, 0.4)]
+    points = {"start": {"rows": rows, "cosine": [[1.0, 0.9999, 0.2], [0.9999, 1.0, 0.25], [0.2, 0.25, 1.0]]},
+              "stale": {"rows": rows[:1] * 3, "cosine": [[None] * 3] * 3}}  # fmt: skip
+    said = headline.headline([], {"losses": ["a", "b", "c"], "points": points})
+    assert said.supported == [
+        "at ratio 1, b and a step in one direction (cosine above 0.999)",
+        "at ratio 1, a and c are furthest apart: cosine 0.20 on this rollout",
+        "at ratio 1, the gradient of a is 5.0 times as long as that of b (0.500, 0.100)",
+    ]
+    assert any(s.startswith("which loss trains better") for s in said.unsupported)
+
+
+def test_measured_tokens_are_shown_within_the_bulk_of_log_ratios():
+    tokens = [[i / 100, 1.0] for i in range(-9, 10)] + [[-4.0, 3.0]]
+    found = {"losses": ["a"], "rollout": {"learning_rate": 0.1}, "tokens": [{"positive": tokens, "negative": []}]}
+    chart = measured._dots(found, "positive")
+    assert len(chart.dots[0].points) == 19 and "5 % of the tokens lie outside" in chart.note
+    assert measured._dots(found, "negative") is None
+
+
+def test_a_measurement_of_another_version_is_refused(tmp_path):
+    (tmp_path / "offline.json").write_text('{"losses": ["grpo"]}')
+    with pytest.raises(UserError, match="run --offline again"):
+        read.read_offline(tmp_path)
 
 
 def test_offline_sees_the_second_turn_and_the_teacher(tmp_path):
@@ -411,8 +615,8 @@ def test_offline_measures_values_norms_and_angles(tmp_path):
     argv = ["--config", "grpo", "--losses", "bnpo,dapo", "--offline", "--out", str(tmp_path / "out"),
             *grpo_words(tmp_path, "optimizer.learning_rate=0.03")]  # fmt: skip
     script(*argv)
-    measured = json.loads((tmp_path / "out" / "offline.json").read_text())
-    start, stale = measured["points"]["start"], measured["points"]["stale"]
+    found = json.loads((tmp_path / "out" / "offline.json").read_text())
+    start, stale = found["points"]["start"], found["points"]["stale"]
     for row in start["rows"]:
         assert row["ratio_min"] == row["ratio_max"] == 1.0 and row["clip_fraction"] == 0.0 and row["grad_norm"] > 0
     # At ratio 1 a wider clip is the same loss; where ratios spread it is not.
@@ -421,6 +625,13 @@ def test_offline_measures_values_norms_and_angles(tmp_path):
     assert 0.5 < stale["cosine"][0][1] < 1 - 1e-6
     assert stale["rows"][0]["ratio_min"] < 0.99 and stale["rows"][0]["ratio_max"] > 1.01
     assert stale["rows"][0]["clip_fraction"] > stale["rows"][1]["clip_fraction"] > 0
+    assert (found["losses"], found["options"][1]["values"]["clip_high"]) == (["bnpo", "dapo"], 0.28)
+    # The curve of dapo is wider than bnpo's above, where A > 0, and the tokens that were measured lie on it.
+    log_ratio = int(np.argmin(np.abs(probe.LOG_RATIOS - 0.225)))
+    assert [curve["positive"][log_ratio] for curve in found["curve"]] == [0.0, pytest.approx(math.exp(0.225), rel=1e-3)]
+    for ratio, weighed in found["tokens"][0]["positive"]:
+        assert weighed == pytest.approx(math.exp(ratio) if ratio < math.log(1.2) else 0.0, rel=2e-3)
+    assert "--offline" in found["origin"]["command"]
     page = Page((tmp_path / "out" / "report.html").read_text())
     cosine = f"{stale['cosine'][0][1]:.4f}"
     assert [row for row in page.rows if row[0] == "dapo" and len(row) == 3] == [

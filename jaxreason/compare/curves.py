@@ -1,44 +1,26 @@
 """From the records of runs to the lines of charts."""
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from jaxreason.compare.charts import Line
 from jaxreason.compare.read import Variant
 from jaxreason.compare.stats import trailing_mean
+from jaxreason.report.explain import explain, title
+from jaxreason.report.figures import Chart, Line
 
-TITLES = {
-    "reward": "Reward",
-    "eval_accuracy": "Held-out accuracy",
-    "completion_tokens": "Completion length, tokens",
-    "entropy": "Entropy, nats a token",
-    "kl": "KL to the reference, nats a token",
-    "policy_kl": "KL from the sampling policy",
-    "clip_fraction": "Clipped tokens, fraction",
-    "grad_norm": "Gradient norm",
-    "sampler_gap": "Sampler gap, nats a token",
-    "loss": "Loss",
-    "eval_loss": "Held-out loss, nats a token",
-}
 _MAIN = {
     # The value of a policy loss says nothing: its advantages have mean 0.
-    "grpo": [name for name in TITLES if name not in ("loss", "eval_loss")],
+    "grpo": [
+        "reward", "eval_accuracy", "completion_tokens", "entropy", "kl", "policy_kl", "clip_fraction", "grad_norm", "sampler_gap",
+    ],
     "sft": ["loss", "eval_loss", "eval_accuracy", "grad_norm"],
-}
+}  # fmt: skip
 
 # What is the same for every loss by construction, or of no meaning over steps.
 _DULL = {"step", "learning_rate", "problems", "eval_problems", "eval_tokens", "eval_ungraded", "no_reward_fraction"}
 _POINTS = 240  # of a line: more cannot be seen and make the file large
-
-
-@dataclass(frozen=True)
-class Curve:
-    metric: str
-    title: str
-    lines: list[Line]
-    sparse: bool  # known at few steps, such as evaluations: not smoothed, every value marked
 
 
 def window(steps: int) -> int:
@@ -61,7 +43,7 @@ def metrics_of(variants: Sequence[Variant]) -> list[str]:
     return [*(m for m in main if m in seen), *(m for m in seen if m not in main)]
 
 
-def curve(metric: str, variants: Sequence[Variant]) -> Curve | None:
+def curve(metric: str, variants: Sequence[Variant]) -> Chart | None:
     """The lines of one metric, over the steps that all seeds of a loss have; None if nobody has a finite value."""
     lines, sparse = [], metric.startswith("eval_")
     for index, variant in enumerate(variants):
@@ -78,10 +60,13 @@ def curve(metric: str, variants: Sequence[Variant]) -> Curve | None:
         if any(rows):
             mean, low, high = ([f(row) if row else None for row in rows] for f in (statistics.fmean, min, max))
             lines.append(Line(index, variant.label, steps[keep][::-1], mean, low, high))
-    return Curve(metric, TITLES.get(metric, metric), lines, sparse) if lines else None
+    if not lines:
+        return None
+    name = "curve-" + re.sub(r"[^A-Za-z0-9_-]+", "-", metric)[:80]
+    return Chart(name, title(metric), explain(metric), lines, marked=sparse, metric=metric)
 
 
-def is_constant(found: Curve) -> float | None:
+def is_constant(found: Chart) -> float | None:
     """The one value that every run has at every step, or None."""
     values = {v for line in found.lines for side in (line.low, line.high) for v in side}
     return values.pop() if len(values) == 1 and None not in values else None

@@ -9,92 +9,239 @@ its own advantages, at two policies:
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax import Array
 from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason import sampler as samplers
-from jaxreason.compare.read import number
+from jaxreason.compare.options import effective
+from jaxreason.compare.probe import weight_curve
+from jaxreason.compare.read import FORMAT
 from jaxreason.compare.runs import Entry
 from jaxreason.data.prompts import PromptStream
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
+from jaxreason.model import ModelConfig
+from jaxreason.model.vocab import HeadStats
+from jaxreason.report.read import number
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl.batch import Batcher
 from jaxreason.rl.collect import Collector, Rollout
 from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models, with_slots
-from jaxreason.rl.objective import objective_of
+from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import metrics_of
-from jaxreason.rl.shapes import shapes_of
-from jaxreason.sharding import make_mesh
+from jaxreason.rl.shapes import keeps_reference, shapes_of
+from jaxreason.sharding import make_mesh, within
 from jaxreason.terminal import console
+from jaxreason.train import hosts
 from jaxreason.train import optimizer as opt
 from jaxreason.train.setup import start_state
-from jaxreason.train.step import make_gradient, make_train_step
+from jaxreason.train.step import make_gradient, policy_inputs, totals_of
 from jaxreason.types import Batch, TrainState
 
 _SHOWN = ("ratio_min", "ratio_max", "clip_fraction", "policy_kl", "kl", "entropy")
+_READ = frozenset({"ref_logp", "sampler_logp", "entropy", "group_tokens", "selected"})
+_DOTS = 200  # tokens of each sign of advantage in a figure
+PULL = ("pull_logp", "pull_entropy")  # extras of the one loss that is differentiated by the parameters
 
 
-def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """One loss of the comparison."""
+
+    loss: str  # as the user wrote it
+    config: cfg.GrpoConfig
+    objective: Objective
+
+
+def measure(entries: Sequence[Entry], objectives: Sequence[Objective | None]) -> dict:
     """The measurement as plain values, ready for JSON.
+
+    A policy loss sees the network through log-probs and entropies alone. Its gradient is therefore the network's pullback of
+    ∂L/∂logp and ∂L/∂entropy [B, T]: one program of the network serves every loss, and those per-token weights are kept.
 
     Args:
       entries: runs of a comparison; the first of each loss counts, and the first of all says what is rolled out.
-      found: the loss of each, as ``check`` returns them.
+      objectives: of each loss, as ``check`` returns them; None for a supervised loss.
 
     Returns: ``rollout`` (what was recorded), ``losses`` (labels), ``points`` with for ``start`` and ``stale`` the
-    ``rows`` (value, grad_norm and metrics of each loss) and ``cosine`` [losses, losses]; None stands for undefined.
+    ``rows`` (value, grad_norm and metrics of each loss) and ``cosine`` [losses, losses], None standing for undefined;
+    ``curve`` (:func:`jaxreason.compare.probe.weight_curve` of each loss) and ``tokens``, for each loss and each sign of the
+    advantage some [log-ratio, weight] measured at ``stale``.
 
     Raises: UserError for an SFT config and for everything that a user can fix.
     """
-    firsts = list({item.loss: item for item in reversed(entries)}.values())[::-1]
-    configs = [item.config for item in firsts if isinstance(item.config, cfg.GrpoConfig)]
-    if len(configs) < len(firsts):
-        raise UserError("--offline compares policy losses on a rollout; this config's algorithm is sft")
-    config = _whole(configs[0])
+    members = _members(entries, objectives)
+    config = members[0].config
     inputs, mesh = open_inputs(config), make_mesh(config.mesh)
-    model, temperature = inputs.setup.config, config.rollout.temperature
     # The learning rate that training ends its warm-up with, from the first step on.
     steady = config.optimizer.model_copy(update={"schedule": "constant", "warmup_steps": 0, "warmup_fraction": 0.0})
     optimizer = opt.make(steady, 1)
     state = start_state(config, inputs.setup, optimizer, mesh)
-    shapes = shapes_of(config, found[0], inputs.longest_prompt, mesh)
+    shapes = shapes_of(config, members[0].objective.loss, inputs.longest_prompt, mesh)
+    console.print("rollout", markup=False)
     rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh)
-    batches = [_batch(own, inputs, rollout, state, mesh) for own in configs]
-    count = shapes.microbatches
-    score = compile_score(model, shapes, temperature, mesh)
-    old_logp = score(state.model_params, batches[0]).logp
-    step = jax.jit(make_train_step(model, found[0], optimizer, opt.schedule(steady, 1), count, temperature))
-    # Without old log-probs the step takes its own, and the ratio is exactly 1.
-    stale = step(state, dataclasses.replace(batches[0], old_logp=None))[0].params
-    points, programs = {}, [jax.jit(make_gradient(model, loss, count, temperature)) for loss in found]
-    for name, params, old in (("start", state.params, None), ("stale", stale, old_logp)):
-        rows_found, gradients = [], []
-        for item, program, batch in zip(firsts, programs, batches):
-            console.print(f"{name}: {item.loss}", markup=False)
+    score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
+    batches = _batches(members, inputs, rollout, score, state, mesh)
+    program = pullback(inputs.setup.config, [m.objective.loss for m in members], shapes.microbatches, config.rollout.temperature)
+    pull = within(mesh, jax.jit(program))
+    values = [within(mesh, jax.jit(value_of(member.objective.loss))) for member in members]
+    points: dict[str, Any] = {}
+    old: Array | None = None
+    tokens: list[dict] = []
+    scales: list[float] = []
+    for name in ("start", "stale"):
+        stats = score(state.model_params, batches[0])
+        old = stats.logp if old is None else old
+        rows, gradients = [], []
+        for member, weigh, batch in zip(members, values, batches):
+            console.print(f"{name}: {member.loss}", markup=False)
             batch = dataclasses.replace(batch, old_logp=old)
-            value, metrics, gradient, _ = jax.device_get(program(params, batch, None, 0, state.frozen))
-            gradients.append([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])
+            value, metrics, by_input = weigh(stats, batch)
+            gradient = pull(state.params, _plain(batch, by_input), None, 0, state.frozen)[2]
+            gradients.append([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(jax.device_get(gradient))])
+            if name == "start":
+                scales.append(_scale(batch, by_input[0]))
+            else:
+                tokens.append(_tokens(batch, stats.logp, by_input[0], scales[len(tokens)]))
+            if name == "start" and len(gradients) == 1:
+                stale = dataclasses.replace(state, params=_moved(state, gradient, optimizer, config.run.seed))
             shown = {key: number(float(metrics[key])) for key in _SHOWN if key in metrics}
             norm = math.sqrt(_dot(gradients[-1], gradients[-1]))
-            rows_found.append({"value": number(float(value)), "grad_norm": number(norm), **shown})
-        points[name] = {"rows": rows_found, "cosine": cosines(gradients)}
-    stats = metrics_of(rollout.sequences, ())
+            rows.append({"value": number(float(value)), "grad_norm": number(norm), **shown})
+        points[name] = {"rows": rows, "cosine": cosines(gradients)}
+        state = stale
     return {
-        "losses": [item.loss for item in firsts],
-        "rollout": {
-            "model": config.model.weights or f"random weights of {config.model.preset}, seed {config.run.seed}",
-            "data": config.data.source, "seed": config.run.seed, "learning_rate": config.optimizer.learning_rate,
-            "prompts": config.rollout.prompts_per_step, "group_size": config.rollout.group_size,
-            "tokens": sum(len(s.completion.tokens) for s in rollout.sequences), "reward": stats["reward"],
-            "zero_std_fraction": stats["zero_std_fraction"],
-        },
+        "format": FORMAT,
+        "losses": [member.loss for member in members],
+        "options": [effective(member.config) for member in members],
+        "rollout": _described(config, rollout),
         "points": points,
+        "curve": [weight_curve(m.objective.loss, _means(m.objective.loss, b)) for m, b in zip(members, batches)],
+        "tokens": tokens,
+    }
+
+
+def _members(entries: Sequence[Entry], objectives: Sequence[Objective | None]) -> list[_Member]:
+    """One for each loss. Raises UserError for what a rollout says nothing about."""
+    firsts = list({item.loss: item for item in reversed(entries)}.values())[::-1]
+    members = [
+        _Member(item.loss, _whole(item.config), objective)
+        for item, objective in zip(firsts, objectives)
+        if isinstance(item.config, cfg.GrpoConfig) and objective is not None
+    ]
+    if len(members) < len(firsts):
+        raise UserError("--offline compares policy losses on a rollout; this config's algorithm is sft")
+    for member in members:
+        loss = member.objective.loss
+        if unknown := sorted(loss.needs - loss.extras - _READ):
+            raise UserError(f"--offline differentiates by log-probs and entropies; loss {loss.name} also reads {unknown[0]}")
+    return members
+
+
+def _described(config: cfg.GrpoConfig, rollout: Rollout) -> dict:
+    """What was rolled out."""
+    stats, settings = metrics_of(rollout.sequences, ()), config.rollout
+    return {
+        "model": config.model.weights or f"random weights of {config.model.preset}, seed {config.run.seed}",
+        "data": config.data.source, "seed": config.run.seed, "learning_rate": config.optimizer.learning_rate,
+        "prompts": settings.prompts_per_step, "group_size": settings.group_size,
+        "corrections": config.second_turn.samples, "teacher": config.teacher.weights,
+        "tokens": sum(len(s.completion.tokens) for s in rollout.sequences), "reward": stats["reward"],
+        "zero_std_fraction": stats["zero_std_fraction"],
     }  # fmt: skip
+
+
+# ---- gradients
+
+
+def value_of(loss: losses.Loss) -> Callable:
+    """``(stats, batch) -> (value, metrics, (∂L/∂logp, ∂L/∂entropy) [B, T])`` of a whole step."""
+
+    def weigh(stats: HeadStats, batch: Batch) -> tuple[Array, dict[str, Array], tuple[Array, Array]]:
+        def at(logp: Array, entropy: Array) -> tuple[Array, dict[str, Array]]:
+            return loss(policy_inputs(dataclasses.replace(stats, logp=logp, entropy=entropy), batch, totals_of(batch)))
+
+        (value, metrics), found = jax.value_and_grad(at, argnums=(0, 1), has_aux=True)(stats.logp, stats.entropy)
+        return value, metrics, found
+
+    return weigh
+
+
+def pullback(config: ModelConfig, found: Sequence[losses.Loss], count: int, temperature: float) -> Callable:
+    """The gradient program (:func:`make_gradient`) of Σ (c · logp + e · entropy), c and e being the batch's extras ``PULL``.
+
+    The entropy is differentiated where one of the losses ``found`` reads it.
+    """
+    needs = {*PULL, "entropy"} if any("entropy" in loss.needs for loss in found) else {*PULL}
+
+    def linear(inputs: losses.PolicyInputs) -> tuple[Array, dict[str, Array]]:
+        logp, entropy = (inputs.extras[name] for name in PULL)
+        value = jnp.sum(logp * inputs.logp)
+        return (value + jnp.sum(entropy * present(inputs.entropy, "the entropy")) if "entropy" in needs else value), {}
+
+    loss = losses.Loss("pullback", {}, "policy", False, frozenset(needs), linear)
+    return make_gradient(config, loss, count, temperature)
+
+
+def _plain(batch: Batch, by_input: tuple[Array, Array]) -> Batch:
+    """What :func:`pullback` reads: of one structure for every loss, so that the network's program is compiled once."""
+    return dataclasses.replace(
+        batch, old_logp=None, ref_logp=None, sampler_logp=None, group_tokens=None, selected=None, entropy_coef=None,
+        extras=dict(zip(PULL, by_input)),
+    )  # fmt: skip
+
+
+def _moved(state: TrainState, gradient: dict, optimizer: optax.GradientTransformation, seed: int) -> dict:
+    """The parameters after one optimizer step."""
+
+    def moved(params: dict, gradient: dict, opt_state: tuple) -> dict:
+        updates, _ = optimizer.update(gradient, opt_state, params)
+        return opt.apply(params, updates, state.step, seed)
+
+    return jax.jit(moved)(state.params, gradient, state.opt_state)
+
+
+# ---- per-token weights
+
+
+def _scale(batch: Batch, by_logp: Array) -> float:
+    """What the weights of a loss are divided by: the median at ratio 1 of |∂L/∂logp| / |A|, tokens without advantage or weight
+    left out; 1 where there are no others."""
+    advantages, found = (hosts.rows(x) for x in (present(batch.advantages, "Batch.advantages"), by_logp))
+    live = (hosts.rows(batch.loss_mask) > 0) & (advantages != 0)
+    sizes = np.abs(found[live]) / np.abs(advantages[live])
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    return float(np.median(sizes)) if len(sizes) else 1.0
+
+
+def _tokens(batch: Batch, logp: Array, by_logp: Array, scale: float) -> dict[str, list[list[float]]]:
+    """[log-ratio, −∂L/∂logp / (|A| · scale)] of some tokens of either sign of A, evenly over the order of log-ratios."""
+    fields = (batch.loss_mask, present(batch.advantages, "Batch.advantages"), present(batch.old_logp, "Batch.old_logp"))
+    mask, advantages, old, new, found = (hosts.rows(x) for x in (*fields, logp, by_logp))
+    chosen = {}
+    for name, live in {"positive": (mask > 0) & (advantages > 0), "negative": (mask > 0) & (advantages < 0)}.items():
+        ratio, weight = (new - old)[live], -found[live] / (np.abs(advantages[live]) * scale)
+        order = np.argsort(ratio, kind="stable")
+        at = order[np.unique(np.linspace(0, max(0, len(order) - 1), min(_DOTS, len(order))).round().astype(int))]
+        chosen[name] = [[float(f"{r:.4g}"), float(f"{w:.4g}")] for r, w in zip(ratio[at], weight[at]) if np.isfinite(w)]
+    return chosen
+
+
+def _means(loss: losses.Loss, batch: Batch) -> dict[str, float]:
+    """The mean over trained tokens of every extra that the loss reads."""
+    live = hosts.rows(batch.loss_mask) > 0
+    return {name: float(hosts.rows(batch.extras[name])[live].mean()) for name in loss.extras}
+
+
+# ---- the rollout
 
 
 def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh) -> Rollout:
@@ -111,24 +258,43 @@ def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: M
 
 
 def _whole(config: cfg.GrpoConfig) -> cfg.GrpoConfig:
-    """The config with its rollout in one minibatch: a comparison is of one update over all of it."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"minibatches": 1})})
+    """The config with its rollout in one update: a comparison is of one gradient over all of it."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"minibatches": 1, "updates_per_rollout": 1})})
 
 
-def _batch(config: cfg.GrpoConfig, inputs: Inputs, rollout: Rollout, state: TrainState, mesh: Mesh) -> Batch:
-    """The rollout as the batch that training with ``config`` would make of it, all of it in one update.
+def _batches(
+    members: Sequence[_Member], inputs: Inputs, rollout: Rollout, score: Callable, state: TrainState, mesh: Mesh
+) -> list[Batch]:
+    """The rollout as the batch that training with each loss would make of it, all of it in one update.
 
-    Packing follows lengths alone, so every loss's batch holds the same tokens at the same places.
+    Packing follows lengths alone, so every loss's batch holds the same tokens at the same places, and reference and teacher
+    score them once.
     """
-    config = _whole(config)
-    objective = objective_of(config)
-    shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh)
-    score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
-    others = scoring_models(config, dataclasses.replace(inputs, objective=objective), score, shapes, mesh)
-    batcher = Batcher(config, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others)
-    bonus = None if config.entropy.target is None else config.entropy.coef
-    _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, bonus)
-    return batch
+    keeper = next((m for m in members if keeps_reference(m.config, m.objective.loss)), members[0])
+    inputs = dataclasses.replace(inputs, objective=keeper.objective)
+    shapes = [shapes_of(m.config, m.objective.loss, inputs.longest_prompt, mesh) for m in members]
+    others = scoring_models(keeper.config, inputs, score, shapes[0], mesh)
+    for model in others.values():
+        model.score = _once(model.score)
+    found = []
+    for member, own in zip(members, shapes):
+        batcher = Batcher(member.config, member.objective, own, mesh, inputs.setup.tokenizer.pad_id, score, others)
+        bonus = None if member.config.entropy.target is None else member.config.entropy.coef
+        _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, bonus)
+        found.append(batch)
+    return found
+
+
+def _once(score: Callable) -> Callable:
+    """``score``, which computes what it returns the first time only."""
+    found: list[HeadStats] = []
+
+    def scored(params: dict, batch: Batch) -> HeadStats:
+        if not found:
+            found.append(score(params, batch))
+        return found[0]
+
+    return scored
 
 
 def cosines(gradients: Sequence[Sequence[np.ndarray]]) -> list[list[float | None]]:

@@ -1,7 +1,6 @@
-"""A comparison read from the files of runs: who is compared with whom, and what each run recorded."""
+"""A comparison read from the files of runs: who is compared with whom."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,40 +12,10 @@ from jaxreason import config as cfg
 from jaxreason.checkpoint import write_json
 from jaxreason.data.directory import read_json
 from jaxreason.errors import UserError
+from jaxreason.report.read import Run, read_run
 
-OFFLINE = "offline.json"
-_TAIL_BYTES = 8 * 2**20  # of samples.jsonl: more than one step's completions, less than a long run's file
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run wrote."""
-
-    path: Path
-    config: dict[str, Any]
-    records: list[dict[str, Any]]  # one a step, with "step"
-    summary: dict[str, Any] | None  # None: not finished
-    samples: list[dict[str, Any]]  # of its last step
-
-    @property
-    def seed(self) -> int:
-        return self.config["run"]["seed"]
-
-    @property
-    def last_step(self) -> int:
-        return self.records[-1]["step"]
-
-    def series(self, metric: str) -> dict[int, float | None]:
-        """The metric by step; None where it was not finite."""
-        return {r["step"]: number(r[metric]) for r in self.records if metric in r}
-
-    def first(self, metric: str) -> float | None:
-        """The metric's value before training."""
-        return number(self.records[0].get(metric)) if self.records[0]["step"] == 0 else None
-
-    def last(self, metric: str) -> float | None:
-        """The metric's latest value."""
-        return next((number(r[metric]) for r in reversed(self.records) if metric in r), None)
+OFFLINE, ORIGIN = "offline.json", "origin.json"
+FORMAT = 2  # of offline.json
 
 
 @dataclass(frozen=True)
@@ -55,54 +24,6 @@ class Variant:
 
     label: str
     runs: list[Run]  # by seed
-
-
-def number(value: Any) -> float | None:
-    """A finite float, or None: metrics.jsonl holds ``"nan"`` and ``"inf"`` as strings."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def read_run(path: Path) -> Run:
-    """Reads a run's folder, finished or not. Raises UserError naming the file that is missing or damaged."""
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (path / name).is_file():
-            raise UserError(f"{path}: no {name}, so this is not a run that has trained; give the folder of a run")
-    config = cfg.read_run(path / "config.yaml")
-    records = _json_lines(path / "metrics.jsonl")
-    if not records:
-        raise UserError(f"{path / 'metrics.jsonl'}: no step yet; run its training first")
-    summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else None
-    return Run(path, config, records, summary, _last_samples(path / "samples.jsonl"))
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """Every line's object. The last line may be cut short, by a kill or because it is being written right now."""
-    # What follows the last newline is empty, or a line that is not whole.
-    *lines, _ = path.read_bytes().split(b"\n")
-    found = []
-    for at, line in enumerate(lines, 1):
-        try:
-            found.append({"step": json.loads(line)["step"], **json.loads(line)})
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {at}: not a JSON object with a step; the file is damaged") from None
-    return found
-
-
-def _last_samples(path: Path) -> list[dict]:
-    """The samples of the last step, from the end of a file that may be large."""
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        start = max(0, path.stat().st_size - _TAIL_BYTES)
-        file.seek(start)
-        lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only
-    try:
-        samples = [json.loads(line) for line in lines]
-        return [s for s in samples if s["step"] == samples[-1]["step"]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not all of its last lines are JSON objects with a step; the file is damaged") from None
 
 
 def read_variants(paths: Sequence[Path]) -> list[Variant]:
@@ -175,5 +96,29 @@ def write_offline(where: Path, measured: dict) -> None:
 
 
 def read_offline(where: Path) -> dict | None:
+    """The measurement in a folder, if there is one. Raises UserError for one of another version."""
     path = where / OFFLINE
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    measured = read_json(path)
+    if measured.get("format") != FORMAT:
+        raise UserError(f"{path} was measured by another version of jaxreason: run --offline again, or delete the file")
+    return measured
+
+
+def write_origin(where: Path, found: dict) -> None:
+    """Adds to the list of what made the runs of a comparison."""
+    where.mkdir(parents=True, exist_ok=True)
+    write_json(where / ORIGIN, [*read_origins(where), found])
+
+
+def read_origins(where: Path) -> list[dict]:
+    """What made the runs in a folder, one record for each call of the command that trained."""
+    path = where / ORIGIN
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_bytes())
+        return [dict(item) for item in found]
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; delete it, and the report no longer says what made the runs") from None

@@ -1,71 +1,108 @@
-"""The report: one HTML file that needs no network and runs no script but its own."""
+"""The report of a comparison: one HTML file, and beside it every table as CSV and every figure as SVG, PNG and PDF."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from jaxreason.compare.charts import chart, short
-from jaxreason.compare.curves import TITLES, curve, is_constant, main_metrics, metrics_of, window
-from jaxreason.compare.read import Variant, common_config, read_offline, read_variants
-from jaxreason.compare.tables import Table, accuracy_table, end_table, offline_tables, seed_table
+from jaxreason.compare.curves import curve, is_constant, main_metrics, metrics_of, window
+from jaxreason.compare.headline import Headline, headline
+from jaxreason.compare.measured import described, offline_figures, offline_tables
+from jaxreason.compare.options import of_run, options_table
+from jaxreason.compare.read import Variant, common_config, read_offline, read_origins, read_variants
+from jaxreason.compare.tables import accuracy_table, end_table, seed_table
+from jaxreason.report import page, plots
+from jaxreason.report.charts import short, standalone
+from jaxreason.report.explain import title
+from jaxreason.report.figures import Chart, Figure
+from jaxreason.report.tables import Table, csv_of
 
 NAME = "report.html"
+TABLES, FIGURES = "report.tables", "report.figures"
 _SHOWN_CHARACTERS = 3000  # of a prompt or completion
 _PROMPTS = 2
 
 
-def write_report(where: Path, runs: Sequence[Path]) -> tuple[Path, list[Table]]:
-    """Writes ``where``/report.html from the files of ``runs`` and of the offline measurement in ``where``, if any.
+@dataclass(frozen=True)
+class Written:
+    """Where a report is, and what it says first."""
 
-    Returns its path and the tables in it. Raises UserError for a folder that is no run.
+    path: Path
+    headline: Headline
+    tables: list[Table]
+    files: list[str]  # in words, what else there is
+
+
+def write_report(where: Path, runs: Sequence[Path], made: dict[str, Any] | None = None) -> Written:
+    """Writes ``where``/report.html, report.tables/*.csv and report.figures/*, from the files of ``runs`` and of the offline
+    measurement in ``where``, if any.
+
+    ``made``: of :func:`jaxreason.report.origin.origin`, what writes the report. Raises UserError for a folder that is no run.
     """
     variants = read_variants(runs) if runs else []
     measured = read_offline(where)
-    made = [make(variants) for make in (accuracy_table, seed_table, end_table)] if variants else []
-    tables = [table for table in made if table]
-    tables += offline_tables(measured) if measured else []
+    found = [make(variants) for make in (accuracy_table, seed_table, end_table)] if variants else []
+    trained, offline = [table for table in found if table], offline_tables(measured) if measured else []
+    options = _options(variants, measured)
+    figures, constant = _curves(variants)
+    measured_figures = offline_figures(measured) if measured else []
+    tables = [*trained, *offline]
     where.mkdir(parents=True, exist_ok=True)
+    files = write_files(where, [*tables, *options], [*figures, *measured_figures])
+    main = main_metrics(variants) if variants else []
+    text = page.render(
+        (resources.files(__package__) / "report.html").read_text(),
+        headline=headline(variants, measured), variants=variants, trained=trained, offline=offline, options=options,
+        measured=measured, described=described(measured) if measured else "", measured_figures=measured_figures,
+        main=[f for f in figures if f.metric in main], more=[f for f in figures if f.metric not in main],
+        constant={title(k): short(value) for k, value in constant.items()},
+        smooth=max((window(run.last_step) for v in variants for run in v.runs), default=1), samples=samples(variants),
+        config=common_config(variants) if variants else None, origins=_origins(where, measured, made), files=files,
+    )  # fmt: skip
     path = where / NAME
     # A model can write half of a surrogate pair, which no file encoding takes.
-    path.write_bytes(render(variants, tables).encode("utf-8", "replace"))
-    return path, tables
+    path.write_bytes(text.encode("utf-8", "replace"))
+    return Written(path, headline(variants, measured), tables, files)
 
 
-def render(variants: Sequence[Variant], tables: Sequence[Table]) -> str:
-    """The page. Everything that is not this package's own markup is escaped by the template engine."""
-    style, script, page = ((resources.files(__package__) / f"report.{kind}").read_text() for kind in ("css", "js", "html"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    first = main_metrics(variants) if variants else []
-    names = metrics_of(variants) if variants else []
-    curves = [found for metric in names if (found := curve(metric, variants))]
+def _curves(variants: Sequence[Variant]) -> tuple[list[Chart], dict[str, float]]:
+    """Charts of what changes over steps, and the values of what does not."""
+    curves = [found for metric in (metrics_of(variants) if variants else []) if (found := curve(metric, variants))]
     constant = {c.metric: value for c in curves if (value := is_constant(c)) is not None}
-    figures = [
-        {"title": c.title, "metric": c.metric, "main": c.metric in first, "svg": chart(c.title, c.lines, c.sparse)}
-        for c in curves
-        if c.metric not in constant
-    ]
-    lengths = {window(run.last_step) for v in variants for run in v.runs}
-    return environment.from_string(page).render(
-        style=Markup(style), script=Markup(script), policy=_policy(style, script), variants=variants, tables=tables,
-        main=[f for f in figures if f["main"]], more=[f for f in figures if not f["main"]],
-        constant={TITLES.get(k, k): short(value) for k, value in constant.items()},
-        smooth=max(lengths, default=1), samples=samples(variants),
-        config=common_config(variants) if variants else None,
-    )  # fmt: skip
+    return [c for c in curves if c.metric not in constant], constant
 
 
-def _policy(style: str, script: str) -> str:
-    """A content security policy that allows this style and this script, by hash, and nothing else."""
+def _options(variants: Sequence[Variant], measured: dict | None) -> list[Table]:
+    """Of the trained losses, or else of the measured ones."""
+    if variants:
+        return [options_table([v.label for v in variants], [of_run(v.runs[0].config) for v in variants])]
+    return [options_table(measured["losses"], measured["options"])] if measured else []
 
-    def hashed(text: str) -> str:
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    return f"default-src 'none'; style-src {hashed(style)}; script-src {hashed(script)}; base-uri 'none'; form-action 'none'"
+def _origins(where: Path, measured: dict | None, made: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """What the page says about where its numbers come from: (heading, origin)."""
+    found = [("Training", origin) for origin in read_origins(where)]
+    if measured and "origin" in measured:
+        found.append(("Offline measurement", measured["origin"]))
+    if made and made not in [origin for _, origin in found]:
+        found.append(("This report", made))
+    return found
+
+
+def write_files(where: Path, tables: Sequence[Table], figures: Sequence[Figure]) -> list[str]:
+    """report.tables/NAME.csv and report.figures/NAME.svg, with matplotlib also .png and .pdf. Returns what there is, in words."""
+    for folder in (TABLES, FIGURES):
+        (where / folder).mkdir(exist_ok=True)
+    for table in tables:
+        (where / TABLES / f"{table.name}.csv").write_text(csv_of(table), "utf-8", "replace")
+    for figure in figures:
+        (where / FIGURES / f"{figure.name}.svg").write_text(standalone(figure), "utf-8", "replace")
+        if plots.available():
+            plots.write(figure, where / FIGURES / figure.name)
+    kinds = "SVG, PNG and PDF" if plots.available() else "SVG"
+    said = [f"{TABLES}/: {len(tables)} tables as CSV, unrounded", f"{FIGURES}/: {len(figures)} figures as {kinds}"]
+    return said if plots.available() else [*said, plots.MISSING]
 
 
 def samples(variants: Sequence[Variant]) -> list[dict]:

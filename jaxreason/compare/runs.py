@@ -11,10 +11,9 @@ from pathlib import Path
 import jax
 
 from jaxreason import config as cfg
-from jaxreason import losses
 from jaxreason.errors import UserError
 from jaxreason.rl import grpo
-from jaxreason.rl.objective import objective_of
+from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.terminal import console
 from jaxreason.train import sft
 from jaxreason.train.folder import RunFolder
@@ -78,19 +77,19 @@ def _slug(spec: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "@".join([loss.rsplit("/", 1)[-1], *options])).strip("-.") or "loss"
 
 
-def _loss_of(config: cfg.RunConfig) -> losses.Loss:
-    return sft.find_loss(config) if isinstance(config, cfg.SftConfig) else objective_of(config).loss
-
-
-def check(entries: Sequence[Entry]) -> list[losses.Loss]:
+def check(entries: Sequence[Entry]) -> list[Objective | None]:
     """Every loss found and tried on a tiny batch, every folder free or resumable, before anything trains.
 
-    Returns the losses in order, one for each ``Entry.loss``. Raises UserError.
+    Returns the objectives in order, one for each ``Entry.loss``; None for a supervised loss. Raises UserError.
     """
-    found = {}
+    found: dict[str, Objective | None] = {}
     for item in entries:
         if item.loss not in found:
-            found[item.loss] = _loss_of(item.config)
+            found[item.loss] = None
+            if isinstance(item.config, cfg.GrpoConfig):
+                found[item.loss] = objective_of(item.config)
+            else:
+                sft.find_loss(item.config)
         RunFolder(item.config)
     return list(found.values())
 

@@ -1,66 +1,62 @@
-"""The tables of a comparison, as text: the terminal and the report show the same ones."""
+"""The tables of a comparison: what was measured, with its intervals, marked only where its own data support it."""
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
-
-from jaxreason.compare.charts import short
-from jaxreason.compare.curves import TITLES, main_metrics
-from jaxreason.compare.read import Run, Variant
+from jaxreason.compare.curves import main_metrics
+from jaxreason.compare.read import Variant
 from jaxreason.compare.stats import Estimate, Rate, accuracy, accuracy_difference, t_factor
+from jaxreason.report.charts import short
+from jaxreason.report.explain import title
+from jaxreason.report.read import Run
+from jaxreason.report.tables import Table
 
 ONE_UPDATE = (
     "One update a rollout: every ratio is 1, nothing is clipped, and built-in losses differ in aggregation and advantage "
     "alone. To compare what they make of the ratio: train.updates_per_rollout=2 train.minibatches=2."
 )
+# What decides which problems are asked and which answers are right.
+_EXAM = ("data.eval_source", "data.eval_split", "eval.problems", "eval.grader", "eval.max_completion_tokens")
+
+
+# ---- held-out accuracy
 
 
 @dataclass(frozen=True)
-class Table:
-    """The first cell of a row names it."""
+class Standing:
+    """How a loss did on held-out problems; None: not known."""
 
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-
-
-def show(table: Table, console: Console) -> None:
-    """Prints a table; no cell is read as markup."""
-    drawn = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
-    for name in table.header:
-        drawn.add_column(Text(name), overflow="fold")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    console.print(drawn)
-    for note in table.notes:
-        console.print(note, markup=False)
+    label: str
+    seeds: int
+    before: float | None
+    after: Estimate | None
+    gain: Estimate | None  # after minus before
+    ahead: Estimate | None  # minus the first loss; None for itself
+    obstacle: str = ""  # why nothing is subtracted
 
 
-def accuracy_table(variants: Sequence[Variant]) -> Table | None:
-    """Held-out accuracy before and after training; None if no run was evaluated."""
+def standings(variants: Sequence[Variant]) -> list[Standing]:
+    """One for each loss; none if no run was evaluated.
+
+    Gains are read together, and so are differences from the first loss: the intervals of each hold jointly
+    (:func:`jaxreason.compare.stats.t_factor`).
+    """
     after = [_rates(v, Run.last) for v in variants]
     if not any(after):
-        return None
+        return []
     before = [_rates(v, Run.first) for v in variants]
-    rows = []
+    claims = max(1, len(variants) - 1)
+    found = []
     for i, variant in enumerate(variants):
-        found = accuracy(list(after[i].values())) if after[i] else None
-        gain = accuracy_difference(after[i], before[i])
-        ahead = accuracy_difference(after[i], after[0]) if i else None
-        rows.append([
-            variant.label, str(len(variant.runs)),
-            _percent(statistics.fmean(rate.value for rate in before[i].values()) if before[i] else None),
-            _percent(found.mean if found else None), _interval(found, clip=True), _difference(gain),
-            _difference(ahead) if i else "",
-        ])  # fmt: skip
-    header = ["loss", "seeds", "before", "after", "95 % interval", "gain", f"minus {variants[0].label}"]
-    return Table("Held-out accuracy, %", header, rows, _accuracy_notes(variants))
+        obstacle = _obstacle(variants[0], variant, after[0], after[i]) if i else ""
+        ahead = None if obstacle or not i else accuracy_difference(after[i], after[0], claims)
+        start = statistics.fmean(rate.value for rate in before[i].values()) if before[i] else None
+        end = accuracy(list(after[i].values())) if after[i] else None
+        gain = accuracy_difference(after[i], before[i], len(variants))
+        found.append(Standing(variant.label, len(variant.runs), start, end, gain, ahead, obstacle))
+    return found
 
 
 def _rates(variant: Variant, at: Callable[[Run, str], float | None]) -> dict[int, Rate]:
@@ -69,13 +65,68 @@ def _rates(variant: Variant, at: Callable[[Run, str], float | None]) -> dict[int
     return {seed: Rate(value, problems) for seed, (value, problems) in known.items() if value is not None}
 
 
-def _accuracy_notes(variants: Sequence[Variant]) -> list[str]:
+def _obstacle(first: Variant, other: Variant, base: dict[int, Rate], rates: dict[int, Rate]) -> str:
+    """Why the accuracies of two losses are not subtracted: other problems, another number of them, or no seed in common."""
+    a, b = (_exam(variant.runs[0].config) for variant in (first, other))
+    if differing := [key for key in _EXAM if a[key] != b[key] and key != "eval.problems"]:
+        return f"other problems: {differing[0]} is {b[differing[0]]}, not {a[differing[0]]}"
+    shared = sorted(base.keys() & rates.keys())
+    if not shared:
+        return "no seed in common" if base and rates else "not evaluated"
+    odd = next((seed for seed in shared if base[seed].trials != rates[seed].trials), None)
+    if odd is not None and all(base[seed].trials != rates[seed].trials for seed in shared):
+        return f"{_count(rates[odd].trials)} problems, not {_count(base[odd].trials)}"
+    return ""
+
+
+def _exam(config: dict[str, Any]) -> dict[str, Any]:
+    data, settings = config["data"], config["eval"]
+    sections = {"data": {**data, "eval_source": data.get("eval_source") or data["source"]}, "eval": settings}
+    return {key: sections[key.partition(".")[0]].get(key.partition(".")[2]) for key in _EXAM}
+
+
+def _count(trials: float | None) -> str:
+    return "an unknown number of" if trials is None else f"{trials:.0f}"
+
+
+def accuracy_table(variants: Sequence[Variant]) -> Table | None:
+    """Held-out accuracy before and after training; None if no run was evaluated."""
+    found = standings(variants)
+    if not found:
+        return None
+    rows, records = [], []
+    for i, s in enumerate(found):
+        rows.append([
+            s.label, str(s.seeds), _percent(s.before), _percent(s.after.mean if s.after else None),
+            _interval(s.after, clip=True), difference(s.gain), (s.obstacle or difference(s.ahead)) if i else "",
+        ])  # fmt: skip
+        records.append(
+            {"loss": s.label, "seeds": s.seeds, "before": s.before, **_record("after", s.after), **_record("gain", s.gain),
+             **_record("minus_first", s.ahead), "not_subtracted": s.obstacle}
+        )  # fmt: skip
+    header = ["loss", "seeds", "before", "after", "95 % interval", "gain", f"minus {variants[0].label}"]
+    return Table("accuracy", "Held-out accuracy, %", header, rows, _accuracy_notes(variants, found), records)
+
+
+def _record(name: str, found: Estimate | None) -> dict[str, float | None]:
+    low, high = (found.low, found.high) if found else (None, None)
+    return {name: found.mean if found else None, f"{name}_low": low, f"{name}_high": high}
+
+
+def _accuracy_notes(variants: Sequence[Variant], found: Sequence[Standing]) -> list[str]:
     count = min(len(v.runs) for v in variants)
     notes = [
         "Gain and difference pair the same seed, which saw the same prompts, and are of runs on equally many problems; ▲ and ▼ "
         "mark intervals without 0. An interval is for other seeds and other problems: Student's t over seeds and the binomial "
         "error over problems, their squares added.",
     ]
+    if len(variants) > 2:
+        notes.append(
+            f"The {len(variants)} gains, and the {len(variants) - 1} differences, are read together: their intervals are widened "
+            "until all of a column hold at once with 95 % (Bonferroni)."
+        )
+    if any(s.obstacle for s in found):
+        notes.append("Accuracies on other problems, or on another number of them, are not subtracted.")
     if count == 1:
         notes.append("With one seed the spread between seeds is unknown: no interval, and no claim about which is better.")
     elif count < 5:
@@ -95,12 +146,22 @@ def seed_table(variants: Sequence[Variant]) -> Table | None:
     for variant in variants:
         cells = {run.seed: _of_seed(run) for run in variant.runs}
         rows.append([variant.label, *(cells.get(seed, "–") for seed in seeds)])
-    problems = {run.last("eval_problems") for run in runs} - {None}
+    problems = {count for run in runs if (count := run.last("eval_problems")) is not None}
     on = f" on {problems.pop():.0f} problems" if len(problems) == 1 else ""
     notes = [f"Greedy decoding{on}; in brackets the 95 % interval over problems (Wilson)."]
+    if len(problems) > 1:
+        counts = ", ".join(f"{n:.0f}" for n in sorted(problems))
+        notes.append(f"The runs were not asked equally many problems: {counts}.")
     if any(run.summary is None for run in runs):
         notes.append("A run that is not finished counts with its latest evaluation; its step stands beside it.")
-    return Table("Held-out accuracy by seed, %", ["loss", *(f"seed {seed}" for seed in seeds)], rows, notes)
+    names = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "eval_problems")
+    records = [
+        {"loss": v.label, "seed": run.seed, "step": run.last_step, **{name: run.last(name) for name in names}}
+        for v in variants for run in v.runs
+    ]  # fmt: skip
+    return Table(
+        "accuracy-by-seed", "Held-out accuracy by seed, %", ["loss", *(f"seed {seed}" for seed in seeds)], rows, notes, records
+    )
 
 
 def _of_seed(run: Run) -> str:
@@ -120,7 +181,7 @@ def _interval(found: Estimate | None, clip: bool = False) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def _difference(found: Estimate | None) -> str:
+def difference(found: Estimate | None) -> str:
     """``+3.1 (+1.0 to +5.2) ▲``; no difference of two accuracies is beyond ±100."""
     if found is None:
         return "–"
@@ -131,23 +192,33 @@ def _difference(found: Estimate | None) -> str:
     return f"{100 * found.mean:+.1f}{around}{mark}"
 
 
+# ---- the end of training
+
+
 def end_table(variants: Sequence[Variant]) -> Table:
     """The last tenth of training: mean over its steps, then over seeds, with the seeds' range; and the time it took."""
-    rows = []
+    columns: dict[str, list[list[float]]] = {}
     for metric in main_metrics(variants):
-        columns = [[value for run in v.runs if (value := _late_mean(run, metric)) is not None] for v in variants]
-        if any(columns) and metric != "eval_accuracy":  # it has tables of its own
-            rows.append([TITLES[metric], *map(_spread, columns)])
-    seconds = [[value for run in v.runs if (value := _seconds(run)) is not None] for v in variants]
-    minutes = [[run.summary["train_seconds"] / 60 for run in v.runs if run.summary] for v in variants]
-    rows += [["Seconds a step", *map(_spread, seconds)], ["Minutes in all", *map(_spread, minutes)]]
+        if metric != "eval_accuracy":  # it has tables of its own
+            columns[title(metric)] = [
+                [value for run in v.runs if (value := _late_mean(run, metric)) is not None] for v in variants
+            ]
+    columns = {name: of for name, of in columns.items() if any(of)}
+    columns["Seconds a step"] = [[value for run in v.runs if (value := _seconds(run)) is not None] for v in variants]
+    columns["Minutes in all"] = [[run.summary["train_seconds"] / 60 for run in v.runs if run.summary] for v in variants]
+    rows = [[name, *map(_spread, of)] for name, of in columns.items()]
+    records = [
+        {"metric": name, "loss": v.label, "seeds": len(values), "mean": statistics.fmean(values), "lowest": min(values),
+         "highest": max(values)}
+        for name, of in columns.items() for v, values in zip(variants, of) if values
+    ]  # fmt: skip
     notes = [
         "Mean over the last tenth of the steps, then over seeds; in brackets the lowest and highest seed.",
         "Seconds a step: the median, without the first step, which compiles, and without evaluations.",
     ]
     if {run.config["train"].get("updates_per_rollout") for v in variants for run in v.runs} == {1}:
         notes.append(ONE_UPDATE)
-    return Table("End of training", ["", *(v.label for v in variants)], rows, notes)
+    return Table("end-of-training", "End of training", ["", *(v.label for v in variants)], rows, notes, records)
 
 
 def _late_mean(run: Run, metric: str) -> float | None:
@@ -167,32 +238,3 @@ def _spread(values: Sequence[float]) -> str:
     low, high = short(min(values)), short(max(values))
     around = f" ({low} to {high})" if low != high else ""
     return short(statistics.fmean(values)) + around
-
-
-_POINTS = {"value": "value", "grad_norm": "gradient norm", "ratio_min": "lowest ratio", "ratio_max": "highest ratio",
-           "clip_fraction": "clipped", "policy_kl": "KL to sampler", "kl": "KL to reference"}  # fmt: skip
-
-
-def offline_tables(measured: dict) -> list[Table]:
-    """Values, norms and cosines of a measurement, at both policies."""
-    rollout, names = measured["rollout"], measured["losses"]
-    places = {
-        "start": "at the policy that sampled, every ratio 1",
-        "stale": f"after one step of {names[0]} at learning rate {rollout['learning_rate']:g}",
-    }
-    tables = []
-    for name, place in places.items():
-        rows, cosines = measured["points"][name]["rows"], measured["points"][name]["cosine"]
-        keys = [key for key in _POINTS if any(key in row for row in rows)]
-        cells = [[label, *(short(row.get(key)) for key in keys)] for label, row in zip(names, rows)]
-        tables.append(Table(f"Offline, {place}", ["loss", *(_POINTS[key] for key in keys)], cells))
-        cells = [[label, *("–" if c is None else f"{c:.4f}" for c in row)] for label, row in zip(names, cosines)]
-        tables.append(Table(f"Cosine between gradients, {place}", ["", *names], cells))
-    tables[-1].notes.append(
-        f"One rollout of {rollout['model']}: {rollout['prompts']} prompts x {rollout['group_size']} of {rollout['data']}, "
-        f"seed {rollout['seed']}, {rollout['tokens']:,} tokens, mean reward {short(rollout['reward'])}, "
-        f"{100 * rollout['zero_std_fraction']:.0f} % of the groups without a difference in reward."
-    )
-    if rollout["zero_std_fraction"] == 1:
-        tables[-1].notes.append("No group differs in reward, so group-relative losses have no gradient here.")
-    return tables

@@ -1,4 +1,4 @@
-"""What the command does: train or measure, then tables on the terminal and the report."""
+"""What the command does: train or measure, then the headline and tables on the terminal and the report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,44 +6,57 @@ from pathlib import Path
 import jax
 
 from jaxreason.compare.gradients import measure
-from jaxreason.compare.read import write_offline
+from jaxreason.compare.read import write_offline, write_origin
 from jaxreason.compare.report import write_report
 from jaxreason.compare.runs import Entry, check, entries_of, has_steps, train_all
-from jaxreason.compare.tables import ONE_UPDATE, show
+from jaxreason.compare.tables import ONE_UPDATE
 from jaxreason.errors import UserError
+from jaxreason.report.origin import origin
+from jaxreason.report.tables import show
 from jaxreason.terminal import console
 
 __all__ = ["Entry", "entries_of", "finish", "offline", "train"]
 
 
-def train(entries: Sequence[Entry]) -> None:
-    """Trains what is not trained yet, then reports. Raises UserError, after the report, if a run failed on its way."""
+def train(entries: Sequence[Entry], argv: Sequence[str] = ()) -> None:
+    """Trains what is not trained yet, then reports. Raises UserError, after the report, if a run failed on its way.
+
+    ``argv``: what the command was given, for the report.
+    """
     check(entries)
     if entries[0].config.algorithm == "grpo" and entries[0].config.train.updates_per_rollout == 1:
         console.print(ONE_UPDATE)
+    where = entries[0].path.parent
+    trains = [item for item in entries if not (item.path / "summary.json").is_file()]
     failures = train_all(entries)
+    if trains and jax.process_index() == 0 and any(has_steps(item.path) for item in trains):
+        write_origin(where, origin("compare", argv))
     if failures is None:
         console.print("the comparison stopped; the same command goes on")
         return
-    finish(entries[0].path.parent, [item.path for item in entries if has_steps(item.path)])
+    finish(where, [item.path for item in entries if has_steps(item.path)], argv)
     if failures:
         raise UserError("\n".join(failures))
 
 
-def offline(entries: Sequence[Entry]) -> None:
+def offline(entries: Sequence[Entry], argv: Sequence[str] = ()) -> None:
     """Measures the losses on one rollout, then reports, together with the comparison's runs as far as there are any."""
     where = entries[0].path.parent
     measured = measure(entries, check(entries))
     if jax.process_index() == 0:
-        write_offline(where, measured)
-    finish(where, [item.path for item in entries if has_steps(item.path)])
+        write_offline(where, measured | {"origin": origin("compare", argv)})
+    finish(where, [item.path for item in entries if has_steps(item.path)], argv)
 
 
-def finish(where: Path, runs: Sequence[Path]) -> None:
-    """Writes ``where``/report.html and shows its tables."""
+def finish(where: Path, runs: Sequence[Path], argv: Sequence[str] = ()) -> None:
+    """Writes ``where``/report.html and its files, and shows its headline and tables."""
     if jax.process_index() > 0:
         return
-    path, tables = write_report(where, runs)
-    for table in tables:
+    written = write_report(where, runs, origin("compare", argv))
+    for table in written.tables:
         show(table, console)
-    console.print(f"report: {path}", markup=False)
+    for line in written.headline.lines():
+        console.print(line, markup=False)
+    console.print(f"report: {written.path}", markup=False)
+    for line in written.files:
+        console.print(f"  {line}", markup=False)

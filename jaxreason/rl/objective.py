@@ -43,7 +43,14 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
 
 
 def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
-    """The policy loss of the config, with the KL section's and the rollout's values as its options."""
+    """The policy loss of the config, checked on a tiny batch. Raises UserError."""
+    loss = bind_loss(config)
+    losses.check(loss)
+    return loss
+
+
+def bind_loss(config: cfg.GrpoConfig) -> losses.Loss:
+    """The policy loss of the config, with the KL section's and the rollout's values as its options. Raises UserError."""
     options = dict(config.loss.options)
     if ":" not in config.loss.name and config.loss.name in losses.names("policy"):
         options |= _options_from_sections(config)
@@ -54,9 +61,7 @@ def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
             f"kl.coef: {config.loss.name} is your own loss and adds its own KL; set kl.coef=0 (a loss that reads ref_logp gets "
             "it all the same), or kl.placement=reward"
         )
-    loss = losses.get(config.loss.name, kind="policy", preset=config.loss.preset, **options)
-    losses.check(loss)
-    return loss
+    return losses.get(config.loss.name, kind="policy", preset=config.loss.preset, **options)
 
 
 def _options_from_sections(config: cfg.GrpoConfig) -> dict[str, float | str]:

@@ -72,19 +72,22 @@ def batch_loss(
     """
     x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids, noise)
     head = head_kernel(params, config)
-    ids = _sequence_ids(batch)
     if loss.kind == "sft":
-        return _supervised(x, head, loss, batch, ids, totals, second)
+        return _supervised(x, head, loss, batch, _sequence_ids(batch), totals, second)
     stats = head_stats(x, head, batch.targets, temperature, needs=loss.needs)
+    return loss(policy_inputs(stats, batch, totals))
+
+
+def policy_inputs(stats: HeadStats, batch: Batch, totals: Totals) -> PolicyInputs:
+    """What a policy loss sees of a (micro)batch whose targets have the statistics ``stats``."""
     # Without stored log-probs the policy that sampled is the one being updated, and the ratio is exactly 1.
     old = lax.stop_gradient(stats.logp) if batch.old_logp is None else batch.old_logp
-    inputs = PolicyInputs(
+    return PolicyInputs(
         stats.logp, old, present(batch.advantages, "Batch.advantages"), batch.loss_mask,
-        ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp, entropy=stats.entropy, sequence_ids=ids,
+        ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp, entropy=stats.entropy, sequence_ids=_sequence_ids(batch),
         group_ids=batch.group_ids, totals=totals,
         group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, extras=batch.extras,
     )  # fmt: skip
-    return loss(inputs)
 
 
 def _supervised(

@@ -11,7 +11,7 @@ function nearest(values, step) {
   return values.reduce((best, value) => (Math.abs(value[0] - step) < Math.abs(best[0] - step) ? value : best));
 }
 
-for (const svg of document.querySelectorAll("svg")) {
+for (const svg of document.querySelectorAll("svg[data-x]")) {
   const [first, span, left, width] = JSON.parse(svg.dataset.x);
   const cursor = svg.querySelector(".cursor");
   const losses = [...svg.querySelectorAll(".loss")].map((group) => ({ group, values: JSON.parse(group.dataset.values) }));
@@ -26,7 +26,7 @@ for (const svg of document.querySelectorAll("svg")) {
     cursor.setAttribute("x1", at);
     cursor.setAttribute("x2", at);
     cursor.style.visibility = "visible";
-    tip.replaceChildren("step " + step);
+    tip.replaceChildren(svg.dataset.axis + " " + step);
     for (const { group, values } of shown) {
       const [, mean, low, high] = nearest(values, step);
       const mark = document.createElement("i");
