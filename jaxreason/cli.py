@@ -163,8 +163,10 @@ def compare(argv: Sequence[str] | None = None) -> None:
     if not args.report_only and not (args.config and args.losses):
         raise UserError("give --config NAME and --losses LOSS,LOSS, or --report-only RUN [RUN ...]")
     from jaxreason import compare as work
+    from jaxreason import xla
 
     if args.report_only:
+        xla.leave_out_absent_gpu()
         runs = [Path(run) for run in args.report_only]
         work.finish(Path(args.out) if args.out else runs[0].parent, runs, given)
         return

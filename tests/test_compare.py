@@ -569,11 +569,37 @@ def test_effective_options_say_defaults_and_changes(tmp_path):
     assert note.startswith("x: ") and "no such file" in note and lost["values"]["loss"].endswith("gone.py:f")
 
 
-def test_the_headline_of_a_measurement_names_what_was_found():
-    rows = [{"grad_norm": n} for n in (0.5, 0.1, 0.4)]
+def measurement(names: list[str]) -> dict:
+    """Of three losses."""
+    rows = [{"value": 0.1, "grad_norm": n} for n in (0.5, 0.1, 0.4)]
     points = {"start": {"rows": rows, "cosine": [[1.0, 0.9999, 0.2], [0.9999, 1.0, 0.25], [0.2, 0.25, 1.0]]},
               "stale": {"rows": rows[:1] * 3, "cosine": [[None] * 3] * 3}}  # fmt: skip
-    said = headline.headline([], {"losses": ["a", "b", "c"], "points": points})
+    rollout = {"model": "m", "data": EVIL, "seed": 0, "learning_rate": 0.1, "prompts": 2, "group_size": 2, "corrections": 3,
+               "teacher": EVIL, "tokens": 9, "reward": 0.5, "zero_std_fraction": 1.0}  # fmt: skip
+    signs = ("positive", "negative")
+    return {
+        "format": read.FORMAT, "losses": names, "points": points, "rollout": rollout,
+        "options": [{"values": {"loss": name}, "changed": []} for name in names],
+        "curve": [{sign: [1.0] * len(probe.LOG_RATIOS) for sign in signs}, *[{sign: [None] for sign in signs}] * 2],
+        "tokens": [{sign: [[0.0, 1.0]] for sign in signs}, *[{sign: [] for sign in signs}] * 2],
+    }  # fmt: skip
+
+
+def test_one_page_shows_runs_and_a_measurement(two_losses):
+    where, paths = two_losses
+    read.write_offline(where, measurement([EVIL, "b", "c"]))
+    for runs_found in (paths, []):
+        written = report.write_report(where, runs_found)
+        page = Page(written.path.read_text())
+        assert "img" not in {tag for tag, _ in page.tags}
+        assert [EVIL, "0.100", "0.500"] in page.rows and [EVIL, "1.0000", "0.9999", "0.2000"] in page.rows
+        assert "each corrected 3 times, judged by the teacher &lt;script&gt;" in written.path.read_text()
+        assert any("step in one direction" in s for s in written.headline.supported)
+        assert (where / "report.figures" / "offline-start-cosine.svg").is_file()
+
+
+def test_the_headline_of_a_measurement_names_what_was_found():
+    said = headline.headline([], measurement(["a", "b", "c"]))
     assert said.supported == [
         "at ratio 1, b and a step in one direction (cosine above 0.999)",
         "at ratio 1, a and c are furthest apart: cosine 0.20 on this rollout",
@@ -585,9 +611,13 @@ def test_the_headline_of_a_measurement_names_what_was_found():
 def test_measured_tokens_are_shown_within_the_bulk_of_log_ratios():
     tokens = [[i / 100, 1.0] for i in range(-9, 10)] + [[-4.0, 3.0]]
     found = {"losses": ["a"], "rollout": {"learning_rate": 0.1}, "tokens": [{"positive": tokens, "negative": []}]}
-    chart = measured._dots(found, "positive")
+    chart = measured._dots(found, "positive", [0])
     assert len(chart.dots[0].points) == 19 and "5 % of the tokens lie outside" in chart.note
-    assert measured._dots(found, "negative") is None
+    assert measured._dots(found, "negative", [0]) is None
+
+
+def test_a_measured_loss_has_the_colour_of_its_runs():
+    assert measured.indices({"losses": ["b", "new", "a", "other"]}, ["a", "b", "c"]) == [1, 3, 0, 4]
 
 
 def test_a_measurement_of_another_version_is_refused(tmp_path):

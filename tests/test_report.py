@@ -16,7 +16,7 @@ from jaxreason.report.tables import Table, csv_of
 EVIL = '<script>alert("x")</script>\'&'
 LINES = Chart("c", f"title {EVIL}", "", [Line.plain(0, f"a {EVIL}", [0, 1, 2], [1.0, None, 3.0])], axis="log-ratio")
 DOTS = Chart("d", "dots", "", dots=[Dots(9, "tenth", [(0.0, 1.0), (1.0, -1.0)])], axis="log-ratio")
-BARS = Bars("b", "bars", "", ["one", f"two {EVIL}", "none"], [2.0, 0.5, None])
+BARS = Bars("b", "bars", "", [0, 1, 9], ["one", f"two {EVIL}", "none"], [2.0, 0.5, None])
 HEAT = Heat("h", "heat", "", ["one", f"two {EVIL}"], [[1.0, -0.5], [-0.5, None]])
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -52,9 +52,16 @@ def test_dots_lie_where_their_numbers_are_and_tenth_series_repeats_a_colour():
     (group,) = (g for g in parsed(DOTS).iter(f"{SVG}g") if (g.get("class") or "").startswith("dots"))
     assert group.get("class") == "dots c1 dashed s9"
     (a, b) = ((float(c.get("cx")), float(c.get("cy"))) for c in group)
-    # x from 52 to 412; y: 8 % of air above 1 and below -1 of 188, that is 6 % of 2 on either side
-    assert (a[0], b[0]) == (52.0, 412.0)
+    # x from 58 to 412; y: 8 % of air above 1 and below -1 of 188, that is 6 % of 2 on either side
+    assert (a[0], b[0]) == (58.0, 412.0)
     assert a[1] == pytest.approx(8 + 188 * 0.12 / 2.24, abs=0.1) and b[1] == pytest.approx(8 + 188 * 2.12 / 2.24, abs=0.1)
+
+
+def test_lines_that_may_coincide_are_drawn_one_inside_the_other():
+    lines = [Line.plain(i, str(i), [0.0, 1.0], [0.0, 1.0]) for i in range(3)]
+    groups = [parsed(Chart("n", "n", "", lines, nested=nested)).iter(f"{SVG}g") for nested in (True, False)]
+    classes = [[g.get("class") for g in group if "loss" in g.get("class", "")] for group in groups]
+    assert classes == [["loss c0 s0 t2", "loss c1 s1 t1", "loss c2 s2"], ["loss c0 s0", "loss c1 s1", "loss c2 s2"]]
 
 
 def test_csv_holds_numbers_unrounded():

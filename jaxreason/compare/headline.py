@@ -82,8 +82,12 @@ def _lead(first: Standing, others: Sequence[Standing]) -> str:
     if not others:
         return f"One loss, {first.label}: there is nothing to compare it with."
     shown = [s for s in others if s.ahead and s.ahead.excludes_zero]
+    if len(shown) == 1:
+        return f"{shown[0].label} ends {_side(shown[0].ahead)} {first.label}: {_points(shown[0].ahead)}."
     if shown:
-        return "; ".join(f"{s.label} ends {_side(s.ahead)} {first.label} by {_points(s.ahead)}" for s in shown if s.ahead) + "."
+        sides = {side: [s.label for s in shown if _side(s.ahead) == side] for side in ("above", "below")}
+        parts = [f"{_listed(names)} {'ends' if len(names) == 1 else 'end'} {side}" for side, names in sides.items() if names]
+        return f"Of {len(others)} losses {len(shown)} can be told from {first.label}: {'; '.join(parts)}."
     if min(s.seeds for s in (first, *others)) == 1:
         return "No loss can be called better: with one seed the spread between seeds is unknown."
     return f"No loss can be told from {first.label} by held-out accuracy: every interval of a difference holds 0 or is not known."
@@ -94,7 +98,9 @@ def _side(found: Estimate | None) -> str:
 
 
 def _points(found: Estimate | None) -> str:
-    return f"{difference(found).rstrip(' ▲▼')} points"
+    """``+3.1 points (+1.0 to +5.2)``."""
+    mean, _, around = difference(found).rstrip(" ▲▼").partition(" ")
+    return f"{mean} points {around}".rstrip()
 
 
 def _why(s: Standing) -> str:

@@ -57,9 +57,17 @@ def described(measured: dict) -> str:
     )
 
 
-def offline_figures(measured: dict) -> list[Figure]:
+def indices(measured: dict, shown: Sequence[str]) -> list[int]:
+    """The colour of every measured loss: that of the same name among ``shown``, or one after theirs."""
+    others = iter(range(len(shown), len(shown) + len(measured["losses"])))
+    return [shown.index(name) if name in shown else next(others) for name in measured["losses"]]
+
+
+def offline_figures(measured: dict, colours: Sequence[int]) -> list[Figure]:
     """The curves that explain the losses, what was measured of them, and gradients as bars and as a map."""
-    figures: list[Figure] = [found for make in (_curves, _dots) for sign in _SIGNS if (found := make(measured, sign))]
+    figures: list[Figure] = [
+        found for make in (_curves, _dots) for sign in _SIGNS if (found := make(measured, sign, colours))
+    ]
     for name, place in _places(measured).items():
         rows, names = measured["points"][name]["rows"], measured["losses"]
         figures += [
@@ -73,18 +81,18 @@ def offline_figures(measured: dict) -> list[Figure]:
                 f"offline-{name}-norm", f"Gradient norm, {place}",
                 "Over all parameters, before clipping. At one learning rate, Adam hides most of a difference in length and "
                 "optimizer.max_grad_norm cuts it; a difference in direction stays.",
-                names, [row["grad_norm"] for row in rows],
+                colours, names, [row["grad_norm"] for row in rows],
             ),
         ]  # fmt: skip
     return figures
 
 
-def _curves(measured: dict, sign: str) -> Chart | None:
+def _curves(measured: dict, sign: str, colours: Sequence[int]) -> Chart | None:
     """What each loss gives a token; None where no loss gives anything finite."""
     steps = [round(float(x), 4) for x in LOG_RATIOS]
     lines = [
         Line.plain(index, label, steps, curve[sign])
-        for index, (label, curve) in enumerate(zip(measured["losses"], measured["curve"]))
+        for index, label, curve in zip(colours, measured["losses"], measured["curve"])
         if any(value is not None for value in curve[sign])
     ]
     if not lines:
@@ -93,12 +101,12 @@ def _curves(measured: dict, sign: str) -> Chart | None:
         "Computed from the loss itself: −∂L/∂log p of a completion of one token with advantage "
         f"{'1' if sign == 'positive' else '−1'}, over its log-ratio (at the loss's own level: token or sequence); 1 is what a "
         "loss without ratio gives. Above 0 the token is made likelier; where a curve is 0 the loss no longer moves it. The "
-        "reference is the old policy; of curves that coincide the last one is seen."
+        "reference is the old policy. Curves that coincide lie on one another, the first one thickest."
     )
-    return Chart(f"weight-{sign}", f"Gradient weight of a token, {_SIGNS[sign]}", note, lines, axis="log-ratio")
+    return Chart(f"weight-{sign}", f"Gradient weight of a token, {_SIGNS[sign]}", note, lines, axis="log-ratio", nested=True)
 
 
-def _dots(measured: dict, sign: str) -> Chart | None:
+def _dots(measured: dict, sign: str, colours: Sequence[int]) -> Chart | None:
     """What each token of the rollout weighed; None where no advantage has this sign."""
     known = [tokens[sign] for tokens in measured["tokens"]]
     sizes = sorted(abs(ratio) for points in known for ratio, _ in points)
@@ -107,7 +115,7 @@ def _dots(measured: dict, sign: str) -> Chart | None:
     limit = max(_NARROWEST, sizes[min(len(sizes) - 1, int(_SHARE * len(sizes)))])
     dots = [
         Dots(index, label, [(r, w) for r, w in points if abs(r) <= limit])
-        for index, (label, points) in enumerate(zip(measured["losses"], known))
+        for index, label, points in zip(colours, measured["losses"], known)
     ]
     outside = sum(size > limit for size in sizes) / len(sizes)
     note = (

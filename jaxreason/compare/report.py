@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxreason.compare.curves import curve, is_constant, main_metrics, metrics_of, window
 from jaxreason.compare.headline import Headline, headline
-from jaxreason.compare.measured import described, offline_figures, offline_tables
+from jaxreason.compare.measured import described, indices, offline_figures, offline_tables
 from jaxreason.compare.options import of_run, options_table
 from jaxreason.compare.read import Variant, common_config, read_offline, read_origins, read_variants
 from jaxreason.compare.tables import accuracy_table, end_table, seed_table
@@ -46,15 +46,18 @@ def write_report(where: Path, runs: Sequence[Path], made: dict[str, Any] | None 
     trained, offline = [table for table in found if table], offline_tables(measured) if measured else []
     options = _options(variants, measured)
     figures, constant = _curves(variants)
-    measured_figures = offline_figures(measured) if measured else []
+    shown = [v.label for v in variants] or (measured["losses"] if measured else [])
+    colours = indices(measured, shown) if measured else []
+    measured_figures = offline_figures(measured, colours) if measured else []
     tables = [*trained, *offline]
     where.mkdir(parents=True, exist_ok=True)
     files = write_files(where, [*tables, *options], [*figures, *measured_figures])
-    main = main_metrics(variants) if variants else []
+    main, said = main_metrics(variants) if variants else [], headline(variants, measured)
     text = page.render(
         (resources.files(__package__) / "report.html").read_text(),
-        headline=headline(variants, measured), variants=variants, trained=trained, offline=offline, options=options,
-        measured=measured, described=described(measured) if measured else "", measured_figures=measured_figures,
+        headline=said, shown=shown, variants=variants, trained=trained, offline=offline, options=options,
+        measured=measured, legend=list(zip(colours, measured["losses"])) if measured else [],
+        described=described(measured) if measured else "", measured_figures=measured_figures,
         main=[f for f in figures if f.metric in main], more=[f for f in figures if f.metric not in main],
         constant={title(k): short(value) for k, value in constant.items()},
         smooth=max((window(run.last_step) for v in variants for run in v.runs), default=1), samples=samples(variants),
@@ -63,7 +66,7 @@ def write_report(where: Path, runs: Sequence[Path], made: dict[str, Any] | None 
     path = where / NAME
     # A model can write half of a surrogate pair, which no file encoding takes.
     path.write_bytes(text.encode("utf-8", "replace"))
-    return Written(path, headline(variants, measured), tables, files)
+    return Written(path, said, tables, files)
 
 
 def _curves(variants: Sequence[Variant]) -> tuple[list[Chart], dict[str, float]]:

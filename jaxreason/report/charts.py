@@ -11,7 +11,7 @@ from markupsafe import Markup
 from jaxreason.report.figures import Bars, Chart, Dots, Figure, Heat, Line, extent, width
 
 WIDTH, HEIGHT = 420, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 8, 24
 _ROW = 26  # height of a bar
 COLOURS = 8  # as many as page.css tells apart; further series repeat them dashed
 
@@ -124,14 +124,20 @@ def _chart(chart: Chart) -> Markup:
     axis = Markup("").join(
         Markup('<text class="x" x="{}" y="{}">{}</text>').format(x(tick), HEIGHT - 7, f"{tick:,.6g}") for tick in marks
     )
-    drawn = [_line(line, x, y, chart.marked) for line in chart.lines] + [_dots(dots, x, y) for dots in chart.dots]
+    drawn = [_line(line, x, y, chart.marked, thick) for line, thick in zip(chart.lines, thickness(chart))]
+    drawn += [_dots(dots, x, y) for dots in chart.dots]
     cursor = Markup('<line class="cursor" y1="{}" y2="{}"/>').format(_TOP, HEIGHT - _BOTTOM)
     where = json.dumps([first, span, _LEFT, WIDTH - _LEFT - _RIGHT])
     data = Markup(' data-x="{}" data-axis="{}"').format(where, chart.axis) if chart.lines else ""
     return _frame(HEIGHT, chart.title, grid, axis, *drawn, cursor, data=data)
 
 
-def _line(line: Line, x: Callable[[float], float], y: Callable[[float], float], points: bool) -> Markup:
+def thickness(chart: Chart) -> list[int]:
+    """0, or for lines that may coincide more the earlier they are drawn, so that each shows below the next."""
+    return [min(3, len(chart.lines) - 1 - i) if chart.nested else 0 for i in range(len(chart.lines))]
+
+
+def _line(line: Line, x: Callable[[float], float], y: Callable[[float], float], points: bool, thick: int) -> Markup:
     """Band, mean and the values that the reader's cursor asks for."""
     pieces = []
     band = [(s, a, b) for s, a, b in zip(line.steps, line.low, line.high) if a is not None and b is not None]
@@ -148,7 +154,7 @@ def _line(line: Line, x: Callable[[float], float], y: Callable[[float], float], 
         if m is not None
     ]
     return Markup('<g class="loss {}" data-index="{}" data-label="{}" data-values="{}">{}</g>').format(
-        _classes(line.index), line.index, line.label,
+        _classes(line.index) + (f" t{thick}" if thick else ""), line.index, line.label,
         json.dumps(values, separators=(",", ":"), ensure_ascii=False), Markup("").join(pieces),
     )  # fmt: skip
 
@@ -180,8 +186,8 @@ def _bars(bars: Bars) -> Markup:
     """Horizontal bars from 0, each below the name of its series and with its value at its end."""
     most = max([abs(v) for v in bars.values if v is not None], default=0.0) or 1.0
     rows = []
-    for index, (label, value) in enumerate(zip(bars.labels, bars.values)):
-        at = round(index * _ROW * 1.5, 1)
+    for place, (index, label, value) in enumerate(zip(bars.indices, bars.labels, bars.values)):
+        at = round(place * _ROW * 1.5, 1)
         length = round(abs(value or 0.0) / most * (WIDTH - 70), 1)
         rows.append(
             Markup(

@@ -41,6 +41,7 @@ class Chart:
     dots: Sequence[Dots] = ()
     marked: bool = False  # every value, for metrics that are known at few steps only
     axis: str = "step"
+    nested: bool = False  # lines may coincide: earlier ones are drawn thicker
     metric: str = ""  # the name in metrics.jsonl, where it is one of these
 
 
@@ -51,6 +52,7 @@ class Bars:
     name: str
     title: str
     note: str
+    indices: Sequence[int]  # of the series, as of lines
     labels: Sequence[str]
     values: Sequence[float | None]
     metric: str = field(default="", init=False)

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from jaxreason.report.charts import COLOURS, short
+from jaxreason.report.charts import COLOURS, short, thickness
 from jaxreason.report.figures import Bars, Chart, Figure, Heat, extent
 
 FORMATS = ("png", "pdf")
@@ -47,11 +47,12 @@ def _colour(index: int) -> str:
 
 
 def _chart(chart: Chart, axes: Any) -> None:
-    for line in chart.lines:
+    for line, thick in zip(chart.lines, thickness(chart)):
         colour, dash = _colour(line.index), "--" if line.index >= COLOURS else "-"
         mean, low, high = ([float("nan") if v is None else v for v in side] for side in (line.mean, line.low, line.high))
         marker = "o" if chart.marked or len(mean) == 1 else None
-        axes.plot(line.steps, mean, dash, color=colour, label=_plain(line.label), linewidth=1.4, marker=marker, markersize=3)
+        label, wide = _plain(line.label), 1.4 + 1.8 * thick
+        axes.plot(line.steps, mean, dash, color=colour, label=label, linewidth=wide, marker=marker, markersize=3)
         if low != high:
             axes.fill_between(line.steps, low, high, color=colour, alpha=0.15, linewidth=0)
     for dots in chart.dots:
@@ -65,7 +66,7 @@ def _chart(chart: Chart, axes: Any) -> None:
 
 def _bars(bars: Bars, axes: Any) -> None:
     values = [0.0 if v is None else v for v in bars.values]
-    drawn = axes.barh(range(len(values)), values, color=[_colour(i) for i in range(len(values))])
+    drawn = axes.barh(range(len(values)), values, color=[_colour(i) for i in bars.indices])
     axes.bar_label(drawn, [short(v) for v in bars.values], fontsize=8, padding=3)
     axes.set_yticks(range(len(values)), [_plain(label) for label in bars.labels], fontsize=8)
     axes.invert_yaxis()
