@@ -21,11 +21,11 @@ from test_grpo import batch_of, sequence
 
 from jaxreason import cli, losses, model
 from jaxreason import config as cfg
-from jaxreason.compare import curves, gradients, headline, measured, options, probe, read, report, runs, stats, tables, work
-from jaxreason.compare.stats import Rate
+from jaxreason.compare import gradients, headline, measured, options, probe, read, report, runs, tables, work
 from jaxreason.errors import UserError
-from jaxreason.report import charts, explain, plots
+from jaxreason.report import charts, curves, explain, plots, stats
 from jaxreason.report.read import read_run
+from jaxreason.report.stats import Rate
 from jaxreason.train.step import make_gradient, make_score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,13 +330,16 @@ def test_no_text_of_a_run_becomes_markup(two_losses):
 def test_the_report_says_where_its_numbers_come_from(two_losses, monkeypatch):
     where, paths = two_losses
     made = {"command": f"python x {EVIL}", "commit": "abc with changes", "versions": {"jax": "9.9"}, "hardware": "1 x abacus",
-            "finished": "today"}  # fmt: skip
-    read.write_origin(where, made | {"command": "python scripts/compare.py --losses grpo"})
-    read.write_origin(where, made | {"command": "again"})
+            "time": "today"}  # fmt: skip
+    first, later = ({**made, "command": command} for command in ("python scripts/compare.py --losses grpo", "again"))
+    for run, started in zip(paths, ([first], [{**first, "time": "yesterday"}], [first, later])):
+        (run / "origin.json").write_text(json.dumps(started))
     written = report.write_report(where, paths, made)
     rows = Page(written.path.read_text()).rows
     commands = ["python scripts/compare.py --losses grpo", "again", made["command"]]
     assert [row[1] for row in rows if row[0] == "command"] == commands
+    headings = re.findall("<h3>(Training of [^<]*)</h3>", written.path.read_text())
+    assert headings == ["Training of grpo-0, grpo-1, gspo-0", "Training of gspo-0"]
     for row in (["commit", "abc with changes"], ["versions", "jax 9.9"], ["hardware", "1 x abacus"]):
         assert row in rows
     assert ["clip_high", "0.2", "0.0004"] in rows
@@ -476,7 +479,8 @@ def test_two_losses_train_from_the_same_start_and_are_not_trained_twice(tmp_path
     text = (tmp_path / "out" / "report.html").read_text()
     assert "attaches no meaning" not in text  # whatever a run records by itself is explained
     page = Page(text)
-    assert [row[1].startswith("python scripts/compare.py --config grpo") for row in page.rows if row[0] == "command"] == [True]
+    commands = [row[1] for row in page.rows if row[0] == "command"]  # of both runs, which one process started, and of the report
+    assert len(commands) == 2 and all("scripts/compare.py --config grpo" in command for command in commands)
     assert [row for row in page.rows if row[0].endswith("-seed0")] == [
         [str(tmp_path / "out" / f"{name}-seed0"), name, "0", "2", "finished"] for name in ("bnpo", "cispo")
     ]

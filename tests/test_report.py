@@ -9,7 +9,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from jaxreason.report import charts, explain, origin, page, plots
+from jaxreason import origin
+from jaxreason.report import charts, explain, page, plots
 from jaxreason.report.figures import Bars, Chart, Dots, Heat, Line
 from jaxreason.report.tables import Table, csv_of
 
@@ -98,7 +99,7 @@ def test_titles_and_explanations():
 
 
 def test_origin_names_command_commit_and_versions():
-    found = origin.origin("compare", ["--out", "a b", "x=1"])
+    found = origin.origin(origin.command("compare", ["--out", "a b", "x=1"]))
     assert found["command"] == "python scripts/compare.py --out 'a b' x=1"
     assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|not a git checkout", found["commit"])
     assert set(found["versions"]) == {"python", "jaxreason", "jax", "jaxlib", "flax"}

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxreason.compare.read import Variant
-from jaxreason.compare.stats import Estimate
 from jaxreason.compare.tables import Standing, difference, standings
 from jaxreason.report.charts import short
+from jaxreason.report.read import Variant
+from jaxreason.report.stats import Estimate
 
 _SAME = 0.999  # cosine from which two gradients are called one direction
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,10 @@ from jaxreason import config as cfg
 from jaxreason.checkpoint import write_json
 from jaxreason.data.directory import read_json
 from jaxreason.errors import UserError
-from jaxreason.report.read import Run, read_run
+from jaxreason.report.read import Run, Variant, read_run
 
-OFFLINE, ORIGIN = "offline.json", "origin.json"
+OFFLINE = "offline.json"
 FORMAT = 2  # of offline.json
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Runs of one config with different seeds."""
-
-    label: str
-    runs: list[Run]  # by seed
 
 
 def read_variants(paths: Sequence[Path]) -> list[Variant]:
@@ -104,21 +95,3 @@ def read_offline(where: Path) -> dict | None:
     if measured.get("format") != FORMAT:
         raise UserError(f"{path} was measured by another version of jaxreason: run --offline again, or delete the file")
     return measured
-
-
-def write_origin(where: Path, found: dict) -> None:
-    """Adds to the list of what made the runs of a comparison."""
-    where.mkdir(parents=True, exist_ok=True)
-    write_json(where / ORIGIN, [*read_origins(where), found])
-
-
-def read_origins(where: Path) -> list[dict]:
-    """What made the runs in a folder, one record for each call of the command that trained."""
-    path = where / ORIGIN
-    if not path.is_file():
-        return []
-    try:
-        found = json.loads(path.read_bytes())
-        return [dict(item) for item in found]
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged; delete it, and the report no longer says what made the runs") from None

@@ -1,21 +1,24 @@
 """The report of a comparison: one HTML file, and beside it every table as CSV and every figure as SVG, PNG and PDF."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxreason.compare.curves import curve, is_constant, main_metrics, metrics_of, window
 from jaxreason.compare.headline import Headline, headline
 from jaxreason.compare.measured import described, indices, offline_figures, offline_tables
 from jaxreason.compare.options import of_run, options_table
-from jaxreason.compare.read import Variant, common_config, read_offline, read_origins, read_variants
+from jaxreason.compare.read import common_config, read_offline, read_variants
 from jaxreason.compare.tables import accuracy_table, end_table, seed_table
+from jaxreason.origin import ORIGIN
 from jaxreason.report import page, plots
 from jaxreason.report.charts import short, standalone
+from jaxreason.report.curves import curve, is_constant, main_metrics, metrics_of, window
 from jaxreason.report.explain import title
 from jaxreason.report.figures import Chart, Figure
+from jaxreason.report.read import Variant
 from jaxreason.report.tables import Table, csv_of
 
 NAME = "report.html"
@@ -38,7 +41,7 @@ def write_report(where: Path, runs: Sequence[Path], made: dict[str, Any] | None 
     """Writes ``where``/report.html, report.tables/*.csv and report.figures/*, from the files of ``runs`` and of the offline
     measurement in ``where``, if any.
 
-    ``made``: of :func:`jaxreason.report.origin.origin`, what writes the report. Raises UserError for a folder that is no run.
+    ``made``: of :func:`jaxreason.origin.origin`, what writes the report. Raises UserError for a folder that is no run.
     """
     variants = read_variants(runs) if runs else []
     measured = read_offline(where)
@@ -61,7 +64,7 @@ def write_report(where: Path, runs: Sequence[Path], made: dict[str, Any] | None 
         main=[f for f in figures if f.metric in main], more=[f for f in figures if f.metric not in main],
         constant={title(k): short(value) for k, value in constant.items()},
         smooth=max((window(run.last_step) for v in variants for run in v.runs), default=1), samples=samples(variants),
-        config=common_config(variants) if variants else None, origins=_origins(where, measured, made), files=files,
+        config=common_config(variants) if variants else None, origins=_origins(variants, measured, made), files=files,
     )  # fmt: skip
     path = where / NAME
     # A model can write half of a surrogate pair, which no file encoding takes.
@@ -83,9 +86,17 @@ def _options(variants: Sequence[Variant], measured: dict | None) -> list[Table]:
     return [options_table(measured["losses"], measured["options"])] if measured else []
 
 
-def _origins(where: Path, measured: dict | None, made: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
-    """What the page says about where its numbers come from: (heading, origin)."""
-    found = [("Training", origin) for origin in read_origins(where)]
+def _origins(
+    variants: Sequence[Variant], measured: dict | None, made: dict[str, Any] | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """What the page says about where its numbers come from: (heading, origin), one for runs that were started alike."""
+    runs = [run for v in variants for run in v.runs]
+    alike: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for run in runs:
+        for origin in run.origins:
+            key = json.dumps([origin.get(name) for name in ORIGIN], sort_keys=True)
+            alike.setdefault(key, (origin, []))[1].append(run.path.name)
+    found = [(f"Training of {', '.join(dict.fromkeys(names))}", origin) for origin, names in alike.values()]
     if measured and "origin" in measured:
         found.append(("Offline measurement", measured["origin"]))
     if made and made not in [origin for _, origin in found]:

@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxreason.compare.curves import main_metrics
-from jaxreason.compare.read import Variant
-from jaxreason.compare.stats import Estimate, Rate, accuracy, accuracy_difference, t_factor
 from jaxreason.report.charts import short
+from jaxreason.report.curves import main_metrics
 from jaxreason.report.explain import title
-from jaxreason.report.read import Run
+from jaxreason.report.read import Run, Variant
+from jaxreason.report.stats import Estimate, Rate, accuracy, accuracy_difference, t_factor
 from jaxreason.report.tables import Table
 
 ONE_UPDATE = (
@@ -41,7 +40,7 @@ def standings(variants: Sequence[Variant]) -> list[Standing]:
     """One for each loss; none if no run was evaluated.
 
     Gains are read together, and so are differences from the first loss: the intervals of each hold jointly
-    (:func:`jaxreason.compare.stats.t_factor`).
+    (:func:`jaxreason.report.stats.t_factor`).
     """
     after = [_rates(v, Run.last) for v in variants]
     if not any(after):

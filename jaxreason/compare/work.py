@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 
 from jaxreason.compare.gradients import measure
-from jaxreason.compare.read import write_offline, write_origin
+from jaxreason.compare.read import write_offline
 from jaxreason.compare.report import write_report
 from jaxreason.compare.runs import Entry, check, entries_of, has_steps, train_all
 from jaxreason.compare.tables import ONE_UPDATE
 from jaxreason.errors import UserError
-from jaxreason.report.origin import origin
+from jaxreason.origin import command, origin
 from jaxreason.report.tables import show
 from jaxreason.terminal import console
 
@@ -26,15 +26,11 @@ def train(entries: Sequence[Entry], argv: Sequence[str] = ()) -> None:
     check(entries)
     if entries[0].config.algorithm == "grpo" and entries[0].config.train.updates_per_rollout == 1:
         console.print(ONE_UPDATE)
-    where = entries[0].path.parent
-    trains = [item for item in entries if not (item.path / "summary.json").is_file()]
     failures = train_all(entries)
-    if trains and jax.process_index() == 0 and any(has_steps(item.path) for item in trains):
-        write_origin(where, origin("compare", argv))
     if failures is None:
         console.print("the comparison stopped; the same command goes on")
         return
-    finish(where, [item.path for item in entries if has_steps(item.path)], argv)
+    finish(entries[0].path.parent, [item.path for item in entries if has_steps(item.path)], argv)
     if failures:
         raise UserError("\n".join(failures))
 
@@ -44,7 +40,7 @@ def offline(entries: Sequence[Entry], argv: Sequence[str] = ()) -> None:
     where = entries[0].path.parent
     measured = measure(entries, check(entries))
     if jax.process_index() == 0:
-        write_offline(where, measured | {"origin": origin("compare", argv)})
+        write_offline(where, measured | {"origin": origin(command("compare", argv))})
     finish(where, [item.path for item in entries if has_steps(item.path)], argv)
 
 
@@ -52,7 +48,7 @@ def finish(where: Path, runs: Sequence[Path], argv: Sequence[str] = ()) -> None:
     """Writes ``where``/report.html and its files, and shows its headline and tables."""
     if jax.process_index() > 0:
         return
-    written = write_report(where, runs, origin("compare", argv))
+    written = write_report(where, runs, origin(command("compare", argv)))
     for table in written.tables:
         show(table, console)
     for line in written.headline.lines():

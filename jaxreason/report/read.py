@@ -9,6 +9,7 @@ from typing import Any
 from jaxreason import config as cfg
 from jaxreason.data.directory import read_json
 from jaxreason.errors import UserError
+from jaxreason.origin import read_origins
 
 _TAIL_BYTES = 8 * 2**20  # of samples.jsonl: more than one step's completions, less than a long run's file
 
@@ -22,6 +23,7 @@ class Run:
     records: list[dict[str, Any]]  # one a step, with "step"
     summary: dict[str, Any] | None  # None: not finished
     samples: list[dict[str, Any]]  # of its last step
+    origins: list[dict[str, Any]]  # what started it, one record a start; none: of a run from before they were written
 
     @property
     def seed(self) -> int:
@@ -44,6 +46,14 @@ class Run:
         return next((number(r[metric]) for r in reversed(self.records) if metric in r), None)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Runs of one config with different seeds."""
+
+    label: str
+    runs: list[Run]  # by seed
+
+
 def number(value: Any) -> float | None:
     """A finite float, or None: metrics.jsonl holds ``"nan"`` and ``"inf"`` as strings."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -61,7 +71,7 @@ def read_run(path: Path) -> Run:
     if not records:
         raise UserError(f"{path / 'metrics.jsonl'}: no step yet; run its training first")
     summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else None
-    return Run(path, config, records, summary, _last_samples(path / "samples.jsonl"))
+    return Run(path, config, records, summary, _last_samples(path / "samples.jsonl"), read_origins(path))
 
 
 def _json_lines(path: Path) -> list[dict]:

@@ -14,6 +14,7 @@ from jaxreason.checkpoint import steps as checkpoint_steps
 from jaxreason.checkpoint import write_json
 from jaxreason.errors import UserError
 from jaxreason.locks import Owner
+from jaxreason.origin import add_origin
 from jaxreason.terminal import console
 from jaxreason.train import hosts
 
@@ -21,7 +22,7 @@ _FILES_APPEAR = 60.0  # seconds: NFS remembers that long that there was no such 
 
 
 class RunFolder:
-    """``runs/NAME``: config.yaml, metrics.jsonl, checkpoints/, data_report.json, summary.json, tokenizer/.
+    """``runs/NAME``: config.yaml, metrics.jsonl, checkpoints/, data_report.json, origin.json, summary.json, tokenizer/.
 
     Raises UserError, when it is made, if the folder belongs to another config.
     """
@@ -117,6 +118,7 @@ class RunFolder:
             temporary = self.path / "config.yaml.tmp"
             temporary.write_text(cfg.dump(self._config.model_copy(update={"resolved": self.resolved})))
             os.replace(temporary, self.path / "config.yaml")
+            add_origin(self.path)
             (self.path / "summary.json").unlink(missing_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 keep_lines(self.path / name, -1 if step is None else step)

@@ -1,6 +1,7 @@
 """Where numbers come from: the command, the commit, the versions and the machine."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -13,18 +14,47 @@ from typing import Any
 
 import jax
 
+from jaxreason.errors import UserError
+
 _PACKAGES = ("jaxreason", "jax", "jaxlib", "flax")
+FILE = "origin.json"  # of a run
+ORIGIN = ("command", "commit", "versions", "hardware")
 
 
-def origin(script: str, argv: Sequence[str]) -> dict[str, Any]:
-    """``command``, ``commit``, ``versions``, ``hardware`` and ``finished`` (UTC) of this process, ready for JSON."""
+def origin(words: str) -> dict[str, Any]:
+    """``command`` (``words``), ``commit``, ``versions``, ``hardware`` and ``time`` (UTC) of this process, ready for JSON."""
     return {
-        "command": shlex.join(["python", f"scripts/{script}.py", *argv]),
+        "command": words,
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "hardware": hardware(),
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
+
+
+def command(script: str, argv: Sequence[str]) -> str:
+    """A line for a shell."""
+    return shlex.join(["python", f"scripts/{script}.py", *argv])
+
+
+def add_origin(run: Path) -> None:
+    """Adds to ``run``/origin.json what this process was started with and runs on."""
+    found = [*read_origins(run), origin(shlex.join(["python", *sys.argv]))]
+    temporary = run / f"{FILE}.tmp"
+    temporary.write_text(json.dumps(found, indent=1), "utf-8", "replace")
+    os.replace(temporary, run / FILE)
+
+
+def read_origins(run: Path) -> list[dict[str, Any]]:
+    """What started a run, one record for each start; none where nothing was written."""
+    path = run / FILE
+    if not path.is_file():
+        return []
+    try:
+        found = [dict(item) for item in json.loads(path.read_bytes())]
+        return [{**dict.fromkeys((*ORIGIN, "time"), ""), **item, "versions": dict(item.get("versions", {}))} for item in found]
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; delete it; only the record of what started this run is lost") from None
 
 
 def _version(package: str) -> str:

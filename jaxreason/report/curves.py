@@ -5,10 +5,10 @@ import re
 import statistics
 from collections.abc import Sequence
 
-from jaxreason.compare.read import Variant
-from jaxreason.compare.stats import trailing_mean
 from jaxreason.report.explain import explain, title
 from jaxreason.report.figures import Chart, Line
+from jaxreason.report.read import Variant
+from jaxreason.report.stats import trailing_mean
 
 _MAIN = {
     # The value of a policy loss says nothing: its advantages have mean 0.
