@@ -176,6 +176,20 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
 
 @command
+def report(argv: Sequence[str] | None = None) -> None:
+    """Writes one HTML page about a run, or about two beside each other, from the files that they wrote."""
+    parser = argparse.ArgumentParser(prog="report.py", description=report.__doc__)
+    parser.add_argument("run", help="the folder of a run, finished or not")
+    parser.add_argument("other", nargs="?", help="a second run, shown beside it, with the config keys that differ")
+    parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
+    args = parser.parse_args(argv)
+    from jaxreason.report.run import write_run_report
+
+    other, out = (Path(path) if path else None for path in (args.other, args.out))
+    print(f"report: {write_run_report(Path(args.run), other, out)}")
+
+
+@command
 def plan(argv: Sequence[str] | None = None) -> None:
     """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
     parser = argparse.ArgumentParser(prog="plan.py", description=plan.__doc__)

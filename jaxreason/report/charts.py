@@ -189,11 +189,12 @@ def _bars(bars: Bars) -> Markup:
     for place, (index, label, value) in enumerate(zip(bars.indices, bars.labels, bars.values)):
         at = round(place * _ROW * 1.5, 1)
         length = round(abs(value or 0.0) / most * (WIDTH - 70), 1)
+        shown = f"{value:.0f}" if bars.counts and value is not None else short(value)
         rows.append(
             Markup(
                 '<g class="{}"><text x="0" y="{}">{}</text><rect class="bar" x="0" y="{}" width="{}" height="14" rx="2"/>'
                 '<text class="value" x="{}" y="{}">{}</text></g>'
-            ).format(_classes(index), at + 13, label, at + 18, length, length + 6, at + 29, short(value))
+            ).format(_classes(index), at + 13, label, at + 18, length, length + 6, at + 29, shown)
         )
     return _frame(len(bars.labels) * _ROW * 1.5 + 4, bars.title, *rows)
 

@@ -55,6 +55,7 @@ class Bars:
     indices: Sequence[int]  # of the series, as of lines
     labels: Sequence[str]
     values: Sequence[float | None]
+    counts: bool = False  # whole numbers
     metric: str = field(default="", init=False)
 
 

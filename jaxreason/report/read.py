@@ -4,14 +4,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxreason import config as cfg
 from jaxreason.data.directory import read_json
 from jaxreason.errors import UserError
 from jaxreason.origin import read_origins
 
-_TAIL_BYTES = 8 * 2**20  # of samples.jsonl: more than one step's completions, less than a long run's file
+_TAIL_BYTES = 8 * 2**20  # of either end of samples.jsonl: more than one step's completions, less than a long run's file
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_run(path: Path) -> Run:
     if not records:
         raise UserError(f"{path / 'metrics.jsonl'}: no step yet; run its training first")
     summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else None
-    return Run(path, config, records, summary, _last_samples(path / "samples.jsonl"), read_origins(path))
+    return Run(path, config, records, summary, read_samples(path / "samples.jsonl", "last"), read_origins(path))
 
 
 def _json_lines(path: Path) -> list[dict]:
@@ -87,16 +87,16 @@ def _json_lines(path: Path) -> list[dict]:
     return found
 
 
-def _last_samples(path: Path) -> list[dict]:
-    """The samples of the last step, from the end of a file that may be large."""
+def read_samples(path: Path, which: Literal["first", "last"]) -> list[dict]:
+    """The samples of the first or of the last step, from that end of a file that may be large; none without a file."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
-        start = max(0, path.stat().st_size - _TAIL_BYTES)
+        start = max(0, path.stat().st_size - _TAIL_BYTES) if which == "last" else 0
         file.seek(start)
-        lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only
+        lines = file.read(_TAIL_BYTES).split(b"\n")[1 if start else 0 : -1]  # whole lines only
     try:
         samples = [json.loads(line) for line in lines]
-        return [s for s in samples if s["step"] == samples[-1]["step"]]
+        return [s for s in samples if s["step"] == samples[-1 if which == "last" else 0]["step"]]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not all of its last lines are JSON objects with a step; the file is damaged") from None
+        raise UserError(f"{path}: not all of its {which} lines are JSON objects with a step; the file is damaged") from None

@@ -1,0 +1,208 @@
+"""The report of a run, or of two beside each other: one HTML file made of the files that the runs wrote."""
+
+import json
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxreason import config as cfg
+from jaxreason.data.directory import read_json
+from jaxreason.errors import UserError
+from jaxreason.report import page
+from jaxreason.report.charts import short
+from jaxreason.report.curves import curve, is_constant, main_metrics, metrics_of, window
+from jaxreason.report.explain import title
+from jaxreason.report.figures import Bars
+from jaxreason.report.read import Run, Variant, number, read_run, read_samples
+from jaxreason.report.stats import Rate
+from jaxreason.report.tables import Table
+
+NAME = "report.html"
+_PROMPTS = 12  # of a step that are shown
+_SHOWN_CHARACTERS = 4000  # of a prompt or completion
+_BINS = 12  # of a histogram of lengths
+
+
+def write_run_report(run: Path, other: Path | None = None, out: Path | None = None) -> Path:
+    """Writes ``out`` (``run``/report.html) from the files of ``run`` and, beside it, of ``other``. Returns its path.
+
+    Raises UserError for a folder that is no run, runs of different algorithms, and a file of theirs that is damaged.
+    """
+    runs = [read_run(path) for path in (run, other) if path is not None]
+    if len({found.config["algorithm"] for found in runs}) > 1:
+        raise UserError(f"{run} and {other} are of different algorithms, which have no metrics in common")
+    names = [found.path.name for found in runs]
+    variants = [
+        Variant(name if len(set(names)) == len(names) else str(found.path), [found]) for name, found in zip(names, runs)
+    ]
+    curves = [found for metric in metrics_of(variants) if (found := curve(metric, variants))]
+    constant = {c.metric: value for c in curves if (value := is_constant(c)) is not None}
+    figures, main = [c for c in curves if c.metric not in constant], main_metrics(variants)
+    text = page.render(
+        (resources.files(__package__) / "run.html").read_text(),
+        lead=[headline(v.runs[0], v.label) for v in variants], variants=variants,
+        main=[f for f in figures if f.metric in main], more=[f for f in figures if f.metric not in main],
+        constant={title(k): short(value) for k, value in constant.items()},
+        smooth=max(window(found.last_step) for found in runs), tables=_tables(variants),
+        data=[(v.label, rows) for v in variants if (rows := _data(v.runs[0]))], steps=_steps(runs[0]),
+        lengths=[bars for i, v in enumerate(variants) if (bars := lengths(v, i))], differences=_differences(runs),
+        config=yaml.safe_dump(runs[0].config, sort_keys=False, allow_unicode=True),
+        origins=[(f"Start {i + 1} of {v.label}", one) for v in variants for i, one in enumerate(v.runs[0].origins)],
+    )  # fmt: skip
+    path = out or run / NAME
+    try:
+        # A model can write half of a surrogate pair, which no file encoding takes.
+        path.write_bytes(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give --out FILE in a folder that is there") from None
+    return path
+
+
+# ---- what it learned
+
+
+def headline(run: Run, label: str) -> str:
+    """A sentence: held-out accuracy before and after, whether the change is more than its problems' error, and the time."""
+    done = f"{label}: {run.last_step} steps" + ("" if run.summary else ", not finished")
+    seconds = number((run.summary or {}).get("train_seconds"))
+    done += f" in {seconds / 60:.1f} min" if seconds else ""
+    return f"{done}. {_learned(run)}"
+
+
+def _learned(run: Run) -> str:
+    before, after = run.first("eval_accuracy"), run.last("eval_accuracy")
+    if after is None:
+        metric = "eval_loss" if run.last("eval_loss") is not None else "reward" if run.last("reward") is not None else "loss"
+        known = [v for v in run.series(metric).values() if v is not None]
+        moved = f"{title(metric)} {short(known[0])} → {short(known[-1])}. " if known else ""
+        return f"{moved}No held-out problem was graded, so what it learned to answer is not known (eval.problems)."
+    problems = run.last("eval_problems")
+    on = f" on {problems:.0f} held-out problems" if problems else ""
+    low, high = run.last("eval_accuracy_low"), run.last("eval_accuracy_high")
+    around = f" ({100 * low:.1f}–{100 * high:.1f})" if low is not None and high is not None else ""
+    if before is None:
+        return f"Accuracy {100 * after:.1f} %{around}{on}; it was not measured before training."
+    change = 100 * (after - before)
+    half = 196 * math.sqrt(Rate(before, problems).variance + Rate(after, problems).variance)
+    sure = "unknown how sure" if math.isnan(half) else f"{change - half:+.1f} to {change + half:+.1f}"
+    verdict = (
+        "" if math.isnan(half)
+        else " Training made it worse." if change < -half
+        else "" if change > half
+        else " These problems cannot tell that from no change."
+    )  # fmt: skip
+    return f"Accuracy {100 * before:.1f} → {100 * after:.1f} %{around}{on}: {change:+.1f} points ({sure}).{verdict}"
+
+
+# ---- tables
+
+
+def _tables(variants: Sequence[Variant]) -> list[Table]:
+    """Evaluations by step."""
+    found = []
+    for variant in variants:
+        run = variant.runs[0]
+        rows = [r for r in run.records if any(key.startswith("eval_") for key in r)]
+        names = list(dict.fromkeys(key for r in rows for key in r if key.startswith("eval_")))
+        if rows:
+            cells = [[str(r["step"]), *(short(number(r.get(name))) for name in names)] for r in rows]
+            header = ["step", *(title(name) for name in names)]
+            found.append(Table("evaluation", f"Evaluation of {variant.label}", header, cells))
+    return found
+
+
+def _data(run: Run) -> list[tuple[str, str]]:
+    """data_report.json as names and values: what became of the rows."""
+    path = run.path / "data_report.json"
+    return [(name.replace("_", " "), value) for name, value in _pairs(read_json(path))] if path.is_file() else []
+
+
+def _pairs(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+            found += _pairs(value, f"{name}, ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            found += [pair for i, inner in enumerate(value, 1) for pair in _pairs(inner, f"{name} {i}, ")]
+        else:
+            found.append((name, _words(value)))
+    return found
+
+
+def _words(value: Any) -> str:
+    """``p5 35, p50 88``; a dash for nothing."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(inner)}" for key, inner in value.items()) or "–"
+    if isinstance(value, list):
+        return ", ".join(map(_words, value)) or "–"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return "–" if value is None else str(value)
+
+
+def _differences(runs: Sequence[Run]) -> Table | None:
+    """Config keys whose values differ between two runs."""
+    if len(runs) < 2:
+        return None
+    changed = cfg.differences(runs[0].config, runs[1].config)
+    rows = [[key, json.dumps(a), json.dumps(b)] for key, (a, b) in changed.items() if not key.startswith("resolved")]
+    return Table("differences", "Config of the second run", ["key", *(run.path.name for run in runs)], rows)
+
+
+# ---- completions
+
+
+def lengths(variant: Variant, index: int) -> Bars | None:
+    """How many completions of the last step have how many tokens; ``index``: the run's colour. None without samples."""
+    sizes = [s["tokens"] for s in variant.runs[0].samples]
+    if not sizes:
+        return None
+    width = max(1, math.ceil((max(sizes) + 1 - min(sizes)) / _BINS))
+    starts = range(min(sizes), max(sizes) + 1, width)
+    counts = [float(sum(start <= size < start + width for size in sizes)) for start in starts]
+    cut = sum(bool(s["truncated"]) for s in variant.runs[0].samples)
+    note = f"Tokens of the {len(sizes)} completions of step {variant.runs[0].samples[0]['step']}; {cut} reached the limit."
+    labels = [f"{start}" if width == 1 else f"{start}–{start + width - 1}" for start in starts]
+    return Bars("lengths", f"Completion lengths of {variant.label}", note, [index] * len(labels), labels, counts, counts=True)
+
+
+def _steps(run: Run) -> list[dict[str, Any]]:
+    """The first and the last step's completions, by problem, the best first."""
+    found: list[dict[str, Any]] = []
+    for samples in (read_samples(run.path / "samples.jsonl", "first"), run.samples):
+        if not samples or (found and found[-1]["step"] == samples[0]["step"]):
+            continue
+        problems: dict[tuple, list[dict]] = {}
+        for sample in samples:
+            problems.setdefault((sample["group"], sample["prompt"], str(sample["gold"])), []).append(sample)
+        shown = [
+            {"prompt": _cut(prompt), "gold": _cut(gold), "completions": _completions(group), "rewards": _rewards(group)}
+            for (_, prompt, gold), group in list(problems.items())[:_PROMPTS]
+        ]
+        found.append({"step": samples[0]["step"], "problems": shown, "left": max(0, len(problems) - _PROMPTS)})
+    return found
+
+
+def _rewards(group: Sequence[dict]) -> str:
+    """``rewards 0 0 1``."""
+    return "rewards " + " ".join("–" if s["reward"] is None else f"{s['reward']:.3g}" for s in group)
+
+
+def _completions(group: Sequence[dict]) -> list[dict[str, Any]]:
+    ordered = sorted(group, key=lambda s: float("inf") if s["reward"] is None else -s["reward"])
+    return [
+        {"text": _cut(s["completion"]), "reward": short(s["reward"]), "advantage": short(number(s.get("advantage"))),
+         "parts": {name: short(value) for name, value in s.get("rewards", {}).items()}, "tokens": s["tokens"],
+         "truncated": s["truncated"]}
+        for s in ordered
+    ]  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    left = len(text) - _SHOWN_CHARACTERS
+    return text if left <= 0 else f"{text[:_SHOWN_CHARACTERS]} … ({left:,} more characters)"

@@ -1,0 +1,114 @@
+"""The page about a run: made of files alone, true to them, and safe whatever is in them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_compare import EVIL, Page, make_run
+
+from jaxreason import cli
+from jaxreason import config as cfg
+from jaxreason.report import run as report
+
+
+def lines(before: float | None, after: float, problems: int | None = 100) -> list[dict]:
+    known = {} if problems is None else {"eval_problems": problems}
+    first = [] if before is None else [{"step": 0, "eval_accuracy": before, **known}]
+    return [*first, {"step": 1, "reward": 0.2, f"mine {EVIL}": 1.0}, {"step": 2, "reward": 0.5, "eval_accuracy": after, **known}]
+
+
+def sample(step: int, group: int, reward: float | None, tokens: int, text: str = "") -> dict:
+    return {"step": step, "group": group, "prompt": f"prompt {group} {EVIL}", "gold": f"gold {EVIL}", "tokens": tokens,
+            "completion": f"completion {text} {EVIL} \ud800", "truncated": tokens == 9, "advantage": -0.5, "reward": reward,
+            "rewards": {f"part {EVIL}": reward}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problems", "said"),
+    [
+        # Two right and two wrong more of 100: 62/104 and 82/104; 1.96 sqrt(.002315 + .001604) = 12.27 points.
+        (0.6, 0.8, 100, "Accuracy 60.0 → 80.0 % on 100 held-out problems: +20.0 points (+7.7 to +32.3)."),
+        (0.8, 0.6, 100, "-20.0 points (-32.3 to -7.7). Training made it worse."),
+        (0.6, 0.61, 100, "cannot tell that from no change."),
+        (0.6, 0.6, 100, "cannot tell that from no change."),
+        (0.6, 0.8, None, "+20.0 points (unknown how sure)."),
+        (None, 0.8, 100, "Accuracy 80.0 % on 100 held-out problems; it was not measured before training."),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_problems_allow(tmp_path, before, after, problems, said):
+    run = report.read_run(make_run(tmp_path, "a", 0, lines(before, after, problems)))
+    found = report.headline(run, "a")
+    assert found.startswith("a: 2 steps in 2.0 min. ") and found.endswith(said)
+    # A mark of a change is there only where the interval leaves 0 out.
+    assert ("worse" in found) == (said.endswith("worse.")) and ("cannot tell" in found) == ("cannot" in said)
+
+
+def test_a_run_that_was_not_evaluated_claims_nothing(tmp_path):
+    run = report.read_run(make_run(tmp_path, "a", 0, [{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.4}], finished=False))
+    assert report.headline(run, "a") == (
+        "a: 2 steps, not finished. Reward 0.100 → 0.400. No held-out problem was graded, so what it learned to answer is not "
+        "known (eval.problems)."
+    )
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A run with hostile text wherever text can come from."""
+    samples = [sample(1, 0, 0.0, 3, "first")]
+    samples += [sample(2, group, reward, tokens, f"g{group}") for group in range(14)
+                for reward, tokens in ((0.0, 2), (1.0, 9), (None, 5))]  # fmt: skip
+    path = make_run(tmp_path, "a", 0, lines(0.5, 0.6), f"data.system_prompt=\"{EVIL}\"", samples=samples)
+    (path / "data_report.json").write_text(json.dumps({"sources": [{"source": EVIL, "dropped": {EVIL: 3}, "rows": 40000}]}))
+    record = {"command": EVIL, "commit": EVIL, "hardware": EVIL, "versions": {EVIL: EVIL}}
+    (path / "origin.json").write_text(json.dumps([record]))
+    return path
+
+
+def test_no_text_of_a_run_becomes_markup(hostile):
+    page = Page(report.write_run_report(hostile).read_text())
+    names = [tag for tag, _ in page.tags]
+    assert "img" not in names and names.count("script") == 1
+    for _, attributes in page.tags:
+        assert not {"src", "href", "style", "onload", "onerror", "onclick"} & attributes.keys()
+    (policy,) = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+
+
+def test_the_page_holds_what_the_files_hold(hostile):
+    assert cli.report([str(hostile)]) == 0
+    text = (hostile / "report.html").read_text()
+    page = Page(text)
+    assert [row for row in page.rows if row[0] in ("0", "2")] == [["0", "0.500", "100"], ["2", "0.600", "100"]]
+    assert ["sources 1, rows", "40,000"] in page.rows and ["sources 1, dropped", f"{EVIL} 3"] in page.rows
+    assert ["command", EVIL] in page.rows and ["time", ""] in page.rows
+    # Step 1 and the last step; twelve of its fourteen problems, the best completion first, one without a reward last.
+    assert re.findall("Completions of step ([0-9]+)", text) == ["1", "2"] and "2 more problems are in samples.jsonl" in text
+    of_first = [t for t in page.texts["pre"] if t.startswith("completion g0")]
+    assert len(of_first) == 3 and text.count("<details><summary>prompt") == 13 and "rewards 0 1 –" in text
+    tokens = [int(n) for n in re.findall(r"advantage -0\.500; ([0-9]+) tokens", text)]
+    assert tokens[:4] == [3, 9, 2, 5] and text.count("9 tokens, truncated") == 12
+
+
+def test_lengths_are_counted(hostile):
+    """14 completions each of 2, 5 and 9 tokens in bins of one token."""
+    bars = report.lengths(report.Variant("a", [report.read_run(hostile)]), 1)
+    assert set(bars.indices) == {1}
+    assert bars.labels == ["2", "3", "4", "5", "6", "7", "8", "9"] and bars.values == [14, 0, 0, 14, 0, 0, 0, 14]
+    assert "42 completions of step 2; 14 reached the limit" in bars.note
+
+
+def test_a_second_run_stands_beside_it(tmp_path, hostile, capsys):
+    other = make_run(tmp_path / "more", "a", 3, lines(0.5, 0.9), "loss.name=gspo")
+    assert cli.report([str(hostile), str(other), "--out", str(tmp_path / "two.html")]) == 0
+    page = Page((tmp_path / "two.html").read_text())
+    assert ["loss.name", '"grpo"', '"gspo"'] in page.rows and ["run.seed", "0", "3"] in page.rows
+    labels = {a["data-label"] for tag, a in page.tags if tag == "g" and "data-label" in a}
+    assert labels == {str(hostile), str(other)}  # of one name, so their places tell them apart
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.yaml").write_text(cfg.dump(cfg.load("sft")))
+    (tmp_path / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for argv, part in (([str(hostile), str(tmp_path / "sft")], "different algorithms"), ([str(tmp_path)], "no config.yaml"),
+                       ([str(hostile), "--out", str(tmp_path / "none" / "x.html")], "give --out FILE")):  # fmt: skip
+        assert cli.report(argv) == 2
+        assert part in capsys.readouterr().err
