@@ -156,6 +156,11 @@ SEQ, TOK, SUM, CONST = "seq-mean-token-mean", "token-mean", "seq-mean-token-sum"
 CASES = [
     ("grpo", {}, GRPO, SEQ),
     ("dr_grpo", {"max_completion_tokens": 5}, GRPO, CONST),
+    ("distill", {}, lambda s, t: s.teacher_divergence[t], TOK),
+    ("distill", {"distill_coef": 0.5, "distill_ratio_max": 1.1, "reduce": SEQ},
+     lambda s, t: 0.5 * min(exp(s.logp0[t] - s.old_logp[t]), 1.1) * s.teacher_divergence[t], SEQ),
+    ("grpo", {"distill_coef": 0.3, "correction": "icepop", "correction_min": 0.9, "correction_max": 1.1},
+     lambda s, t: rho(s, t) * (0.9 <= rho(s, t) <= 1.1) * GRPO(s, t) + 0.3 * s.teacher_divergence[t], SEQ),
     ("dapo", {}, token_ppo(0.2, 0.28), TOK),
     ("bnpo", {}, GRPO, TOK),
     ("grpo", {"reduce": "prompt-mean"}, GRPO, "prompt-mean"),
@@ -298,6 +303,7 @@ HAND = {
     "grpo": ({}, -0.2),  # (-1.2 + .8) / 2
     "importance_sampling": ({}, 0.0),  # (-1.5 + 3 * .5) / 4
     "dr_grpo": ({"max_completion_tokens": 10}, 0.06),  # (-1.2 + 3 * .8) / (2 * 10)
+    "distill": ({}, 0.25),  # 1 nat on one of four tokens
     "dapo": ({}, 0.28),  # (-1.28 + 3 * .8) / 4
     "bnpo": ({}, 0.3),  # (-1.2 + 3 * .8) / 4
     "gspo": ({}, -0.00035),  # (-1.0004 + .9997) / 2
@@ -359,7 +365,8 @@ def hand_inputs(**more):
 def test_hand_number(name):
     options, expected = HAND[name]
     loss = losses.get(name, **options)
-    more = {"selected": jnp.zeros((4, 7)).at[0, 0].set(1.0)} if "selected" in loss.needs else {}
+    one = jnp.zeros((4, 7)).at[0, 0].set(1.0)
+    more = {name: one for name in ("selected", "teacher_divergence") if name in loss.needs}
     value, _, _ = cases.evaluate_one(loss, hand_inputs(**more))
     np.testing.assert_allclose(value, expected, atol=2e-6)
 

@@ -48,6 +48,9 @@ CASES = [
     ("forward_kl", {"nll_coef": 0.3}, lambda s, t: s.teacher_divergence[t] - 0.3 * s.logp[t], "token-mean"),
     ("reverse_kl", {"nll_coef": 0.5, "reduce": "seq-mean-token-mean"},
      lambda s, t: s.teacher_divergence[t] - 0.5 * s.logp[t], "seq-mean-token-mean"),
+    ("skew_forward_kl", {"alpha": 0.2}, lambda s, t: s.teacher_divergence[t], "token-mean"),
+    ("skew_reverse_kl", {"top_k": 5}, lambda s, t: s.teacher_divergence[t], "token-mean"),
+    ("adaptive_kl", {"nll_coef": 0.2}, lambda s, t: s.teacher_divergence[t] - 0.2 * s.logp[t], "token-mean"),
     ("jsd", {"nll_coef": 1.0}, lambda s, t: s.teacher_divergence[t] - s.logp[t], "token-mean"),
 ]  # fmt: skip
 
@@ -103,6 +106,9 @@ HAND = {
     "forward_kl": 0.4,
     "reverse_kl": 0.4,
     "jsd": 0.4,
+    "skew_forward_kl": 0.4,
+    "skew_reverse_kl": 0.4,
+    "adaptive_kl": 0.4,
 }
 
 

@@ -85,6 +85,17 @@ class EntropyAxis:
     entropy_reduce: Reduce | None = "token-mean"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillAxis:
+    """``distill_coef``: coefficient of the divergence from a teacher's distribution (``inputs.teacher_divergence``), a term of
+    its own: no ratio, mask or correction touches it, apart from ``distill_ratio_max``: it is multiplied by sg min(w, this),
+    w = pi / pi_old of the token (SDPO, 2601.20802; TRL: 2). ``distill_reduce``: its aggregation; None: that of ``reduce``."""
+
+    distill_coef: float = 0.0
+    distill_ratio_max: Annotated[float, Field(gt=0)] | None = None
+    distill_reduce: Reduce | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """A point in the space, the surrogate left out."""
@@ -94,6 +105,7 @@ class Axes:
     kl: KlAxis
     correction: CorrectionAxis
     entropy: EntropyAxis
+    distill: DistillAxis
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Axes":
@@ -104,11 +116,12 @@ class Axes:
             kl=_record(KlAxis, options),
             correction=_record(CorrectionAxis, options),
             entropy=_record(EntropyAxis, options),
+            distill=_record(DistillAxis, options),
         )
 
 
-RECORDS = (RatioAxis, ReduceAxis, KlAxis, CorrectionAxis, EntropyAxis)
-AnyAxis = TypeVar("AnyAxis", RatioAxis, ReduceAxis, KlAxis, CorrectionAxis, EntropyAxis)
+RECORDS = (RatioAxis, ReduceAxis, KlAxis, CorrectionAxis, EntropyAxis, DistillAxis)
+AnyAxis = TypeVar("AnyAxis", RatioAxis, ReduceAxis, KlAxis, CorrectionAxis, EntropyAxis, DistillAxis)
 
 
 def _record(kind: type[AnyAxis], options: Mapping[str, Any]) -> AnyAxis:

@@ -62,6 +62,7 @@ class PolicyInputs:
     group_ids: Array | None = None  # int32 >= 0, the prompt
     totals: Totals | None = None
     group_tokens: Array | None = None  # supervised tokens of this position's prompt in the whole step (prompt-mean)
+    teacher_divergence: Array | None = None  # ``Loss.divergence`` of the policy's and the teacher's logits, nats
     selected: Array | None = None  # > 0 where the loss's step-wide rule picked the token (``Loss.select``)
     entropy_coef: Array | None = None  # replaces the option of that name (adaptive entropy bonus)
     extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # further inputs, by the names that fill them
@@ -76,7 +77,7 @@ OPTIONAL_INPUTS = {
     "sft": (
         "entropy", "logsumexp", "mean_logp", "ref_logp", "ref_kl", "teacher_divergence", "topk_entropy", "token_weights",
     ),
-    "policy": ("ref_logp", "sampler_logp", "entropy", "group_tokens", "selected"),
+    "policy": ("ref_logp", "sampler_logp", "entropy", "group_tokens", "selected", "teacher_divergence"),
 }  # fmt: skip
 FIXED = frozenset({"mask", "sequence_ids", "group_ids", "totals"})  # what is no per-token value and stays as it is
 

@@ -7,7 +7,7 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError, present
-from jaxreason.losses.axes import LOG_RATIO_CLAMP, Axes, Behaviour, CorrectionAxis, Reduce
+from jaxreason.losses.axes import LOG_RATIO_CLAMP, Axes, Behaviour, CorrectionAxis, DistillAxis, Reduce
 from jaxreason.losses.inputs import PolicyInputs, clean, need, totals_of
 from jaxreason.losses.kl import kl
 from jaxreason.losses.ratio import log_ratio
@@ -24,7 +24,7 @@ Metrics = dict[str, Array]
 def policy_loss(
     inputs: PolicyInputs, axes: Axes, surrogate: Callable[[Tokens], Surrogate], select: Callable[..., Array] | None = None
 ) -> tuple[Array, Metrics]:
-    """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t) - entropy_coef mean_t H_t.
+    """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t + distill_coef D_t) - entropy_coef mean_t H_t.
 
     Args:
       inputs: arrays [B, T]; masked positions may hold anything.
@@ -70,6 +70,10 @@ def policy_loss(
         if axes.entropy.entropy_over == "top" and axes.entropy.top_entropy is not None:
             bonus = bonus * present(selected, "PolicyInputs.selected (top_entropy)")
         value = value - jnp.sum(_weights(axes.entropy.entropy_reduce, axes, inputs, sequences, totals) * bonus)
+    if axes.distill.distill_coef != 0:
+        divergence = _divergence(inputs, axes.distill, sequences)
+        weights = _weights(axes.distill.distill_reduce, axes, inputs, sequences, totals)
+        value = value + axes.distill.distill_coef * jnp.sum(weights * divergence)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
 
 
@@ -112,6 +116,15 @@ def _kl(inputs: PolicyInputs, axes: Axes, log_w: Array, sequences: Sequences) ->
         log_ratio_clamp=axis.kl_log_ratio_clamp,
         value_clamp=axis.kl_value_clamp,
     )
+
+
+def _divergence(inputs: PolicyInputs, axis: DistillAxis, sequences: Sequences) -> Array:
+    """[B, T] the divergence from the teacher, weighted by the ratio where ``distill_ratio_max`` bounds one."""
+    divergence = need(inputs, "teacher_divergence", f"distill_coef {axis.distill_coef}")
+    if axis.distill_ratio_max is None:
+        return divergence
+    w = jnp.exp(log_ratio(inputs.logp, inputs.old_logp, "token", LOG_RATIO_CLAMP, sequences))
+    return stop_gradient(jnp.minimum(w, axis.distill_ratio_max)) * divergence
 
 
 def _selected(inputs: PolicyInputs, select: Callable[..., Array] | None) -> Array | None:
@@ -176,7 +189,7 @@ def _mean(values: Array, live: Array, totals: Totals) -> Array:
 
 def shared_metrics(inputs: PolicyInputs) -> Metrics:
     """What a policy is watched by whatever its loss: ``ratio_*`` and ``policy_kl`` of the token ratio, ``entropy``,
-    ``sampler_gap``, ``sampler_gap_max`` and ``kl`` (k3), each where its inputs are there."""
+    ``teacher_divergence``, ``sampler_gap``, ``sampler_gap_max`` and ``kl`` (k3), each where its inputs are there."""
     inputs, sequences = clean(inputs)
     totals = totals_of(inputs, sequences)
     log_w = log_ratio(inputs.logp, inputs.old_logp, "token", LOG_RATIO_CLAMP, sequences)
@@ -209,7 +222,11 @@ def _clip_metrics(low: Array, high: Array, live: Array, totals: Totals) -> Metri
 
 
 def _other_metrics(inputs: PolicyInputs, live: Array, totals: Totals) -> Metrics:
-    found = {} if inputs.entropy is None else {"entropy": _mean(inputs.entropy, live, totals)}
+    found = {
+        name: _mean(value, live, totals)
+        for name, value in (("entropy", inputs.entropy), ("teacher_divergence", inputs.teacher_divergence))
+        if value is not None
+    }
     if inputs.sampler_logp is not None:
         gap = jnp.abs(inputs.old_logp - inputs.sampler_logp)
         found |= {"sampler_gap": _mean(gap, live, totals), "sampler_gap_max": jnp.max(jnp.where(live, gap, 0.0))}

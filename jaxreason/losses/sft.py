@@ -167,14 +167,5 @@ SFT_LOSSES: dict[str, tuple[Callable[..., Array], dict[str, Any], frozenset[str]
     "iw_sft": (iw_sft, {}, frozenset({"ref_logp"})),
     "eaft": (eaft, {}, frozenset({"topk_entropy"})),
     "rho1": (rho1, {}, frozenset({"ref_logp"})),
-    "forward_kl": (distill, {}, frozenset({"teacher_divergence"})),
-    "reverse_kl": (distill, {}, frozenset({"teacher_divergence"})),
-    "jsd": (distill, {}, frozenset({"teacher_divergence"})),
-}
-
-# What those that distil compare the logits by; its keyword arguments are options of the loss.
-DIVERGENCES: dict[str, Callable[..., Array]] = {
-    "forward_kl": divergences.forward_kl,
-    "reverse_kl": divergences.reverse_kl,
-    "jsd": divergences.generalized_jsd,
+    **{name: (distill, {}, frozenset({"teacher_divergence"})) for name in divergences.DIVERGENCES},
 }

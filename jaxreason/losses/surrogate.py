@@ -191,6 +191,11 @@ def dro(x: Tokens, *, beta: float = 0.1) -> Surrogate:
     return _unclipped(-x.advantages * x.logp + 0.5 * beta * jnp.square(x.log_w))
 
 
+def nothing(x: Tokens) -> Surrogate:
+    """0: rewards are measured and teach nothing; what is left are the terms of the other axes."""
+    return _unclipped(jnp.zeros_like(x.logp))
+
+
 def clip_cov(x: Tokens, *, clip_low: float = 0.2, clip_high: float = 1.0) -> Surrogate:
     """``ppo_clip`` without the selected tokens, those apart that it clips. Clip-Cov (2505.22617)."""
     loss, low, high, _ = ppo_clip(x, clip_low=clip_low, clip_high=clip_high)

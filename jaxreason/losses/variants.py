@@ -74,6 +74,8 @@ VARIANTS: dict[str, Variant] = {
     "grpo": Variant(s.ppo_clip),
     # -w A, the loss of on-policy distillation
     "importance_sampling": Variant(s.importance, {"reduce": "token-mean"}),
+    # 2306.13649 on the policy's own samples: distill_coef times the divergence from a teacher's distribution, and no reward
+    "distill": Variant(s.nothing, {"reduce": "token-mean", "distill_coef": 1.0}, "zero"),
     # 2503.20783; the constant is the paper's generation budget
     "dr_grpo": Variant(s.ppo_clip, {"reduce": "token-sum/const", "max_completion_tokens": 3000}, "center"),
     # 2503.14476

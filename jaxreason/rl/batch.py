@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -187,7 +188,7 @@ class Batcher:
             added["entropy_coef"] = np.full((packed.rows, packed.row_length), entropy_coef, np.float32)
         extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in loss.extras - {OLD_ENTROPY}}
         placed, more = ({name: place(x, self.mesh) for name, x in fields.items()} for fields in (added, extras))
-        batch = dataclasses.replace(batch, **placed, extras=more)
+        batch = dataclasses.replace(batch, extras=more, **cast(dict[str, Any], placed))
         if "old_logp" in self.shapes.fields:
             stats = self.score(params, batch)
             old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}

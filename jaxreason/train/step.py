@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -52,7 +52,8 @@ STATS = ("entropy", "logsumexp", "mean_logp")  # of the head's own pass
 COMPARED = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss compares with a second model
 _WHOLE_LOGITS = frozenset({*COMPARED, "topk_entropy"})
 
-Second = tuple[ModelConfig, dict]  # the model that a supervised loss compares with: its architecture and its parameters
+Second = tuple[ModelConfig, dict]  # the model that a loss compares with: its architecture and its parameters
+ITSELF = "itself"  # in place of the second model's architecture: the model as it is, without a gradient
 
 
 def batch_loss(
@@ -67,15 +68,15 @@ def batch_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """This (micro)batch's part of the step's loss and of its metrics; parts add up to the whole.
 
-    ``params``: of the whole model. ``second``: the reference or teacher that a supervised loss compares with. ``noise``
-    [B, T, D] is added to the embeddings.
+    ``params``: of the whole model. ``second``: the reference or teacher that the loss compares with. ``noise`` [B, T, D] is
+    added to the embeddings.
     """
     x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids, noise)
     head = head_kernel(params, config)
     ids = _sequence_ids(batch)
     if loss.kind == "sft":
         return _supervised(x, head, loss, batch, ids, totals, second)
-    stats = head_stats(x, head, batch.targets, temperature, needs=loss.needs)
+    stats, divergence = _policy_stats(x, head, loss, batch, temperature, second)
     # Without stored log-probs the policy that sampled is the one being updated, and the ratio is exactly 1.
     old = lax.stop_gradient(stats.logp) if batch.old_logp is None else batch.old_logp
     inputs = PolicyInputs(
@@ -83,8 +84,25 @@ def batch_loss(
         ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp, entropy=stats.entropy, sequence_ids=ids,
         group_ids=batch.group_ids, totals=totals,
         group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, extras=batch.extras,
+        teacher_divergence=divergence,
     )  # fmt: skip
     return loss(inputs)
+
+
+def _policy_stats(
+    x: Array, head: Array, loss: Loss, batch: Batch, temperature: float, second: Second | None
+) -> tuple[HeadStats, Array | None]:
+    """The head's statistics at the sampling temperature and, where the loss reads it, the divergence from the teacher."""
+    if "teacher_divergence" not in loss.needs:
+        return head_stats(x, head, batch.targets, temperature, needs=loss.needs), None
+    diverge = present(loss.divergence, f"the divergence of {loss.name}")
+
+    def found(targets: Array, logits: Array, theirs: Array) -> tuple[HeadStats, Array]:
+        return dense_stats(logits / temperature, targets), diverge(logits, theirs)
+
+    heads = ((x, head), *_second_head(present(second, f"the teacher of {loss.name}"), batch))
+    stats, divergence = from_logits(found, batch.targets, heads)
+    return stats, divergence if batch.teacher is None else divergence * batch.teacher.taught
 
 
 def _supervised(
@@ -113,7 +131,13 @@ def _second_head(second: Second | None, batch: Batch) -> tuple:
     if second is None:
         return ()
     config, params = second[0], lax.stop_gradient(second[1])
-    return ((hidden(params, config, batch.tokens, batch.positions, batch.segment_ids), head_kernel(params, config)),)
+    if batch.teacher is None:
+        x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids)
+    else:
+        view = batch.teacher
+        x = hidden(params, config, view.tokens, view.positions, view.segment_ids)
+        x = jnp.take_along_axis(x, view.source[..., None], axis=1)
+    return ((x, head_kernel(params, config)),)
 
 
 def _whole_logits(loss: Loss, wanted: list[str]) -> Callable:
@@ -159,14 +183,14 @@ def make_gradient(
     loss: Loss,
     count: int,
     temperature: float = 1.0,
-    second_config: ModelConfig | None = None,
+    second_config: ModelConfig | Literal["itself"] | None = None,
     noise: Noise | None = None,
 ) -> Callable:
     """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
 
     Accumulated over ``count`` microbatches by a loop, with layers cast to the compute dtype before it. ``second_config``: of
-    the model whose parameters are passed as ``second_params``; ``step`` decides the noise; ``frozen`` holds the parameters of
-    the model that get no gradient.
+    the model whose parameters are passed as ``second_params``, or ``ITSELF``, which needs none; ``step`` decides the noise;
+    ``frozen`` holds the parameters of the model that get no gradient.
     """
 
     def gradient(
@@ -176,8 +200,6 @@ def make_gradient(
         chex.assert_equal_shape(jax.tree.leaves(batch))  # at tracing: every field is [B, T]
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
-        second = None if second_config is None else (second_config, present(second_params, "second_params"))
-
         def one(micro: Batch) -> tuple[Array, dict[str, Array], dict]:
             added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
 
@@ -188,6 +210,11 @@ def make_gradient(
             return value, metrics, grads
 
         weights, rest = cast_layers(params, config), cast_layers(frozen or {}, config)
+        second: Second | None = None
+        if isinstance(second_config, ModelConfig):
+            second = second_config, present(second_params, "second_params")
+        elif second_config == ITSELF:
+            second = config, merge(weights, rest)
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
             value, metrics, grads = one(batch)
@@ -214,7 +241,7 @@ def make_train_step(
     schedule: Callable,
     count: int,
     temperature: float = 1.0,
-    second_config: ModelConfig | None = None,
+    second_config: ModelConfig | Literal["itself"] | None = None,
     noise: Noise | None = None,
     seed: int = 0,
 ) -> Callable:
