@@ -142,7 +142,7 @@ def test_jsd_limits():
 
 
 def test_skewed_divergences_by_hand():
-    """p_T = (1, 0), p_S = (1/2, 1/2), alpha = 0.1: mixtures (0.55, 0.45) and (0.95, 0.05); bounded where the plain ones are not."""
+    """p_T = (1, 0), p_S = (1/2, 1/2), alpha = 0.1: mixtures (0.55, 0.45) and (0.95, 0.05); bounded where the plain are not."""
     student, teacher = jnp.log(jnp.asarray([0.5, 0.5])), jnp.asarray([0.0, -jnp.inf])
     forward, grad = jax.value_and_grad(distill.skew_forward_kl)(student, teacher)
     np.testing.assert_allclose(forward, -np.log(0.55), rtol=1e-6)

@@ -101,13 +101,53 @@ class Entropy(Section):
 
 
 class Teacher(Section):
+    """On-policy distillation: the policy's own samples, judged token by token by a teacher."""
+
     weights: str | None = None
-    """On-policy distillation: a model with the same tokenizer, Hugging Face directory, hub id or run; null: none."""
+    """A model with the same tokenizer, Hugging Face directory, hub id or run; ``start``: the weights that the run began with;
+    ``self``: the policy as it is at each update (with ``context``); null: no teacher."""
+    divergence: (
+        Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl"] | None
+    ) = None
+    """What the policy's next-token distribution is compared with the teacher's by, over the whole vocabulary: a term of the
+    loss of its own (``jaxreason.losses.distill``). loss.name=distill has no other. Null: the sampled tokens alone,
+    c·(log π_teacher − log π_policy) is added to their advantages."""
+    options: dict[str, Any] = Field({})
+    """Of the divergence: ``temperature``, ``top_k``, ``top_from``, ``tail``; ``beta`` of jsd, ``alpha`` of the skewed ones,
+    ``head`` of adaptive_kl."""
     coef: float = Field(1.0, gt=0)
-    """c of c·(log π_teacher − log π_policy), added to the advantage of every sampled token. With advantage.name=zero
-    and loss.name=importance_sampling the teacher alone teaches."""
+    """c, the weight of the teacher's part."""
+    context: str | None = None
+    """What the teacher is told and the policy is not: ``answer`` (the gold answer), ``solution`` (the row's own answer with its
+    thought), ``peer`` (a right completion of the same prompt), or a function of your own of (sequence, group) that returns a
+    text, or None where there is nothing to say; such a sequence is not distilled. Null: the teacher reads what the policy
+    reads."""
+    prompt: str = "{question}\n\nHere is a correct solution:\n{context}\n\nNow answer the question in your own words."
+    """The user's turn that the teacher reads where there is a context."""
+    max_context_tokens: Positive | None = None
+    """Most tokens by which the teacher's prompt may be longer than the policy's; a sequence with more is not distilled. Null:
+    what the longest context there can be needs; a function of your own needs a number."""
+    data_fraction: float = Field(0.0, ge=0, lt=1)
+    """Fraction of each step's prompts that are not answered by the policy: the row's own answer is distilled on instead (GKD's
+    1 − λ)."""
     offload: bool = False
-    """Keep the teacher in host memory and copy it to the devices once a step, to score."""
+    """Keep the teacher in host memory and copy it to the devices once a step."""
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.weights is None and (self.divergence or self.context):
+            raise ValueError("teacher.divergence and teacher.context belong to a teacher: set teacher.weights")
+        if self.divergence is None and (self.options or self.context or self.data_fraction or self.weights == "self"):
+            raise ValueError(
+                "teacher.options, teacher.context, teacher.data_fraction and teacher.weights=self need whole distributions: set "
+                "teacher.divergence, e.g. reverse_kl"
+            )
+        if self.weights == "self" and self.context is None:
+            raise ValueError("teacher.weights=self without teacher.context is the policy itself, which teaches nothing")
+        missing = [field for field in ("{question}", "{context}") if field not in self.prompt]
+        if missing:
+            raise ValueError(f"teacher.prompt lacks {missing[0]}")
+        return self
 
 
 class SecondTurn(Section):
@@ -186,6 +226,15 @@ class GrpoConfig(Section):
             raise ValueError(
                 f"train.minibatches {self.train.minibatches} does not divide the {sequences} sequences of a rollout "
                 "(rollout.prompts_per_step x rollout.group_size)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data(self):
+        if self.teacher.data_fraction and (self.second_turn.samples or self.rollout.resample_rounds):
+            raise ValueError(
+                "teacher.data_fraction takes the place of completions; it does not combine with second_turn.samples or "
+                "rollout.resample_rounds"
             )
         return self
 

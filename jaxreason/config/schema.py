@@ -207,7 +207,8 @@ class SftTrain(Train):
 
 class SftTeacher(Section):
     weights: str | None = None
-    """What forward_kl, reverse_kl and jsd distil: a model with the same tokenizer, Hugging Face directory, hub id or run."""
+    """What forward_kl, reverse_kl, jsd, the skewed ones and adaptive_kl distil: a model with the same tokenizer, Hugging Face
+    directory, hub id or run."""
 
 
 class Grader(Section):

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Many
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -28,7 +29,7 @@ from jaxreason.rl.shapes import OLD_ENTROPY, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
-from jaxreason.types import Batch
+from jaxreason.types import Batch, TeacherView
 
 Place = tuple[int, slice, slice]  # row, columns of the whole sequence, columns whose targets are the completion
 
@@ -69,7 +70,7 @@ class Packed:
     @classmethod
     def of(cls, sequences: list[Sequence], row_length: int, rows: int, microbatches: int) -> "Packed":
         """Packs them in their order."""
-        starts = row_layout([s.length for s in sequences], row_length, rows, microbatches)
+        starts = row_layout([s.room for s in sequences], row_length, rows, microbatches)
         places = [
             (row, slice(start, start + s.length), slice(start + len(s.prompt.ids) - 1, start + s.length))
             for s, (row, start) in zip(sequences, starts)
@@ -87,6 +88,22 @@ class Packed:
         """What a field [B, T] on the devices holds for every sequence, [n] each."""
         found = hosts.rows(array)
         return [found[row, answer] for row, _, answer in self.places]
+
+    def teacher_view(self, pad_id: int) -> TeacherView[np.ndarray]:
+        """The same completions after the prompts that a teacher reads, each sequence beginning where it does for the policy."""
+        shape = (self.rows, self.row_length)
+        tokens = np.full(shape, pad_id, np.int32)
+        positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        source = np.broadcast_to(np.arange(self.row_length, dtype=np.int32), shape).copy()
+        segments = np.zeros(self.rows, np.int32)
+        for s, (row, whole, answer) in zip(self.sequences, self.places):
+            prompt = s.teacher_ids or s.prompt.ids
+            ids = np.concatenate([np.asarray(prompt, np.int32), s.completion.tokens])[:-1]
+            segments[row] += 1
+            there = slice(whole.start, whole.start + len(ids))
+            tokens[row, there], positions[row, there], segment_ids[row, there] = ids, np.arange(len(ids)), segments[row]
+            source[row, answer] = whole.start + len(prompt) - 1 + np.arange(len(s.completion.tokens))
+        return TeacherView(tokens, positions, segment_ids, source, self.field(lambda s: float(bool(s.teacher_ids))))
 
     def batch(self, pad_id: int, mask_truncated: bool, first: int = 0) -> Batch[np.ndarray]:
         """What the completions alone decide, numpy; position t predicts token t + 1, and the mask covers completions.
@@ -127,6 +144,7 @@ class Batcher:
     pad_id: int
     score: Callable
     others: Mapping[str, ScoringModel]
+    teacher_prompts: Callable[[Groups], Groups] | None = None
 
     def __call__(
         self, groups: Groups, second: Groups, params: dict, step: int, entropy_coef: float | None = None
@@ -135,6 +153,8 @@ class Batcher:
 
         ``params``: the policy's before the step's first update; ``entropy_coef``: this step's adaptive coefficient.
         """
+        if self.teacher_prompts is not None:
+            groups, second = self.teacher_prompts(groups), self.teacher_prompts(second)
         sequences = [s for group in [*groups, *second] for s in group]
         count = self.shapes.minibatches
         parts = np.array_split(order(self.config.run.seed, step, len(sequences), count), count)
@@ -142,8 +162,8 @@ class Batcher:
         packed = [
             Packed.of([sequences[i] for i in part], self.shapes.row_length, rows, self.shapes.microbatches) for part in parts
         ]
-        masked, first = self.config.train.truncated == "mask", jax.process_index() * rows
-        batches = [put(p.batch(self.pad_id, masked, first), self.mesh) for p in packed]
+        first = jax.process_index() * rows
+        batches = [put(self._known(p, first), self.mesh) for p in packed]
         batches, scored = self._scored(batches, packed, parts, sequences)
         finished = self._decided(scored, groups, second)
         done = [
@@ -151,6 +171,11 @@ class Batcher:
             for batch, p, part in zip(batches, packed, parts)
         ]
         return finished, done
+
+    def _known(self, packed: Packed, first: int) -> Batch[np.ndarray]:
+        """What the completions alone decide; ``first``: the number of the first sequence in the whole step."""
+        batch = packed.batch(self.pad_id, self.config.train.truncated == "mask", first)
+        return dataclasses.replace(batch, teacher=packed.teacher_view(self.pad_id)) if self.shapes.viewed else batch
 
     def _scored(
         self, batches: list[Batch], packed: list[Packed], parts: list[np.ndarray], sequences: list[Sequence]
@@ -193,6 +218,10 @@ class Batcher:
             stats = self.score(params, batch)
             old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}
             batch = dataclasses.replace(batch, old_logp=stats.logp, extras=batch.extras | old)
+            if any(s.from_data for s in packed.sequences):  # what no sampler drew has no gap to one
+                given = place(packed.field(lambda s: float(s.from_data)), self.mesh)
+                drawn = present(batch.sampler_logp, "Batch.sampler_logp")
+                batch = dataclasses.replace(batch, sampler_logp=jnp.where(given > 0, stats.logp, drawn))
             if loss.select is not None:
                 batch = dataclasses.replace(batch, selected=_selected(loss.select, stats, batch, self.config.run.seed, step))
         return batch

@@ -26,6 +26,7 @@ from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl import turns
 from jaxreason.rl.batch import Batcher
 from jaxreason.rl.collect import Collector, rollout_job, slots_of
+from jaxreason.rl.context import TeacherPrompts, teacher_prompts
 from jaxreason.rl.held_out import HeldOut
 from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.rl.sequence import Sequence
@@ -40,9 +41,9 @@ from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter
 from jaxreason.train.offload import Shelf
-from jaxreason.train.scoring import ScoringModel
-from jaxreason.train.setup import Setup, Teacher, held_out_problems, open_model, open_teacher, start_state
-from jaxreason.train.step import make_score, make_train_step
+from jaxreason.train.scoring import FrozenModel, ScoringModel
+from jaxreason.train.setup import Other, Setup, held_out_problems, open_model, open_teacher, start_state, starting_model
+from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
 SHOWN = ("reward", "eval_accuracy", "completion_tokens", "entropy", "sampler_gap_max", "drawn_tokens_per_second")
@@ -66,7 +67,9 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     # ---- devices
     mesh = make_mesh(config.mesh)
     folder.agree(total)
-    shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh, jax.process_count())
+    shapes = shapes_of(
+        config, objective.loss, inputs.longest_prompt, mesh, jax.process_count(), context_tokens=inputs.context_tokens
+    )
     optimizer = opt.make(config.optimizer, span.all_updates, config.run.seed)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     config = with_slots(config, inputs, shapes, abstract, mesh)
@@ -80,7 +83,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     if dry_run:
         console.print(f"first prompt: {inputs.prompts[0].text!r}, gold {inputs.prompts[0].gold!r}", markup=False)
         return None
-    train_step = compile_step(config, objective, setup, shapes, optimizer, abstract, mesh, span.all_updates)
+    train_step = compile_step(config, inputs, shapes, optimizer, abstract, mesh, span.all_updates)
     score = compile_score(model, shapes, config.rollout.temperature, mesh)
     held_out = HeldOut(config, sampler, problems, setup.tokenizer, inputs.chat, grading_of(config.eval)) if problems else None
     reward = config.reward
@@ -93,9 +96,10 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
         state, carried = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
         others = scoring_models(config, inputs, score, shapes, mesh)
+        teacher = distilled_from(config, inputs, mesh)
         stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
         collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt)
-        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others)
+        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others, inputs.teacher_prompts)
         shelf = Shelf(abstract, config.rollout.offload_state)
         cursor, bonus, watch, meter = 0, Bonus(config.entropy), Watch(config), Meter(model, jax.local_devices())
         if carried is not None:
@@ -110,7 +114,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             state = shelf.take(state)
             cursor, update_clock = rollout.cursor, time.monotonic()
             sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, bonus.now)
-            state, record = update(train_step, state, batches, updates, loop)
+            state, record = update(train_step, state, batches, updates, loop, teacher.params() if teacher else None)
             del batches
             times = rollout.seconds | {"update": time.monotonic() - update_clock} | shelf.seconds
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
@@ -134,7 +138,13 @@ class Inputs:
     chat: Chat
     prompts: Prompts
     longest_prompt: int  # tokens, of either turn
-    teacher: Teacher | None
+    teacher: Other | None  # None: none, or the policy itself
+    teacher_prompts: TeacherPrompts | None  # None: a teacher reads what the policy reads
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens by which a teacher's prompt is longer than the policy's."""
+        return self.teacher_prompts.max_more if self.teacher_prompts else 0
 
     def rows(self, config: cfg.GrpoConfig, shapes: Shapes, problems: Prompts | None, total: int) -> list[tuple[str, str]]:
         """The table at the start."""
@@ -153,27 +163,54 @@ class Inputs:
             ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {self.objective.kl_coef(config):g} in "
                      f"the {self.objective.placement}"),
             *([("note", self.objective.loss.note)] if self.objective.loss.note else []),
-            *([("teacher", f"{self.teacher.name} x {config.teacher.coef:g}")] if self.teacher else []),
+            *([("teacher", self._taught_by(config.teacher))] if config.teacher.weights else []),
             ("rewards", ", ".join(f"{reward.name} x {weight:g}" for reward, weight in self.objective.graders)),
             ("steps", f"{total} ({total * config.train.updates_per_rollout} updates)"),
         ]  # fmt: skip
+
+
+    def _taught_by(self, settings: cfg.Teacher) -> str:
+        name = self.teacher.name if self.teacher else "the policy itself"
+        told = f", told the {settings.context} (at most {self.context_tokens} tokens more)" if settings.context else ""
+        given = f", {settings.data_fraction:.0%} of the prompts with the rows' own answers" if settings.data_fraction else ""
+        return f"{name}{told}, {settings.divergence or 'log-ratio of the sampled tokens'} x {settings.coef:g}{given}"
 
 
 def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inputs:
     """Model, data and objective of a config; with a run's folder, as that run found them when it started. Raises UserError."""
     setup, objective, teacher = open_model(config, folder), objective_of(config), None
     resolved = setup.resolved
-    if config.teacher.weights:
-        teacher, resolved = open_teacher(config.teacher.weights, setup)
+    if config.teacher.weights == "start":
+        teacher = starting_model(setup)
+    elif config.teacher.weights not in (None, "self"):
+        teacher, resolved = open_teacher(present(config.teacher.weights, "teacher.weights"), setup)
     chat = chats.of_data(config.data, setup.tokenizer)
     prompts = load_prompts(
-        config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat
-    )
+        config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat,
+        max_reply_tokens=reply_tokens(config),
+    )  # fmt: skip
     if folder:
         folder.settle(resolved.model_copy(update={"data": prompts.fingerprint}))
     phrases = turns.phrase_tokens(config.second_turn.phrases, chat, setup.tokenizer)
     longest = longest_prompt(config, max(len(p.ids) for p in prompts.prompts), phrases)
-    return Inputs(setup, objective, chat, prompts, longest, teacher)
+    told = teacher_prompts(config, prompts, chat, setup.tokenizer)
+    return Inputs(setup, objective, chat, prompts, longest, teacher, told)
+
+
+def reply_tokens(config: cfg.GrpoConfig) -> int | None:
+    """Most tokens of a row's own answer, where the config uses it; None: it does not."""
+    if config.teacher.data_fraction:
+        return config.rollout.max_completion_tokens
+    if config.teacher.context == "solution":
+        return config.teacher.max_context_tokens or config.rollout.max_completion_tokens
+    return None
+
+
+def compared_with(config: cfg.GrpoConfig, inputs: Inputs) -> Compared | None:
+    """The model whose distributions the loss reads in an update."""
+    if config.teacher.divergence is None:
+        return None
+    return inputs.teacher.config if inputs.teacher else ITSELF
 
 
 def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract: TrainState, mesh: Mesh) -> cfg.GrpoConfig:
@@ -187,17 +224,18 @@ def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract:
 
 
 def compile_step(
-    config: cfg.GrpoConfig, objective: Objective, setup: Setup, shapes: Shapes, optimizer: optax.GradientTransformation,
+    config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, optimizer: optax.GradientTransformation,
     abstract: TrainState, mesh: Mesh, updates: int,
 ) -> Callable:  # fmt: skip
     """The step, whose compilation begins now; the state is donated."""
-    schedule = opt.schedule(config.optimizer, updates)
+    schedule, second = opt.schedule(config.optimizer, updates), compared_with(config, inputs)
     step = make_train_step(
-        setup.config, objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
-        seed=config.run.seed,
-    )
+        inputs.setup.config, inputs.objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
+        second_config=second, seed=config.run.seed,
+    )  # fmt: skip
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
-    return Ahead(jax.jit(step, donate_argnums=0, out_shardings=out), mesh, abstract, shapes.batch(mesh))
+    other = abstract_second(second, mesh)
+    return Ahead(jax.jit(step, donate_argnums=0, out_shardings=out), mesh, abstract, shapes.batch(mesh), other)
 
 
 def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
@@ -212,17 +250,29 @@ def scoring_models(
     found = {}
     if keeps_reference(config, inputs.objective.loss):
         found["ref_logp"] = ScoringModel(score, inputs.setup.reference_params(mesh), config.kl.offload)
-    if inputs.teacher:
+    if inputs.teacher and config.teacher.divergence is None:
         judge = compile_score(inputs.teacher.config, shapes, config.rollout.temperature, mesh)
         found["teacher_logp"] = ScoringModel(judge, inputs.teacher.params(mesh), config.teacher.offload)
     return found
 
 
-def update(train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop) -> tuple[TrainState, dict]:
-    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``."""
+def distilled_from(config: cfg.GrpoConfig, inputs: Inputs, mesh: Mesh) -> FrozenModel | None:
+    """The model whose whole distributions an update reads; None: none, or the policy itself."""
+    if inputs.teacher is None or config.teacher.divergence is None:
+        return None
+    return FrozenModel(inputs.teacher.params(mesh), config.teacher.offload)
+
+
+def update(
+    train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop, second: dict | None = None
+) -> tuple[TrainState, dict]:
+    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``.
+
+    ``second``: parameters of the model that the loss compares with.
+    """
     merged: dict[str, float] = {}
     for number in range(updates):
-        state, metrics = train_step(state, batches[number % len(batches)])
+        state, metrics = train_step(state, batches[number % len(batches)], second)
         for name, value in loop.fetch(metrics, state).items():
             value = value if name.endswith(("_max", "_min")) else value / updates
             merged[name] = float(combine_metrics(name, merged[name], value)) if name in merged else value
@@ -231,7 +281,7 @@ def update(train_step: Callable, state: TrainState, batches: list[Batch], update
 
 def speeds(seconds: float, times: dict[str, float], trained: float, sequences: list[Sequence]) -> dict[str, float]:
     """``seconds`` of the step and of its parts; supervised tokens and drawn tokens (trained or not) a second of the step."""
-    drawn = sum(len(s.completion.tokens) for s in sequences) * jax.process_count()
+    drawn = sum(len(s.completion.tokens) for s in sequences if not s.from_data) * jax.process_count()
     return {
         **{f"seconds_{name}": value for name, value in times.items()},
         "seconds": seconds,

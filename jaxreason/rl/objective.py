@@ -55,6 +55,13 @@ def find_loss(config: cfg.GrpoConfig) -> losses.Loss:
             "it all the same), or kl.placement=reward"
         )
     loss = losses.get(config.loss.name, kind="policy", preset=config.loss.preset, **options)
+    if config.teacher.divergence:
+        divergence = losses.divergence(config.teacher.divergence, **config.teacher.options)
+        loss = dataclasses.replace(loss, divergence=divergence)
+        if "teacher_divergence" not in loss.needs:
+            raise UserError(f"teacher.divergence: {loss.name} is your own loss and does not read inputs.teacher_divergence")
+    elif "teacher_divergence" in loss.needs:
+        raise UserError(f"loss {loss.name} distils: set teacher.weights and teacher.divergence, e.g. reverse_kl")
     losses.check(loss)
     return loss
 
@@ -65,9 +72,11 @@ def _options_from_sections(config: cfg.GrpoConfig) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     known = losses.defaults(config.loss.name)
     placement = config.kl.placement or losses.get(config.loss.name, preset=config.loss.preset).kl_placement
-    for name in ("kl_coef", "kl_estimator"):
+    for name, key in (("kl_coef", "kl.coef"), ("kl_estimator", "kl.estimator"), ("distill_coef", "teacher.coef")):
         if name in given:
-            raise UserError(f"loss.options.{name}: set kl.{name.removeprefix('kl_')} instead")
+            raise UserError(f"loss.options.{name}: set {key} instead")
+    if config.teacher.divergence:
+        found["distill_coef"] = config.teacher.coef
     if placement == "reward":
         found["kl_coef"] = 0.0  # a preset may have one
     elif config.kl.coef is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from jaxreason.errors import present
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
@@ -18,6 +19,7 @@ from jaxreason.model import ModelConfig, add_gradients, cast_layers, head_kernel
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.train import optimizer as opt
+from jaxreason.train.state import abstract_params
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics, merge
 
 
@@ -53,7 +55,8 @@ COMPARED = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss com
 _WHOLE_LOGITS = frozenset({*COMPARED, "topk_entropy"})
 
 Second = tuple[ModelConfig, dict]  # the model that a loss compares with: its architecture and its parameters
-ITSELF = "itself"  # in place of the second model's architecture: the model as it is, without a gradient
+ITSELF: Literal["itself"] = "itself"
+Compared = ModelConfig | Literal["itself"]  # what a loss compares with: another model, or this one as it is, without a gradient
 
 
 def batch_loss(
@@ -183,7 +186,7 @@ def make_gradient(
     loss: Loss,
     count: int,
     temperature: float = 1.0,
-    second_config: ModelConfig | Literal["itself"] | None = None,
+    second_config: Compared | None = None,
     noise: Noise | None = None,
 ) -> Callable:
     """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
@@ -241,7 +244,7 @@ def make_train_step(
     schedule: Callable,
     count: int,
     temperature: float = 1.0,
-    second_config: ModelConfig | Literal["itself"] | None = None,
+    second_config: Compared | None = None,
     noise: Noise | None = None,
     seed: int = 0,
 ) -> Callable:
@@ -270,6 +273,11 @@ def make_train_step(
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step
+
+
+def abstract_second(second: Compared | None, mesh: Mesh) -> dict | None:
+    """The parameters that a step with ``second_config`` is given, as shapes, in the compute dtype."""
+    return abstract_params(second, mesh, second.execution.compute_dtype) if isinstance(second, ModelConfig) else None
 
 
 def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
