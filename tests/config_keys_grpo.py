@@ -175,8 +175,26 @@ def earned(places: Places, words: list[str]) -> object:
     return digest(*(np.asarray(s.advantage) for turn in turns for group in turn for s in group))
 
 
+def divergence(places: Places, words: list[str]) -> object:
+    """What is measured between two distributions."""
+    logits = np.random.default_rng(0).normal(size=(2, 3, 11)).astype(np.float32)
+    return digest(objective_of(config_of(places, words)).loss.divergence(*logits))
+
+
+def told(places: Places, words: list[str]) -> object:
+    """What the teacher reads of the first problem, and how much longer that may be."""
+    config = config_of(places, words)
+    inputs = grpo.open_inputs(config)
+    done = Completion(0, 0, np.zeros(1, np.int32), np.zeros(1), np.zeros(1), False, 0)
+    groups = inputs.teacher_prompts([[Sequence(inputs.prompts[0], done, "", 0, {}, 0.0)]])
+    return groups[0][0].teacher_ids, inputs.teacher_prompts.max_more
+
+
 NOT_EMBEDDED = ["data.source={rows}", "data.max_rows=null"]
 SPLITS = ["data.source={splits}", "data.max_rows=null"]
+
+TAUGHT = ["loss.name=distill", "teacher.weights=start", "teacher.divergence=reverse_kl"]
+TOLD = [*TAUGHT, "teacher.context=answer", "rollout.max_completion_tokens=100"]
 
 ROWS: dict[str, tuple] = {
     "run.seed": (prompts, 1),
@@ -210,6 +228,12 @@ ROWS: dict[str, tuple] = {
     "kl.placement": (placement, "reward", "kl.coef=0.1"),
     "kl.estimator": (loss, "k2", "kl.coef=0.5"),
     "teacher.coef": (earned, 3.0),
+    "teacher.divergence": (divergence, "jsd", *TAUGHT),
+    "teacher.options": (divergence, "{{top_k: 2}}", *TAUGHT),
+    "teacher.context": (told, "solution", *TOLD),
+    "teacher.prompt": (told, "'{{question}} ({{context}})'", *TOLD),
+    "teacher.max_context_tokens": (told, 3, *TOLD),
+    "teacher.data_fraction": (shapes, 0.5, *TAUGHT),
     "second_turn.compare": (earned, "first", "second_turn.samples=2"),
     "entropy.target": (bonus, 1.0),
     "entropy.coef": (bonus, 0.1, "entropy.target=1.0"),
