@@ -120,7 +120,8 @@ def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
     batcher = Batcher(config, objective, shapes, mesh, PAD, score, {"ref_logp": ScoringModel(score, reference, False)})
     _, batches = batcher(groups, [], state.model_params, step)
     abstract = states.abstract(model, optimizer, mesh)
-    compiled = grpo.compile_step(config, objective, types.SimpleNamespace(config=model), shapes, optimizer, abstract, mesh, 12)
+    inputs = types.SimpleNamespace(setup=types.SimpleNamespace(config=model), objective=objective)
+    compiled = grpo.compile_step(config, inputs, shapes, optimizer, abstract, mesh, 12)
     fetch = types.SimpleNamespace(fetch=lambda metrics, state: {k: float(v) for k, v in metrics.items() if k != "leaf_norms"})
     state, metrics = grpo.update(compiled, state, batches, config.train.updates_per_rollout, fetch)
     return model, start, reference, state.params, metrics, batches

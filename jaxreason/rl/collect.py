@@ -120,6 +120,8 @@ class Collector:
     def _given(self, wanted: int, cursor: int, params_step: int) -> tuple[Groups, int]:
         """Groups of one, the answers that rows give themselves (``teacher.data_fraction``), and how many over all processes."""
         count = min(round(self.config.teacher.data_fraction * wanted), wanted - 1)
+        if count == 0:  # in every process, or in none
+            return [], 0
         first, together = _numbers(count)
         names = labels(self.pool.names)
         groups: Groups = []
