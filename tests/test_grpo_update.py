@@ -202,3 +202,34 @@ def test_minibatches_mix_groups_anew_in_every_step_and_one_takes_them_as_drawn()
     assert sorted(first) == sorted(second) == list(range(16)) and order(0, 2, 16, 2).tolist() == first.tolist()
     assert first.tolist() != list(range(16)) and first.tolist() != second.tolist()
     assert len({i // 4 for i in first[:8]}) > 2  # half of the sequences, of more than half of the groups
+
+
+def test_the_shares_of_right_answers_and_the_mean_of_the_correction_are_of_each_update(settings):
+    """A loss reads ``positive`` (VAPO) and a normalized correction in a batch that is one of two minibatches."""
+    loss = cfg.GrpoLoss(options={"positive_nll_coef": 0.1, "correction": "tis", "correction_normalize": "step"})
+    config = settings.model_copy(update={"loss": loss, "kl": cfg.Kl()})
+    mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
+    objective = objective_of(config)
+    shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+    assert objective.loss.needs == {"positive", "sampler_logp", "selected"} and "old_logp" in shapes.fields
+    score = types.SimpleNamespace(logp=jnp.full((shapes.rows, shapes.row_length), -1.0), entropy=None)
+    batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch: score, {})
+    rng = np.random.default_rng(4)
+
+    def changed(s: Sequence) -> Sequence:
+        drawn = dataclasses.replace(s.completion, behaviour_logp=-2 * rng.random(len(s.completion.tokens)))
+        return dataclasses.replace(s, completion=drawn, reward=s.reward - 0.5)
+
+    done, batches = batcher([[changed(s) for s in group] for group in sequences()], [], {}, 2)
+    for batch, part in zip(batches, np.array_split(order(0, 2, 16, 2), 2)):
+        flat = [done[i] for i in part]
+        live = [s for s in flat if not (np.isnan(s.reward) or s.completion.truncated)]
+        tokens = sum(len(s.completion.tokens) for s in live)
+        right = sum(len(s.completion.tokens) for s in live if s.reward > 0)
+        assert 0 < right < tokens == int(batch.loss_mask.sum())
+        found = np.asarray(batch.extras["positive"])
+        np.testing.assert_allclose(found[found > 0], tokens / right, rtol=1e-6)
+        assert (found > 0).sum() == right and not found[np.asarray(batch.loss_mask) == 0].any()
+        rho = np.minimum(np.exp(-1.0 - np.concatenate([s.completion.behaviour_logp for s in live])), 2.0)
+        picked = np.asarray(batch.selected)[np.asarray(batch.loss_mask) > 0]
+        np.testing.assert_allclose(picked, 1 / rho.mean(), rtol=1e-5)

@@ -141,3 +141,10 @@ def need(inputs: Inputs, field: str, why: str) -> Array:
     if value is None:
         raise UserError(f"the loss needs {type(inputs).__name__}.{field} [B, T] ({why}), but it is None")
     return value
+
+
+def need_extra(inputs: Inputs, name: str, why: str) -> Array:
+    """The extra's array. Raises UserError if it is not there."""
+    if name not in inputs.extras:
+        raise UserError(f"the loss needs {type(inputs).__name__}.extras[{name!r}] [B, T] ({why}), but it is not there")
+    return inputs.extras[name]

@@ -8,12 +8,12 @@ from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError, present
 from jaxreason.losses.axes import LOG_RATIO_CLAMP, Axes, Behaviour, CorrectionAxis, Reduce
-from jaxreason.losses.inputs import PolicyInputs, clean, need, totals_of
+from jaxreason.losses.inputs import PolicyInputs, clean, need, need_extra, totals_of
 from jaxreason.losses.kl import kl
 from jaxreason.losses.ratio import log_ratio
 from jaxreason.losses.reduce import reduction_weights
-from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, off_policy_keep, sampler_weights
-from jaxreason.losses.segments import Sequences
+from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, normalizer, off_policy_keep, rejected, sampler_weights
+from jaxreason.losses.segments import Sequences, sequences_of
 from jaxreason.losses.select import top_entropy_tokens
 from jaxreason.losses.surrogate import Surrogate, Tokens
 from jaxreason.types import Totals
@@ -42,6 +42,8 @@ def policy_loss(
 
     selected = _selected(inputs, select)
     rho = _rho(inputs, axes.correction, sequences)
+    if rho is not None and axes.correction.correction_normalize == "step":
+        rho = rho * present(selected, "PolicyInputs.selected (correction_normalize)")
     tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
     loss, clipped_low, clipped_high, corrected = surrogate(tokens)
     # By token whatever the loss's own ratio is, so that losses can be compared: a sequence's mean is calmer than its tokens.
@@ -70,6 +72,9 @@ def policy_loss(
         if axes.entropy.entropy_over == "top" and axes.entropy.top_entropy is not None:
             bonus = bonus * present(selected, "PolicyInputs.selected (top_entropy)")
         value = value - jnp.sum(_weights(axes.entropy.entropy_reduce, axes, inputs, sequences, totals) * bonus)
+    if coef := axes.imitation.positive_nll_coef:
+        positive = need_extra(inputs, "positive", f"positive_nll_coef {coef}")
+        value = value - coef * jnp.sum(_weights("token-mean", axes, inputs, sequences, totals) * positive * inputs.logp)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
 
 
@@ -91,6 +96,14 @@ def _kept(
         keep = off_policy_keep(inputs.logp, drifted_from, inputs.advantages, threshold, sequences)
         loss = loss * keep
         metrics["off_policy_dropped"] = 1.0 - keep
+    if axes.correction.reject != "none":
+        axis, sampler_logp = axes.correction, need(inputs, "sampler_logp", f"reject {axes.correction.reject}")
+        far = rejected(
+            inputs.old_logp, sampler_logp, inputs.advantages, axis.reject, axis.reject_min,
+            present(axis.reject_max, "reject_max"), sequences,
+        )  # fmt: skip
+        loss = jnp.where(far, 0.0, loss)
+        metrics["rejected_fraction"] = far
     if axes.entropy.top_entropy is not None:
         picked = present(selected, "PolicyInputs.selected (top_entropy)")
         loss = jnp.where(picked > 0, loss, 0.0)
@@ -158,6 +171,17 @@ def top_entropy_rule(fraction: float) -> Callable[..., Array]:
         del key
         picked = top_entropy_tokens(need(inputs, "entropy", "top_entropy"), inputs.mask, fraction)
         return picked * (jnp.sum(inputs.mask > 0, dtype=jnp.float32) / jnp.maximum(jnp.sum(picked), 1.0))
+
+    return rule
+
+
+def normalize_rule(axis: CorrectionAxis) -> Callable[..., Array]:
+    """The step-wide rule of ``correction_normalize``: 1 / the mean of rho."""
+
+    def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
+        del key
+        sequences = sequences_of(inputs.mask > 0, inputs.sequence_ids)
+        return normalizer(present(_rho(inputs, axis, sequences), "a correction"), axis.correction, sequences)
 
     return rule
 

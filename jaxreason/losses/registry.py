@@ -170,7 +170,7 @@ def _sft(name: str, options: dict[str, Any]) -> Loss:
 
 def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
     variant, framework = variants.VARIANTS[name], None if preset is None else presets.find(preset)
-    sampler_correction.check_bounds(options["correction"], options["correction_min"], options["correction_max"])
+    sampler_correction.check_bounds(options)
     for key in ("reduce", "kl_reduce", "entropy_reduce"):
         if options[key] == "token-sum/const" and options["max_completion_tokens"] is None:
             raise UserError(f"loss {name}: {key} token-sum/const divides by a constant; set loss.options.max_completion_tokens")
@@ -185,12 +185,14 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
     needs = {
         "ref_logp": options["kl_coef"] != 0,
         "sampler_logp": options["correction"] != "none"
+        or options["reject"] != "none"
         or options["behaviour"] == "sampler"
         or (options["kl_coef"] != 0 and options["kl_ratio"] == "sampler")
         or (options["off_policy_threshold"] is not None and options["off_policy_behaviour"] == "sampler"),
         "entropy": options["entropy_coef"] != 0 or options["top_entropy"] is not None,
         "group_tokens": "prompt-mean" in (options["reduce"], options["kl_reduce"], options["entropy_reduce"]),
         "selected": rule is not None,
+        "positive": options["positive_nll_coef"] != 0,
     }
 
     def function(inputs: PolicyInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:

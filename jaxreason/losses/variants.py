@@ -11,9 +11,9 @@ from jax import Array
 
 from jaxreason.errors import UserError
 from jaxreason.losses import surrogate as s
-from jaxreason.losses.axes import RECORDS
+from jaxreason.losses.axes import RECORDS, Axes
 from jaxreason.losses.inputs import Fraction, PolicyInputs, clean
-from jaxreason.losses.policy import top_entropy_rule
+from jaxreason.losses.policy import normalize_rule, top_entropy_rule
 from jaxreason.losses.select import covariance, largest_covariance, random_in_band
 
 Options = dict[str, inspect.Parameter]
@@ -111,9 +111,14 @@ VARIANTS: dict[str, Variant] = {
     "vespo": Variant(s.vespo, {"reduce": "token-mean"}),
     # 2602.02710
     "maxrl": Variant(s.ppo_clip, advantage="maxrl"),
-    # 2602.04879, and prime-rl's symmetric region
+    # 2602.04879: prime-rl's form with l^2, the paper's two, and prime-rl's symmetric region
     "dppo": Variant(s.dppo, {"reduce": "token-mean"}, "center"),
-    "dppo_kl": Variant(s.dppo, {"reduce": "token-mean", "divergence": "kl"}, "center"),
+    "dppo_tv": Variant(s.dppo, {"reduce": "token-mean", "log_ratio_coef": 0.0}, "center"),
+    "dppo_kl": Variant(
+        s.dppo,
+        {"reduce": "token-mean", "divergence": "kl", "max_rise": 0.05, "max_fall": 0.05, "log_ratio_coef": 0.0},
+        "center",
+    ),
     "ipo": Variant(
         s.dppo,
         {"reduce": "token-mean", "region": "symmetric", "max_rise": 0.1, "max_fall": 0.1, "behaviour": "sampler"},
@@ -127,6 +132,10 @@ VARIANTS: dict[str, Variant] = {
     # 2505.07291 and 1912.09729
     "two_sided": Variant(s.ppo_clip, {"ratio_cap": 4.0}),
     "dual_clip": Variant(s.ppo_clip, {"dual_clip": 3.0}),
+    # 2510.06062
+    "aspo": Variant(s.aspo, {"reduce": "token-mean"}),
+    # 2603.19835
+    "fipo": Variant(s.fipo, {"reduce": "token-mean"}),
     # 2505.22617
     "clip_cov": Variant(s.clip_cov, {"reduce": "token-mean"}, select=_clip_cov_rule),
     "kl_cov": Variant(s.kl_cov, {"reduce": "token-mean"}, select=_kl_cov_rule),
@@ -143,14 +152,16 @@ VARIANTS: dict[str, Variant] = {
 def step_rule(variant: Variant, options: Mapping[str, Any]) -> Callable[..., Array] | None:
     """The step-wide rule of a variant with these options, on cleaned inputs. Raises UserError if two would be
     needed."""
-    own = None
+    rules = {}
     if variant.select is not None:
-        own = variant.select(**{key: options[key] for key in options_of(variant.select, changed={})})
-    if options["top_entropy"] is None:
-        return own
-    if own is not None:
-        raise UserError("top_entropy and a covariance loss both pick tokens; choose one of them")
-    return top_entropy_rule(options["top_entropy"])
+        rules["the loss itself"] = variant.select(**{key: options[key] for key in options_of(variant.select, changed={})})
+    if options["top_entropy"] is not None:
+        rules["top_entropy"] = top_entropy_rule(options["top_entropy"])
+    if options["correction_normalize"] != "none":
+        rules["correction_normalize"] = normalize_rule(Axes.of(options).correction)
+    if len(rules) > 1:
+        raise UserError(f"{' and '.join(rules)} each need a rule over the whole step, and there is one; choose one of them")
+    return next(iter(rules.values()), None)
 
 
 def on_raw(rule: Callable[..., Array]) -> Callable[..., Array]:

@@ -23,7 +23,7 @@ from jaxreason.model.vocab import HeadStats
 from jaxreason.rl.advantages import advantages_of, fill
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence
-from jaxreason.rl.shapes import OLD_ENTROPY, Shapes
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
@@ -102,7 +102,7 @@ class Packed:
             tokens[row, whole], targets[row, whole] = ids[:-1], ids[1:]
             ints["positions"][row, whole], ints["segment_ids"][row, whole] = np.arange(s.length), segments[row]
             ints["sequence_ids"][row, whole], ints["group_ids"][row, whole] = number, s.group
-        live = {id(s): s.trained and not (mask_truncated and s.completion.truncated) for s in self.sequences}
+        live = {id(s): is_live(s, mask_truncated) for s in self.sequences}
         group_tokens: dict[int, int] = {}
         for s in self.sequences:
             group_tokens[s.group] = group_tokens.get(s.group, 0) + live[id(s)] * len(s.completion.tokens)
@@ -185,7 +185,10 @@ class Batcher:
         added = {"advantages": packed.field(lambda s: s.advantage)}
         if entropy_coef is not None:
             added["entropy_coef"] = np.full((packed.rows, packed.row_length), entropy_coef, np.float32)
-        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in loss.extras - {OLD_ENTROPY}}
+        given = loss.extras - {OLD_ENTROPY, POSITIVE}
+        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in given}
+        if POSITIVE in loss.extras:
+            extras[POSITIVE] = _positive(packed, self.config.train.truncated == "mask")
         placed, more = ({name: place(x, self.mesh) for name, x in fields.items()} for fields in (added, extras))
         batch = dataclasses.replace(batch, **placed, extras=more)
         if "old_logp" in self.shapes.fields:
@@ -201,9 +204,24 @@ def _selected(select: Callable[..., Array], stats: HeadStats, batch: Batch, seed
     """What the loss's step-wide rule picks."""
     inputs = PolicyInputs(
         stats.logp, stats.logp, present(batch.advantages, "Batch.advantages"), batch.loss_mask, entropy=stats.entropy,
-        sequence_ids=batch.sequence_ids, group_ids=batch.group_ids, extras=batch.extras,
+        sampler_logp=batch.sampler_logp, sequence_ids=batch.sequence_ids, group_ids=batch.group_ids, extras=batch.extras,
     )  # fmt: skip
     return select(inputs, jax.random.fold_in(jax.random.key(seed), step))
+
+
+def _positive(packed: Packed, mask_truncated: bool) -> np.ndarray:
+    """[rows, row_length] 1 / the share of the update's trained tokens that samples with a reward above 0 have, on their tokens,
+    0 elsewhere: times it, a sum over all tokens / their number is the mean over those."""
+    live = [s for s in packed.sequences if is_live(s, mask_truncated)]
+    right = {id(s) for s in live if s.reward > 0}
+    counts = [sum(len(s.completion.tokens) for s in live if id(s) in some) for some in (set(map(id, live)), right)]
+    tokens, positive = hosts.gather(np.array([counts], np.float64)).sum(axis=0)
+    return packed.field(lambda s: tokens / positive if id(s) in right else 0.0)
+
+
+def is_live(sequence: Sequence, mask_truncated: bool) -> bool:
+    """Whether a sequence's tokens are trained."""
+    return sequence.trained and not (mask_truncated and sequence.completion.truncated)
 
 
 def _extra(loss: Loss, name: str, sequence: Sequence) -> np.ndarray | float:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxreason import config as cfg
 from jaxreason import losses, plugins, rewards
 from jaxreason.errors import UserError
-from jaxreason.rl.shapes import OLD_ENTROPY
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
         raise UserError(f"kl.placement=reward: advantage {name} reads each reward by itself; use kl.placement=loss")
     graders = tuple((rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions)
     hooks = tuple((name, plugins.load(name, "rollout.hooks")) for name in config.rollout.hooks)
-    fills = {OLD_ENTROPY: "the policy before its update"}
+    fills = {OLD_ENTROPY: "the policy before its update", POSITIVE: "the sign of the rewards"}
     fills |= {extra: f"reward {reward.name}" for reward, _ in graders for extra in reward.fills}
     fills |= {extra: f"advantage {name}" for extra in estimator.fills}
     fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}

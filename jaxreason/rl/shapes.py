@@ -102,6 +102,7 @@ def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
 
 
 OLD_ENTROPY = "old_entropy"  # an input that a loss of one's own may declare; the scoring pass fills it
+POSITIVE = "positive"  # another, which the rewards fill: tokens of the update / those of its samples with reward > 0, on these
 
 
 def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
