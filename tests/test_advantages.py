@@ -13,7 +13,7 @@ from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
 from jaxreason.model import preset
-from jaxreason.rl import grpo, turns
+from jaxreason.rl import adaptive, grpo, turns
 from jaxreason.rl.advantages import advantages_of
 from jaxreason.rl.objective import find_loss, objective_of
 from jaxreason.rl.sequence import Sequence
@@ -195,11 +195,26 @@ def test_the_second_prompt_shows_the_answer_and_a_doubt_and_ends_no_turn():
 
 
 def test_the_adaptive_bonus_follows_the_entropy_and_survives_a_checkpoint():
-    bonus = grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3, "coef": 0.01}))
+    bonus = adaptive.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3, "coef": 0.01}))
     assert bonus.after(0.2) == {"entropy_coef": 0.01}  # below the target: up
     assert bonus.now == pytest.approx(0.015) and bonus.after(0.4) == {"entropy_coef": pytest.approx(0.015)}
     assert bonus.now == 0.0  # above it: off, and 0.01 is carried
-    again = grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3}))
+    again = adaptive.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3}))
     again.restore(bonus.state())
     assert again.after(0.1) == bonus.after(0.1) and again.now == bonus.now == pytest.approx(0.015)
-    assert grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default).now is None
+    assert adaptive.Bonus(cfg.GrpoConfig.model_fields["entropy"].default).now is None
+
+
+def test_the_adaptive_kl_follows_its_target_and_survives_a_checkpoint():
+    """beta (1 + K clip(kl / target - 1, +-.2)): four times the target is clipped to 1.02, 1.1 times it is 1.01."""
+    settings = cfg.Kl(coef=0.1, target=0.05)
+    leash = adaptive.Leash(settings)
+    assert leash.after(0.2) == {"kl_coef": 0.1}
+    assert leash.now == pytest.approx(0.1 * 1.02) and leash.after(0.055) == {"kl_coef": pytest.approx(0.102)}
+    assert leash.now == pytest.approx(0.102 * 1.01)
+    again = adaptive.Leash(settings)
+    again.restore(leash.state())
+    assert again.after(0.0) == leash.after(0.0) and again.now == leash.now == pytest.approx(0.102 * 1.01 * 0.98)
+    assert adaptive.Leash(cfg.Kl(coef=0.1)).now is None and adaptive.Leash(cfg.Kl(coef=0.1)).after(None) == {}
+    with pytest.raises(ValueError, match=r"kl\.target moves the coefficient"):
+        cfg.Kl(target=0.05)

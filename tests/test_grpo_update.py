@@ -196,6 +196,26 @@ def test_kl_in_the_reward_and_a_teacher_reach_corrections_compared_with_the_firs
         np.testing.assert_allclose(second[0][0].advantage, [(2.0 - 0.1 * k) - (1.0 - 0.1 * k1) + 4.0 * 0.5], rtol=1e-6)
 
 
+def test_an_adaptive_coefficient_reaches_the_loss_or_the_advantages(settings):
+    """The batch's field, or R - beta k with k = log pi - log pi_ref = 1 at every token."""
+    for placement in ("loss", "reward"):
+        kl = cfg.Kl(coef=0.1, target=1.0, placement=placement)
+        config = settings.model_copy(update={"kl": kl, "advantage": cfg.Advantage(name="raw")})
+        mesh, objective = make_mesh(cfg.Mesh(), jax.devices()[:1]), objective_of(config)
+        shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+        rows = (shapes.rows, shapes.row_length)
+        policy, reference = (types.SimpleNamespace(logp=jnp.full(rows, x), entropy=None) for x in (0.0, -1.0))
+        model = types.SimpleNamespace(params=lambda: {}, score=lambda params, batch, reference=reference: reference)
+        batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch, policy=policy: policy, {"ref_logp": model})
+        done, batches = batcher(sequences(), [], {}, 2, {"kl_coef": 0.4})
+        assert ("kl_coef" in shapes.fields) == (placement == "loss") == (batches[0].kl_coef is not None)
+        s = done[0]
+        if placement == "loss":
+            assert np.unique(batches[0].kl_coef).tolist() == [np.float32(0.4)] and s.advantage == pytest.approx(s.reward)
+        else:
+            assert s.advantage == pytest.approx(s.reward - 0.4 * len(s.completion.tokens))
+
+
 def test_minibatches_mix_groups_anew_in_every_step_and_one_takes_them_as_drawn():
     assert order(0, 2, 16, 1).tolist() == list(range(16))
     first, second = order(0, 2, 16, 2), order(0, 3, 16, 2)

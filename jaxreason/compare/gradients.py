@@ -23,6 +23,7 @@ from jaxreason.compare.runs import Entry
 from jaxreason.data.prompts import PromptStream
 from jaxreason.errors import UserError
 from jaxreason.rewards.pool import RewardPool
+from jaxreason.rl.adaptive import Adaptive
 from jaxreason.rl.batch import Batcher
 from jaxreason.rl.collect import Collector, Rollout
 from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models, with_slots
@@ -126,8 +127,7 @@ def _batch(config: cfg.GrpoConfig, inputs: Inputs, rollout: Rollout, state: Trai
     score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
     others = scoring_models(config, dataclasses.replace(inputs, objective=objective), score, shapes, mesh)
     batcher = Batcher(config, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others)
-    bonus = None if config.entropy.target is None else config.entropy.coef
-    _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, bonus)
+    _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, Adaptive(config).now)
     return batch
 
 

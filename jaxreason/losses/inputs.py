@@ -64,6 +64,7 @@ class PolicyInputs:
     group_tokens: Array | None = None  # supervised tokens of this position's prompt in the whole step (prompt-mean)
     selected: Array | None = None  # > 0 where the loss's step-wide rule picked the token (``Loss.select``)
     entropy_coef: Array | None = None  # replaces the option of that name (adaptive entropy bonus)
+    kl_coef: Array | None = None  # replaces the option of that name, where it is not 0 (adaptive KL)
     extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # further inputs, by the names that fill them
 
 
@@ -124,7 +125,8 @@ def check_shapes(inputs: Inputs) -> None:
 
     Raises UserError with the shapes.
     """
-    given = {name: x for name, x in vars(inputs).items() if name not in ("totals", "extras", "entropy_coef") and x is not None}
+    other = ("totals", "extras", "entropy_coef", "kl_coef")
+    given = {name: x for name, x in vars(inputs).items() if name not in other and x is not None}
     given |= {f"extras[{name!r}]": x for name, x in inputs.extras.items()}
     arrays = list(given.values())
     try:

@@ -65,7 +65,8 @@ def policy_loss(
         estimate = _kl(inputs, axes, log_w, sequences)
         metrics["kl"] = _mean(estimate, sequences.live, totals)
         if axes.kl.kl_coef != 0:
-            value = value + axes.kl.kl_coef * jnp.sum(_weights(axes.kl.kl_reduce, axes, inputs, sequences, totals) * estimate)
+            coef = axes.kl.kl_coef if inputs.kl_coef is None else inputs.kl_coef
+            value = value + jnp.sum(_weights(axes.kl.kl_reduce, axes, inputs, sequences, totals) * (coef * estimate))
     coef = axes.entropy.entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
     if inputs.entropy_coef is not None or axes.entropy.entropy_coef != 0:
         bonus = coef * need(inputs, "entropy", "entropy_coef")
@@ -161,6 +162,12 @@ def adapt_entropy_coef(coef: float, entropy: float, target: float, delta: float 
     """
     carried = coef + delta if entropy < target else coef - delta if entropy > target else coef
     return (coef if entropy <= target else 0.0), max(carried, 0.0)
+
+
+def adapt_kl_coef(coef: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """The next step's coefficient, coef (1 + gain clip(kl / target - 1, -0.2, 0.2)): the controller of 1909.08593 (gain 0.1),
+    which verl and TRL's PPO have with gain = samples of a step / horizon. Run by the host once a step."""
+    return coef * (1.0 + gain * min(max(kl / target - 1.0, -0.2), 0.2))
 
 
 def top_entropy_rule(fraction: float) -> Callable[..., Array]:

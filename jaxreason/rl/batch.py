@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
 from jaxreason.types import Batch
 
+_FIXED: Mapping[str, float] = MappingProxyType({})
 Place = tuple[int, slice, slice]  # row, columns of the whole sequence, columns whose targets are the completion
 
 
@@ -128,11 +130,12 @@ class Batcher:
     others: Mapping[str, ScoringModel]
 
     def __call__(
-        self, groups: Groups, second: Groups, params: dict, step: int, entropy_coef: float | None = None
+        self, groups: Groups, second: Groups, params: dict, step: int, coefs: Mapping[str, float] = _FIXED
     ) -> tuple[list[Sequence], list[Batch]]:
         """(sequences of both turns with what they earned, the minibatches on the devices).
 
-        ``params``: the policy's before the step's first update; ``entropy_coef``: this step's adaptive coefficient.
+        ``params``: the policy's before the step's first update; ``coefs``: this step's adaptive coefficients, by their
+        field of ``Batch``.
         """
         sequences = [s for group in [*groups, *second] for s in group]
         count = self.shapes.minibatches
@@ -144,9 +147,9 @@ class Batcher:
         masked, first = self.config.train.truncated == "mask", jax.process_index() * rows
         batches = [put(p.batch(self.pad_id, masked, first), self.mesh) for p in packed]
         batches, scored = self._scored(batches, packed, parts, sequences)
-        finished = self._decided(scored, groups, second)
+        finished = self._decided(scored, groups, second, coefs)
         done = [
-            self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, entropy_coef)
+            self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, coefs)
             for batch, p, part in zip(batches, packed, parts)
         ]
         return finished, done
@@ -169,22 +172,27 @@ class Batcher:
             dataclasses.replace(s, **{field: column[i] for field, column in columns.items()}) for i, s in enumerate(sequences)
         ]
 
-    def _decided(self, scored: list[Sequence], groups: Groups, second: Groups) -> list[Sequence]:
+    def _decided(
+        self, scored: list[Sequence], groups: Groups, second: Groups, coefs: Mapping[str, float]
+    ) -> list[Sequence]:
         """The sequences with their advantages and with the inputs that hooks and the estimator fill."""
         rest = iter(scored)
         first, after = ([[next(rest) for _ in group] for group in turn] for turn in (groups, second))
         for name, hook in self.objective.hooks:
             for extra, values in run_hook(name, hook, [*first, *after]).items():
                 fill([*first, *after], extra, values, f"hook {name}")
-        turns = advantages_of(first, after, self.objective, self.config)
+        config = self.config
+        if "kl_coef" in coefs:  # where the KL is in the reward, it is in the advantages
+            config = config.model_copy(update={"kl": config.kl.model_copy(update={"coef": coefs["kl_coef"]})})
+        turns = advantages_of(first, after, self.objective, config)
         return [s for turn in turns for group in turn for s in group]
 
-    def _completed(self, batch: Batch, packed: Packed, params: dict, step: int, entropy_coef: float | None) -> Batch:
+    def _completed(self, batch: Batch, packed: Packed, params: dict, step: int, coefs: Mapping[str, float]) -> Batch:
         """The batch with every field that the loss reads."""
         loss = self.objective.loss
         added = {"advantages": packed.field(lambda s: s.advantage)}
-        if entropy_coef is not None:
-            added["entropy_coef"] = np.full((packed.rows, packed.row_length), entropy_coef, np.float32)
+        for name in sorted(coefs.keys() & set(self.shapes.fields)):
+            added[name] = np.full((packed.rows, packed.row_length), coefs[name], np.float32)
         given = loss.extras - {OLD_ENTROPY, POSITIVE}
         extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in given}
         if POSITIVE in loss.extras:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxreason import config as cfg
 from jaxreason import losses, plugins, rewards
 from jaxreason.errors import UserError
-from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, keeps_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
     fills |= {extra: f"advantage {name}" for extra in estimator.fills}
     fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}
     losses.check_filled(loss, fills)
+    if config.kl.refresh_every is not None and not keeps_reference(config, loss):
+        raise UserError("kl.refresh_every: there is no reference to refresh; set kl.coef, or use a loss that reads ref_logp")
     return Objective(loss, estimator, graders, hooks, placement)
 
 

@@ -115,5 +115,6 @@ def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
         "old_logp": scores_old(config, loss),
         "selected": loss.select is not None,
         "entropy_coef": config.entropy.target is not None,
+        "kl_coef": config.kl.target is not None and (config.kl.placement or loss.kl_placement) == "loss",
     }
     return tuple(name for name, there in present.items() if there)
