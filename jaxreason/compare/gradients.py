@@ -64,7 +64,8 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     optimizer = opt.make(steady, 1)
     state = start_state(config, inputs.setup, optimizer, mesh)
     shapes = shapes_of(config, found[0], inputs.longest_prompt, mesh)
-    rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh)
+    greedy = any(objective_of(own).greedy for own in configs)
+    rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh, greedy)
     batches = [_batch(own, inputs, rollout, state, mesh) for own in configs]
     count = shapes.microbatches
     score = compile_score(model, shapes, temperature, mesh)
@@ -98,14 +99,14 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     }  # fmt: skip
 
 
-def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh) -> Rollout:
+def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh, greedy: bool) -> Rollout:
     """The first step's graded completions of both turns, as training would draw them."""
     sampler = samplers.make(config.rollout.sampler, inputs.setup.config, inputs.setup.tokenizer.stop_ids, mesh)
     sampler.load(state.model_params, 0)
     stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
     settings, graders = config.reward, inputs.objective.graders
     with RewardPool(graders, settings.workers, settings.timeout_s, settings.on_error) as pool:
-        collect = Collector(config, sampler, stream, inputs.setup.tokenizer, inputs.chat, pool, inputs.longest_prompt)
+        collect = Collector(config, sampler, stream, inputs.setup.tokenizer, inputs.chat, pool, inputs.longest_prompt, greedy)
         rollout = collect(1, 0, 0)
     sampler.release()
     return rollout

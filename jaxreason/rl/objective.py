@@ -19,6 +19,11 @@ class Objective:
     hooks: tuple[tuple[str, Callable], ...]  # by name
     placement: str  # of the KL: ``loss`` or ``reward``
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the estimator compares with each prompt's greedy completion."""
+        return "greedy_P" in self.estimator.reads
+
     def kl_coef(self, config: cfg.GrpoConfig) -> float:
         """The config's, or what the loss has without one: its preset's."""
         return float(self.loss.options.get("kl_coef", 0.0)) if config.kl.coef is None else config.kl.coef
@@ -39,6 +44,16 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
     fills |= {extra: f"advantage {name}" for extra in estimator.fills}
     fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}
     losses.check_filled(loss, fills)
+    for extra in sorted(estimator.needs - set(fills)):
+        raise UserError(
+            f"advantage.name {name} reads {extra} of every completion, and nothing fills it; a reward or a hook fills it that "
+            f"declares fills=({extra!r},)"
+        )
+    if "greedy_P" in estimator.reads and config.second_turn.samples and config.second_turn.compare == "prompt":
+        raise UserError(
+            f"advantage.name {name} compares with one greedy completion of a prompt, and second_turn.compare=prompt puts "
+            "corrections of several together; use second_turn.compare=completion"
+        )
     if config.kl.refresh_every is not None and not keeps_reference(config, loss):
         raise UserError("kl.refresh_every: there is no reference to refresh; set kl.coef, or use a loss that reads ref_logp")
     return Objective(loss, estimator, graders, hooks, placement)

@@ -26,6 +26,7 @@ class Sequence:
     ref_logp: np.ndarray | None = None  # [n] float32, log-probs of the reference model
     teacher_logp: np.ndarray | None = None  # [n] float32, log-probs of the teacher
     kept: bool = True  # false: measured, not trained
+    greedy: float | None = None  # reward of its prompt's greedy completion (NaN: no reward); None: none was drawn
     extras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [n] float32 each, for a loss of one's own
 
     @property
