@@ -17,6 +17,7 @@ from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from jaxreason import config as cfg
 from jaxreason import model as models
 from jaxreason.data.prompts import Prompt
+from jaxreason.errors import UserError
 from jaxreason.rl import grpo
 from jaxreason.rl.batch import Batcher, order
 from jaxreason.rl.objective import objective_of
@@ -253,3 +254,38 @@ def test_the_shares_of_right_answers_and_the_mean_of_the_correction_are_of_each_
         rho = np.minimum(np.exp(-1.0 - np.concatenate([s.completion.behaviour_logp for s in live])), 2.0)
         picked = np.asarray(batch.selected)[np.asarray(batch.loss_mask) > 0]
         np.testing.assert_allclose(picked, 1 / rho.mean(), rtol=1e-5)
+
+
+def test_a_rule_of_the_current_policy_is_evaluated_before_every_update(settings):
+    """REAL: at the rollout's policy every exponential is 1, so that three right completions share 1 / 4."""
+    train = settings.train.model_copy(update={"minibatches": 1, "truncated": "train"})
+    config = settings.model_copy(update={"loss": cfg.GrpoLoss(name="real"), "kl": cfg.Kl(), "train": train})
+    mesh, objective = make_mesh(cfg.Mesh(), jax.devices()[:1]), objective_of(config)
+    shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+
+    def score(params, batch):  # 0.5 / token more than at params 0
+        return types.SimpleNamespace(logp=jnp.full((shapes.rows, shapes.row_length), -1.0 + 0.5 * params), entropy=None)
+
+    batcher = Batcher(config, objective, shapes, mesh, PAD, score, {})
+    rewards = [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0] * 4, [0.0] * 4]
+    groups = [[dataclasses.replace(s, reward=r) for s, r in zip(*row)] for row in zip(sequences(), rewards)]
+    _, (batch,) = batcher(groups, [], 0, 2)
+
+    def found(batch):  # of each sequence, the first of its tokens
+        first = [np.flatnonzero(np.asarray(batch.sequence_ids == i)[np.asarray(batch.loss_mask) > 0])[0] for i in range(1, 17)]
+        return np.asarray(batch.selected)[np.asarray(batch.loss_mask) > 0][first].reshape(4, 4)
+
+    scale = 16 / 4
+    np.testing.assert_allclose(found(batch)[:2] / scale, [[1 / 4] * 3 + [1 / 2], [1 / 2] + [1 / 4] * 3], rtol=1e-6)
+    assert not found(batch)[2:].any()
+    up, down = np.exp(-0.5 / 0.5), np.exp(0.5 / 0.5)
+    moved = [[1 / (1 + 3 * up)] * 3 + [1 / (1 + down)], [1 / (1 + up)] + [1 / (1 + 3 * down)] * 3]
+    np.testing.assert_allclose(found(batcher.reselected(2, batch, 1))[:2] / scale, moved, rtol=1e-5)
+
+    seen, states = [], [types.SimpleNamespace(model_params=k) for k in range(4)]
+    step = lambda state, batch: (states[state.model_params + 1], {"x": batch})  # noqa: E731
+    fetch = types.SimpleNamespace(fetch=lambda metrics, state: seen.append(metrics["x"]) or {})
+    grpo.update(step, states[0], ["a", "b"], 3, fetch, lambda batch, params: f"{batch}{params}")
+    assert seen == ["a", "b1", "a2"]
+    with pytest.raises(UserError, match=r"set train\.minibatches=1"):
+        objective_of(config.model_copy(update={"train": settings.train}))

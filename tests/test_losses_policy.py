@@ -298,7 +298,7 @@ def test_twin(name, options, token_loss, reduce):
 
 
 def test_every_variant_has_a_twin_and_a_hand_number():
-    picked = {"clip_cov", "kl_cov", "top_entropy"}  # their twins are below
+    picked = {"clip_cov", "kl_cov", "top_entropy", "real"}  # their twins are below
     assert {c[0] for c in CASES} | picked == set(losses.names("policy"))
     assert set(HAND) == set(losses.names("policy"))
 
@@ -348,6 +348,35 @@ def test_selected_tokens_twin():
         np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
 
 
+def test_rewards_as_labels_twin():
+    """The gradient is REAL's own, by finite differences of its formula over whole prompts; the value is sum / (1 + sum).
+    Group 0 holds sequences 7 (right), 9 and 1 (wrong), group 1 holds 2 (right), 5 and -3 (wrong)."""
+    data = twin.arrays()
+    sign = {7: 1.0, 2: 0.5, 9: -1.0, 1: 0.0, 5: -0.3, -3: -2.0}
+    data["advantages"] = np.vectorize(sign.get)(twin.IDS)
+    loss = losses.get("real", real_tau=0.4)
+    assert loss.reselects and loss.needs == {"selected"}
+    inputs = cases.make("policy", data, keys=set(data))
+    inputs = inputs.__class__(**vars(inputs) | {"selected": loss.select(inputs)})
+    value, grad = cases.check_rules(loss, inputs)
+
+    def sums(data):
+        found: dict[tuple[int, bool], float] = {}
+        for where in twin.sequences():
+            seq, (b, t) = twin.Seq(data, data, where), where[0]
+            right = data["advantages"][b, t] > 0
+            side = (int(twin.GROUPS[b, t]), bool(right))
+            found[side] = found.get(side, 0.0) + exp((-1 if right else 1) * seq.mean_log_ratio() / 0.4)
+        return found.values()
+
+    assert len(sums(data)) == 4
+    np.testing.assert_allclose(value, sum(x / (1 + x) for x in sums(data)) / 2, rtol=1e-5)
+    slow = twin.finite_difference(lambda data, frozen: sum(log(1 + x) for x in sums(data)) / 2, data, "logp")
+    np.testing.assert_allclose(grad, slow, rtol=1e-4, atol=1e-6)
+    alone = cases.make("policy", data | {"advantages": np.ones((4, 7))}, keys=set(data))
+    assert not np.any(loss.select(alone))  # all are right: nothing to tell apart
+
+
 # Two sequences: one token with p .4 -> .6 (ratio 1.5) and A = 1; three tokens with p .4 -> .2 (ratio .5) and A = -1.
 HAND = {
     "grpo": ({}, -0.2),  # (-1.2 + .8) / 2
@@ -389,6 +418,7 @@ HAND = {
     "kl_cov": ({"cov_kl_coef": 2.0}, 0.2027326),  # (-1.5 + 2 ln 1.5 + 3 * .5) / 4
     "top_entropy": ({}, -0.32),  # -1.28 / 4
     "opsm": ({}, -0.6),  # drift ln 2 > .5: (-1.2 + 0) / 2
+    "real": ({}, 0.2222222),  # (1.5^-2 + 0) / 2, selected being 1 and 0
     "grpo_entropy": ({}, -0.202),  # -.2 - .001 * 2
 }
 

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("grpo", {"reject": "seq_mean_k3", "reject_max": 0.1, "reject_min": 0.1}, "no lower bound"),
         ("grpo", {"reject": "token_k1", "reject_max": 0.9}, "its reciprocal is the lower bound"),
         ("grpo", {"reject": "token_k1", "reject_min": 3, "reject_max": 2}, "reject_min 3.0 is above reject_max 2.0"),
+        ("real", {"ratio": "token"}, "leave its option ratio at sequence_mean"),
         ("vespo", {"ratio": "sequence_sum"}, "forms the sequence ratio itself"),
         ("nll", {"preset": "trl"}, "applies to policy losses"),
         ("nll", {"kind": "policy"}, "nll is a sft loss"),

@@ -21,10 +21,10 @@ from jaxreason import sampler as samplers
 from jaxreason.compare.read import number
 from jaxreason.compare.runs import Entry
 from jaxreason.data.prompts import PromptStream
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl.adaptive import Adaptive
-from jaxreason.rl.batch import Batcher
+from jaxreason.rl.batch import Batcher, selected
 from jaxreason.rl.collect import Collector, Rollout
 from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models, with_slots
 from jaxreason.rl.objective import objective_of
@@ -76,8 +76,11 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     points, programs = {}, [jax.jit(make_gradient(model, loss, count, temperature)) for loss in found]
     for name, params, old in (("start", state.params, None), ("stale", stale, old_logp)):
         rows_found, gradients = [], []
-        for item, program, batch in zip(firsts, programs, batches):
+        for item, loss, program, batch in zip(firsts, found, programs, batches):
             console.print(f"{name}: {item.loss}", markup=False)
+            if loss.reselects:
+                picked = selected(present(loss.select, "Loss.select"), score(params, batch), batch, config.run.seed, 1)
+                batch = dataclasses.replace(batch, selected=picked)
             batch = dataclasses.replace(batch, old_logp=old)
             value, metrics, gradient, _ = jax.device_get(program(params, batch, None, 0, state.frozen))
             gradients.append([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])

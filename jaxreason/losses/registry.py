@@ -43,6 +43,7 @@ class Loss:
     kl_placement: str = "loss"  # where its KL belongs: ``loss`` or ``reward``
     select: Callable[..., Array] | None = field(default=None, repr=False)
     # select(inputs of the whole step, logp = old_logp, key) -> [B, T] for ``PolicyInputs.selected``
+    reselects: bool = False  # ``select`` is of the current policy: it runs before every update, with logp its own
     divergence: Callable[..., Array] | None = field(default=None, repr=False)
     # divergence(student's logits [..., V], teacher's) -> [...] for ``SftInputs.teacher_divergence``
 
@@ -181,6 +182,8 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
             f"loss vespo takes the correction into its sequence ratio, token by token: correction is "
             f"{options['correction']}; use tis or icepop"
         )
+    if name == "real" and options["ratio"] != "sequence_mean":
+        raise UserError("loss real is of a completion's mean log-ratio; leave its option ratio at sequence_mean")
     rule = variants.step_rule(variant, options)
     needs = {
         "ref_logp": options["kl_coef"] != 0,
@@ -209,6 +212,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         advantage_preset=preset,
         kl_placement=variant.kl_placement if framework is None else framework.kl_placement or variant.kl_placement,
         select=None if rule is None else variants.on_raw(rule),
+        reselects=variant.reselects,
     )
 
 

@@ -5,12 +5,13 @@ token was clipped from below or above) that become the clip fractions.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 from jax.nn import sigmoid
+from pydantic import Field
 
 from jaxreason.errors import present
 from jaxreason.losses.inputs import Fraction
@@ -231,6 +232,21 @@ def topr(x: Tokens, *, positive_weight: float = 1.0, negative_weight: float = 1.
 def dro(x: Tokens, *, beta: float = 0.1) -> Surrogate:
     """-A log pi + beta / 2 l^2: REINFORCE held to the behaviour. DRO (2405.19107); Kimi k1.5 (2501.12599)."""
     return _unclipped(-x.advantages * x.logp + 0.5 * beta * jnp.square(x.log_w))
+
+
+def real(x: Tokens, *, real_tau: Annotated[float, Field(gt=0)] = 0.5) -> Surrogate:
+    """selected e^{-s / tau} where A > 0, selected e^{s / tau} elsewhere, s the mean log-ratio of the sequence. REAL (2602.05630).
+
+    REAL is log(1 + sum_+ e^{-s/tau}) + log(1 + sum_- e^{s/tau}) of the completions of a prompt, whose derivative by one s is
+    that of its exponential over (1 + sum). This denominator, at the policy that is being updated, is what ``selected`` holds
+    (``jaxreason.losses.variants``); so the gradient is REAL's, and the value is sum / (1 + sum) instead of log(1 + sum).
+    """
+    return _unclipped(present(x.selected, _SELECTED) * jnp.exp(real_exponent(x.log_w, x.advantages, real_tau)))
+
+
+def real_exponent(log_w: Array, advantages: Array, tau: float) -> Array:
+    """[B, T] -s / tau where A > 0, s / tau elsewhere, within +-60."""
+    return jnp.clip(jnp.where(advantages > 0, -log_w, log_w) / tau, -60.0, 60.0)
 
 
 def clip_cov(x: Tokens, *, clip_low: float = 0.2, clip_high: float = 1.0) -> Surrogate:

@@ -154,6 +154,14 @@ class Batcher:
         ]
         return finished, done
 
+    def reselected(self, step: int, batch: Batch, params: dict) -> Batch:
+        """The batch with what the loss's rule picks at ``params``, where it is one of the current policy."""
+        loss = self.objective.loss
+        if not loss.reselects:
+            return batch
+        picked = selected(present(loss.select, "Loss.select"), self.score(params, batch), batch, self.config.run.seed, step)
+        return dataclasses.replace(batch, selected=picked)
+
     def _scored(
         self, batches: list[Batch], packed: list[Packed], parts: list[np.ndarray], sequences: list[Sequence]
     ) -> tuple[list[Batch], list[Sequence]]:
@@ -204,15 +212,16 @@ class Batcher:
             old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}
             batch = dataclasses.replace(batch, old_logp=stats.logp, extras=batch.extras | old)
             if loss.select is not None:
-                batch = dataclasses.replace(batch, selected=_selected(loss.select, stats, batch, self.config.run.seed, step))
+                batch = dataclasses.replace(batch, selected=selected(loss.select, stats, batch, self.config.run.seed, step))
         return batch
 
 
-def _selected(select: Callable[..., Array], stats: HeadStats, batch: Batch, seed: int, step: int) -> Array:
-    """What the loss's step-wide rule picks."""
+def selected(select: Callable[..., Array], stats: HeadStats, batch: Batch, seed: int, step: int) -> Array:
+    """What the loss's step-wide rule picks at the policy that ``stats`` are of."""
     inputs = PolicyInputs(
-        stats.logp, stats.logp, present(batch.advantages, "Batch.advantages"), batch.loss_mask, entropy=stats.entropy,
-        sampler_logp=batch.sampler_logp, sequence_ids=batch.sequence_ids, group_ids=batch.group_ids, extras=batch.extras,
+        stats.logp, present(batch.old_logp, "Batch.old_logp"), present(batch.advantages, "Batch.advantages"), batch.loss_mask,
+        entropy=stats.entropy, sampler_logp=batch.sampler_logp, sequence_ids=batch.sequence_ids, group_ids=batch.group_ids,
+        extras=batch.extras,
     )  # fmt: skip
     return select(inputs, jax.random.fold_in(jax.random.key(seed), step))
 

@@ -112,7 +112,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             state = shelf.take(state)
             cursor, update_clock = rollout.cursor, time.monotonic()
             sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, coefs.now)
-            state, record = update(train_step, state, batches, updates, loop)
+            state, record = update(train_step, state, batches, updates, loop, functools.partial(batcher.reselected, step))
             del batches
             times = rollout.seconds | {"update": time.monotonic() - update_clock} | shelf.seconds
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
@@ -244,11 +244,18 @@ def kept_reference(config: cfg.GrpoConfig, others: dict[str, ScoringModel]) -> d
     return {} if config.kl.refresh_every is None else {"reference": others["ref_logp"].params()}
 
 
-def update(train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop) -> tuple[TrainState, dict]:
-    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``."""
+def update(
+    train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop,
+    reselected: Callable[[Batch, dict], Batch] = lambda batch, _: batch,
+) -> tuple[TrainState, dict]:  # fmt: skip
+    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``.
+
+    ``reselected`` gives a batch what a rule of the current policy picks; the first update's is that of the rollout's.
+    """
     merged: dict[str, float] = {}
     for number in range(updates):
-        state, metrics = train_step(state, batches[number % len(batches)])
+        batch = batches[number % len(batches)]
+        state, metrics = train_step(state, reselected(batch, state.model_params) if number else batch)
         for name, value in loop.fetch(metrics, state).items():
             value = value if name.endswith(("_max", "_min")) else value / updates
             merged[name] = float(combine_metrics(name, merged[name], value)) if name in merged else value

@@ -44,6 +44,11 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
     fills |= {extra: f"advantage {name}" for extra in estimator.fills}
     fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}
     losses.check_filled(loss, fills)
+    if loss.reselects and config.train.minibatches > 1:
+        raise UserError(
+            f"loss.name {loss.name} compares the completions of a prompt with each other, and train.minibatches "
+            f"{config.train.minibatches} puts them into different updates; set train.minibatches=1"
+        )
     for extra in sorted(estimator.needs - set(fills)):
         raise UserError(
             f"advantage.name {name} reads {extra} of every completion, and nothing fills it; a reward or a hook fills it that "
