@@ -62,6 +62,7 @@ class Batch(Generic[Leaf]):
     selected: Leaf | None = None  # [B, T] float32, what the loss's step-wide rule picked
     token_weights: Leaf | None = None  # [B, T] float32, weight of the target in a supervised loss
     entropy_coef: Leaf | None = None  # [B, T] float32, this step's coefficient of an adaptive entropy bonus
+    kl_coef: Leaf | None = None  # [B, T] float32, this step's coefficient of an adaptive KL
     teacher: TeacherView[Leaf] | None = None  # None: a teacher reads what the model reads
     extras: dict[str, Leaf] = dataclasses.field(default_factory=dict)  # [B, T] float32 each, what a loss of one's own reads
 

@@ -21,9 +21,10 @@ from jaxreason import sampler as samplers
 from jaxreason.compare.read import number
 from jaxreason.compare.runs import Entry
 from jaxreason.data.prompts import PromptStream
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.rewards.pool import RewardPool
-from jaxreason.rl.batch import Batcher
+from jaxreason.rl.adaptive import Adaptive
+from jaxreason.rl.batch import Batcher, selected
 from jaxreason.rl.collect import Collector, Rollout
 from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models, with_slots
 from jaxreason.rl.objective import objective_of
@@ -63,7 +64,8 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     optimizer = opt.make(steady, 1)
     state = start_state(config, inputs.setup, optimizer, mesh)
     shapes = shapes_of(config, found[0], inputs.longest_prompt, mesh)
-    rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh)
+    greedy = any(objective_of(own).greedy for own in configs)
+    rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh, greedy)
     batches = [_batch(own, inputs, rollout, state, mesh) for own in configs]
     count = shapes.microbatches
     score = compile_score(model, shapes, temperature, mesh)
@@ -74,8 +76,11 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     points, programs = {}, [jax.jit(make_gradient(model, loss, count, temperature)) for loss in found]
     for name, params, old in (("start", state.params, None), ("stale", stale, old_logp)):
         rows_found, gradients = [], []
-        for item, program, batch in zip(firsts, programs, batches):
+        for item, loss, program, batch in zip(firsts, found, programs, batches):
             console.print(f"{name}: {item.loss}", markup=False)
+            if loss.reselects:
+                picked = selected(present(loss.select, "Loss.select"), score(params, batch), batch, config.run.seed, 1)
+                batch = dataclasses.replace(batch, selected=picked)
             batch = dataclasses.replace(batch, old_logp=old)
             value, metrics, gradient, _ = jax.device_get(program(params, batch, None, 0, state.frozen))
             gradients.append([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])
@@ -97,14 +102,14 @@ def measure(entries: Sequence[Entry], found: Sequence[losses.Loss]) -> dict:
     }  # fmt: skip
 
 
-def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh) -> Rollout:
+def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh, greedy: bool) -> Rollout:
     """The first step's graded completions of both turns, as training would draw them."""
     sampler = samplers.make(config.rollout.sampler, inputs.setup.config, inputs.setup.tokenizer.stop_ids, mesh)
     sampler.load(state.model_params, 0)
     stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
     settings, graders = config.reward, inputs.objective.graders
     with RewardPool(graders, settings.workers, settings.timeout_s, settings.on_error) as pool:
-        collect = Collector(config, sampler, stream, inputs.setup.tokenizer, inputs.chat, pool, inputs.longest_prompt)
+        collect = Collector(config, sampler, stream, inputs.setup.tokenizer, inputs.chat, pool, inputs.longest_prompt, greedy)
         rollout = collect(1, 0, 0)
     sampler.release()
     return rollout
@@ -126,8 +131,7 @@ def _batch(config: cfg.GrpoConfig, inputs: Inputs, rollout: Rollout, state: Trai
     score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
     others = scoring_models(config, dataclasses.replace(inputs, objective=objective), score, shapes, mesh)
     batcher = Batcher(config, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others)
-    bonus = None if config.entropy.target is None else config.entropy.coef
-    _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, bonus)
+    _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, Adaptive(config).now)
     return batch
 
 

@@ -86,8 +86,24 @@ class Kl(Section):
     in the reward, the others in the loss)."""
     estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+", "k1_unbiased", "k2_unbiased", "k3_unbiased"] | None = None
     """Of the KL in the loss; null: k3, or what ``loss.preset`` has."""
+    target: float | None = Field(None, gt=0)
+    """Nats a token, of the metric ``kl``: above it the coefficient grows from step to step, below it it shrinks, beginning with
+    ``coef`` (arXiv 1909.08593); null: ``coef`` stays."""
+    gain: float = Field(0.1, gt=0)
+    """By how much: a step multiplies the coefficient by 1 + gain · clip(kl / target − 1, ±0.2)."""
+    refresh_every: Positive | None = None
+    """Steps after which the reference becomes the policy that they trained (DeepSeek-R1: 400); checkpoints hold it then. null:
+    it stays what the run started from."""
+    refresh_weight: float = Field(1.0, gt=0, le=1)
+    """w of such a reference: w · policy + (1 − w) · the reference so far (TR-DPO, arXiv 2404.09656); 1: the policy."""
     offload: bool = False
     """Keep the reference in host memory and copy it to the devices once a step, to score."""
+
+    @model_validator(mode="after")
+    def _first_coefficient(self):
+        if self.target is not None and not self.coef:
+            raise ValueError("kl.target moves the coefficient from step to step and needs its first value: set kl.coef above 0")
+        return self
 
 
 class Entropy(Section):
@@ -104,8 +120,8 @@ class Teacher(Section):
     """On-policy distillation: the policy's own samples, judged token by token by a teacher."""
 
     weights: str | None = None
-    """A model with the same tokenizer, Hugging Face directory, hub id or run; ``start``: the weights that the run began with;
-    ``self``: the policy as it is at each update (with ``context``); null: no teacher."""
+    """A model with the same tokenizer, Hugging Face directory, hub id or run; ``start``: the reference, that is the weights that
+    the run began with, or what kl.refresh_every made of them; ``self``: the policy as it is at each update (with ``context``); null: no teacher."""
     divergence: (
         Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl"] | None
     ) = None

@@ -211,6 +211,12 @@ class SftTeacher(Section):
     directory, hub id or run."""
 
 
+class Reference(Section):
+    refresh_every: Positive | None = None
+    """Steps after which the model that asft, sft_kl, iw_sft, rho1 and psft compare with becomes the one that they trained;
+    checkpoints hold it then. null: it stays what the run started from. psft needs a number (8 in its authors' code)."""
+
+
 class Grader(Section):
     grader: str = "accuracy"
     """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
@@ -283,6 +289,7 @@ class SftConfig(Section):
     data: Data
     loss: SftLoss = SftLoss()
     teacher: SftTeacher = SftTeacher()
+    reference: Reference = Reference()
     optimizer: Optimizer = Optimizer()
     train: SftTrain
     eval: Eval = Eval()

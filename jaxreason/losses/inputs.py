@@ -65,6 +65,7 @@ class PolicyInputs:
     teacher_divergence: Array | None = None  # ``Loss.divergence`` of the policy's and the teacher's logits, nats
     selected: Array | None = None  # > 0 where the loss's step-wide rule picked the token (``Loss.select``)
     entropy_coef: Array | None = None  # replaces the option of that name (adaptive entropy bonus)
+    kl_coef: Array | None = None  # replaces the option of that name, where it is not 0 (adaptive KL)
     extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # further inputs, by the names that fill them
 
 
@@ -125,7 +126,8 @@ def check_shapes(inputs: Inputs) -> None:
 
     Raises UserError with the shapes.
     """
-    given = {name: x for name, x in vars(inputs).items() if name not in ("totals", "extras", "entropy_coef") and x is not None}
+    other = ("totals", "extras", "entropy_coef", "kl_coef")
+    given = {name: x for name, x in vars(inputs).items() if name not in other and x is not None}
     given |= {f"extras[{name!r}]": x for name, x in inputs.extras.items()}
     arrays = list(given.values())
     try:
@@ -142,3 +144,10 @@ def need(inputs: Inputs, field: str, why: str) -> Array:
     if value is None:
         raise UserError(f"the loss needs {type(inputs).__name__}.{field} [B, T] ({why}), but it is None")
     return value
+
+
+def need_extra(inputs: Inputs, name: str, why: str) -> Array:
+    """The extra's array. Raises UserError if it is not there."""
+    if name not in inputs.extras:
+        raise UserError(f"the loss needs {type(inputs).__name__}.extras[{name!r}] [B, T] ({why}), but it is not there")
+    return inputs.extras[name]

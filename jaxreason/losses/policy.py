@@ -8,12 +8,12 @@ from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError, present
 from jaxreason.losses.axes import LOG_RATIO_CLAMP, Axes, Behaviour, CorrectionAxis, DistillAxis, Reduce
-from jaxreason.losses.inputs import PolicyInputs, clean, need, totals_of
+from jaxreason.losses.inputs import PolicyInputs, clean, need, need_extra, totals_of
 from jaxreason.losses.kl import kl
 from jaxreason.losses.ratio import log_ratio
 from jaxreason.losses.reduce import reduction_weights
-from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, off_policy_keep, sampler_weights
-from jaxreason.losses.segments import Sequences
+from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, normalizer, off_policy_keep, rejected, sampler_weights
+from jaxreason.losses.segments import Sequences, sequences_of
 from jaxreason.losses.select import top_entropy_tokens
 from jaxreason.losses.surrogate import Surrogate, Tokens
 from jaxreason.types import Totals
@@ -42,6 +42,8 @@ def policy_loss(
 
     selected = _selected(inputs, select)
     rho = _rho(inputs, axes.correction, sequences)
+    if rho is not None and axes.correction.correction_normalize == "step":
+        rho = rho * present(selected, "PolicyInputs.selected (correction_normalize)")
     tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
     loss, clipped_low, clipped_high, corrected = surrogate(tokens)
     # By token whatever the loss's own ratio is, so that losses can be compared: a sequence's mean is calmer than its tokens.
@@ -63,7 +65,8 @@ def policy_loss(
         estimate = _kl(inputs, axes, log_w, sequences)
         metrics["kl"] = _mean(estimate, sequences.live, totals)
         if axes.kl.kl_coef != 0:
-            value = value + axes.kl.kl_coef * jnp.sum(_weights(axes.kl.kl_reduce, axes, inputs, sequences, totals) * estimate)
+            coef = axes.kl.kl_coef if inputs.kl_coef is None else inputs.kl_coef
+            value = value + jnp.sum(_weights(axes.kl.kl_reduce, axes, inputs, sequences, totals) * (coef * estimate))
     coef = axes.entropy.entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
     if inputs.entropy_coef is not None or axes.entropy.entropy_coef != 0:
         bonus = coef * need(inputs, "entropy", "entropy_coef")
@@ -74,6 +77,9 @@ def policy_loss(
         divergence = _divergence(inputs, axes.distill, sequences)
         weights = _weights(axes.distill.distill_reduce, axes, inputs, sequences, totals)
         value = value + axes.distill.distill_coef * jnp.sum(weights * divergence)
+    if coef := axes.imitation.positive_nll_coef:
+        positive = need_extra(inputs, "positive", f"positive_nll_coef {coef}")
+        value = value - coef * jnp.sum(_weights("token-mean", axes, inputs, sequences, totals) * positive * inputs.logp)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
 
 
@@ -95,6 +101,14 @@ def _kept(
         keep = off_policy_keep(inputs.logp, drifted_from, inputs.advantages, threshold, sequences)
         loss = loss * keep
         metrics["off_policy_dropped"] = 1.0 - keep
+    if axes.correction.reject != "none":
+        axis, sampler_logp = axes.correction, need(inputs, "sampler_logp", f"reject {axes.correction.reject}")
+        far = rejected(
+            inputs.old_logp, sampler_logp, inputs.advantages, axis.reject, axis.reject_min,
+            present(axis.reject_max, "reject_max"), sequences,
+        )  # fmt: skip
+        loss = jnp.where(far, 0.0, loss)
+        metrics["rejected_fraction"] = far
     if axes.entropy.top_entropy is not None:
         picked = present(selected, "PolicyInputs.selected (top_entropy)")
         loss = jnp.where(picked > 0, loss, 0.0)
@@ -163,6 +177,12 @@ def adapt_entropy_coef(coef: float, entropy: float, target: float, delta: float 
     return (coef if entropy <= target else 0.0), max(carried, 0.0)
 
 
+def adapt_kl_coef(coef: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """The next step's coefficient, coef (1 + gain clip(kl / target - 1, -0.2, 0.2)): the controller of 1909.08593 (gain 0.1),
+    which verl and TRL's PPO have with gain = samples of a step / horizon. Run by the host once a step."""
+    return coef * (1.0 + gain * min(max(kl / target - 1.0, -0.2), 0.2))
+
+
 def top_entropy_rule(fraction: float) -> Callable[..., Array]:
     """The step-wide rule of ``top_entropy``: tokens of the step / tokens picked on those picked, so that a sum over all of
     them divided by the step's tokens is a mean over the picked ones; 0 elsewhere."""
@@ -171,6 +191,17 @@ def top_entropy_rule(fraction: float) -> Callable[..., Array]:
         del key
         picked = top_entropy_tokens(need(inputs, "entropy", "top_entropy"), inputs.mask, fraction)
         return picked * (jnp.sum(inputs.mask > 0, dtype=jnp.float32) / jnp.maximum(jnp.sum(picked), 1.0))
+
+    return rule
+
+
+def normalize_rule(axis: CorrectionAxis) -> Callable[..., Array]:
+    """The step-wide rule of ``correction_normalize``: 1 / the mean of rho."""
+
+    def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
+        del key
+        sequences = sequences_of(inputs.mask > 0, inputs.sequence_ids)
+        return normalizer(present(_rho(inputs, axis, sequences), "a correction"), axis.correction, sequences)
 
     return rule
 

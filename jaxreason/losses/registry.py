@@ -42,6 +42,7 @@ class Loss:
     kl_placement: str = "loss"  # where its KL belongs: ``loss`` or ``reward``
     select: Callable[..., Array] | None = field(default=None, repr=False)
     # select(inputs of the whole step, logp = old_logp, key) -> [B, T] for ``PolicyInputs.selected``
+    reselects: bool = False  # ``select`` is of the current policy: it runs before every update, with logp its own
     divergence: distill.Divergence | None = field(default=None, repr=False)
     # divergence(student's logits [..., V], teacher's) -> [...] for ``inputs.teacher_divergence``
 
@@ -181,7 +182,7 @@ def _sft(name: str, options: dict[str, Any]) -> Loss:
 
 def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
     variant, framework = variants.VARIANTS[name], None if preset is None else presets.find(preset)
-    sampler_correction.check_bounds(options["correction"], options["correction_min"], options["correction_max"])
+    sampler_correction.check_bounds(options)
     for key in ("reduce", "kl_reduce", "entropy_reduce", "distill_reduce"):
         if options[key] == "token-sum/const" and options["max_completion_tokens"] is None:
             raise UserError(f"loss {name}: {key} token-sum/const divides by a constant; set loss.options.max_completion_tokens")
@@ -192,10 +193,13 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
             f"loss vespo takes the correction into its sequence ratio, token by token: correction is "
             f"{options['correction']}; use tis or icepop"
         )
+    if name == "real" and options["ratio"] != "sequence_mean":
+        raise UserError("loss real is of a completion's mean log-ratio; leave its option ratio at sequence_mean")
     rule = variants.step_rule(variant, options)
     needs = {
         "ref_logp": options["kl_coef"] != 0,
         "sampler_logp": options["correction"] != "none"
+        or options["reject"] != "none"
         or options["behaviour"] == "sampler"
         or (options["kl_coef"] != 0 and options["kl_ratio"] == "sampler")
         or (options["off_policy_threshold"] is not None and options["off_policy_behaviour"] == "sampler"),
@@ -203,6 +207,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         "group_tokens": "prompt-mean" in (options[f"{axis}reduce"] for axis in ("", "kl_", "entropy_", "distill_")),
         "selected": rule is not None,
         "teacher_divergence": options["distill_coef"] != 0,
+        "positive": options["positive_nll_coef"] != 0,
     }
 
     def function(inputs: PolicyInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
@@ -219,6 +224,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         advantage_preset=preset,
         kl_placement=variant.kl_placement if framework is None else framework.kl_placement or variant.kl_placement,
         select=None if rule is None else variants.on_raw(rule),
+        reselects=variant.reselects,
     )
 
 

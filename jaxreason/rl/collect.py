@@ -16,10 +16,11 @@ from jaxreason.errors import present
 from jaxreason.evaluate.accuracy import sample_of
 from jaxreason.losses import advantage
 from jaxreason.model import ModelConfig
-from jaxreason.rewards.pool import RewardPool
+from jaxreason.rewards.pool import Graded, RewardPool
+from jaxreason.rewards.sample import Sample
 from jaxreason.rl import turns
 from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, metrics_of
-from jaxreason.sampler import ROUNDS, Completion, Job, Sampler, sampling_of
+from jaxreason.sampler import ROUNDS, Completion, Job, Sampler, Sampling, sampling_of
 from jaxreason.sampler.engine.slots import Room, that_fit
 from jaxreason.terminal import console
 from jaxreason.train import hosts
@@ -62,7 +63,8 @@ def rollout_job(config: cfg.GrpoConfig) -> Job:
 class Collector:
     """Draws and grades. With several processes each takes its share of a step's prompts.
 
-    ``longest_prompt``: most tokens of a prompt of either turn; a correction whose prompt is longer is left out.
+    ``longest_prompt``: most tokens of a prompt of either turn; a correction whose prompt is longer is left out. ``greedy``:
+    every prompt is also completed greedily, for an estimator that compares with that reward.
     """
 
     config: cfg.GrpoConfig
@@ -72,6 +74,7 @@ class Collector:
     chat: Chat
     pool: RewardPool
     longest_prompt: int
+    greedy: bool = False
 
     def __call__(self, step: int, cursor: int, params_step: int) -> Rollout:
         """Both turns of one step, from the sampler's weights, which are those of optimizer step ``params_step``."""
@@ -176,22 +179,37 @@ class Collector:
         if any(c.params_step != params_step for c in completions):
             raise RuntimeError("the rollout used weights of another step")
         seconds["rollout"] += time.monotonic() - clock
-        clock = time.monotonic()
-        limit = job.sampling.max_completion_tokens
+        inputs, graded = self._grade(prompts, completions, job, step, seconds)
+        greedy: list[float | None] = [None] * len(prompts)
+        if self.greedy:
+            clock = time.monotonic()
+            sampling = Sampling(temperature=0.0, max_completion_tokens=job.sampling.max_completion_tokens)
+            best = self.sampler.generate([p.ids for p in prompts], dataclasses.replace(job, sampling=sampling, samples=1))
+            seconds["rollout"] += time.monotonic() - clock
+            totals = self._grade(prompts, best, job, step, seconds)[1].total
+            greedy = [math.nan if total is None else float(total) for total in totals]
+        names = labels(self.pool.names)
+        sequences = [
+            Sequence(
+                prompts[c.prompt_index], c, sample.completion, offset + c.prompt_index, dict(zip(names, map(float, row))),
+                math.nan if total is None else float(total), greedy=greedy[c.prompt_index], extras=dict(extras),
+            )
+            for c, sample, row, total, extras in zip(completions, inputs, graded.rewards, graded.total, graded.extras)
+        ]  # fmt: skip
+        return [sequences[i : i + job.samples] for i in range(0, len(sequences), job.samples)], len(graded.errors)
+
+
+    def _grade(
+        self, prompts: Many[Prompt], completions: list[Completion], job: Job, step: int, seconds: dict[str, float]
+    ) -> tuple[list[Sample], Graded]:
+        """What the graders were given, and what they said; the first errors are shown."""
+        clock, limit = time.monotonic(), job.sampling.max_completion_tokens
         inputs = [sample_of(prompts[c.prompt_index], c, self.tokenizer, limit) for c in completions]
         graded = self.pool.grade(inputs)
         for error in graded.errors[:3]:
             console.print(f"step {step}: {error}", markup=False)
         seconds["reward"] += time.monotonic() - clock
-        names = labels(self.pool.names)
-        sequences = [
-            Sequence(
-                prompts[c.prompt_index], c, sample.completion, offset + c.prompt_index, dict(zip(names, map(float, row))),
-                math.nan if total is None else float(total), extras=dict(extras),
-            )
-            for c, sample, row, total, extras in zip(completions, inputs, graded.rewards, graded.total, graded.extras)
-        ]  # fmt: skip
-        return [sequences[i : i + job.samples] for i in range(0, len(sequences), job.samples)], len(graded.errors)
+        return inputs, graded
 
 
 def _numbers(count: int) -> tuple[int, int]:

@@ -97,8 +97,9 @@ def longest_prompt(config: cfg.GrpoConfig, first: int, phrase_tokens: int) -> in
 
 
 def keeps_reference(config: cfg.GrpoConfig, loss: Loss) -> bool:
-    """Whether the reference scores every rollout: for a KL, or for a loss of one's own that reads it."""
-    return bool(config.kl.coef) or "ref_logp" in loss.needs
+    """Whether the reference scores every rollout: for a KL, a loss that reads it, or a teacher that is refreshed with it."""
+    moves = config.teacher.weights == "start" and config.kl.refresh_every is not None
+    return bool(config.kl.coef) or "ref_logp" in loss.needs or moves
 
 
 def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
@@ -112,6 +113,7 @@ def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
 
 
 OLD_ENTROPY = "old_entropy"  # an input that a loss of one's own may declare; the scoring pass fills it
+POSITIVE = "positive"  # another, which the rewards fill: tokens of the update / those of its samples with reward > 0, on these
 
 
 def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
@@ -124,5 +126,6 @@ def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
         "old_logp": scores_old(config, loss),
         "selected": loss.select is not None,
         "entropy_coef": config.entropy.target is not None,
+        "kl_coef": config.kl.target is not None and (config.kl.placement or loss.kl_placement) == "loss",
     }
     return tuple(name for name, there in present.items() if there)

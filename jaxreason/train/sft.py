@@ -1,5 +1,6 @@
 """Supervised fine-tuning: from config to summary.json."""
 
+import functools
 import time
 
 import jax
@@ -27,6 +28,7 @@ from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter, segment_lengths
+from jaxreason.train.scoring import moved
 from jaxreason.train.setup import (
     Other,
     Setup,
@@ -42,6 +44,7 @@ from jaxreason.train.step import COMPARED, Noise, abstract_second, batch_loss, m
 from jaxreason.types import Batch, Totals, TrainState
 
 _DISTILLING = ", ".join(distill.DIVERGENCES)
+_OF_REFERENCE = frozenset({"ref_logp", "ref_kl"})
 SHOWN = ("loss", "eval_loss", "trained_tokens_per_second", "eval_accuracy")
 
 
@@ -89,14 +92,19 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         batches = loader(data.train, total, process_index=jax.process_index(), process_count=jax.process_count())
         if data_state is not None:
             batches.set_state(data_state)
-        second, meter = compared and compared.params(mesh), Meter(model, jax.local_devices())
-        for _ in loop:
+        every, meter = config.reference.refresh_every, Meter(model, jax.local_devices())
+        second = None if every is None else loop.restore_more("reference", second_shape)
+        if second is None and compared is not None:
+            second = compared.params(mesh)
+        for step in loop:
             clock, batch = time.monotonic(), next(batches)
             state, metrics = step_of(state, put(batch, mesh), second)
             record = loop.fetch(metrics, state)
             seconds = time.monotonic() - clock
             record |= speeds(seconds, record["tokens"], batch) | meter(segment_lengths(batch.segment_ids), seconds)
-            loop.end(state, record, batches.get_state())
+            if every is not None and step % every == 0:
+                second = moved(present(second, "the reference"), state.model_params, 1.0)
+            loop.end(state, record, batches.get_state(), functools.partial(dict, {} if every is None else {"reference": second}))
         return loop.finish()
 
 
@@ -164,6 +172,14 @@ def find_loss(config: cfg.SftConfig) -> losses.Loss:
         raise UserError(f"loss.name {name} distils a teacher: set teacher.weights")
     if teacher is not None and "teacher_divergence" not in loss.needs:
         raise UserError(f"teacher.weights {teacher}: loss.name {name} reads no teacher; use one of {_DISTILLING}")
+    compares = bool(loss.needs & _OF_REFERENCE)
+    if config.reference.refresh_every is not None and not compares:
+        raise UserError(f"reference.refresh_every: loss.name {name} compares with no reference; leave it null")
+    if name == "psft" and config.reference.refresh_every is None:
+        raise UserError(
+            "loss.name psft moves away from a reference that follows it: set reference.refresh_every (8 in its authors' code); "
+            "compared with the start of the run, every token that is learned would lose its gradient for good"
+        )
     weighted = (config.data.think_weight, config.data.answer_weight) != (1.0, 1.0)
     if weighted and ":" in name and "token_weights" not in loss.needs:
         raise UserError(f"data.think_weight, data.answer_weight: {name} does not read inputs.token_weights")

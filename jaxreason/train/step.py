@@ -86,8 +86,8 @@ def batch_loss(
         stats.logp, old, present(batch.advantages, "Batch.advantages"), batch.loss_mask,
         ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp, entropy=stats.entropy, sequence_ids=ids,
         group_ids=batch.group_ids, totals=totals,
-        group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, extras=batch.extras,
-        teacher_divergence=divergence,
+        group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, kl_coef=batch.kl_coef,
+        extras=batch.extras, teacher_divergence=divergence,
     )  # fmt: skip
     return loss(inputs)
 
