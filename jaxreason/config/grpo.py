@@ -121,7 +121,8 @@ class Teacher(Section):
 
     weights: str | None = None
     """A model with the same tokenizer, Hugging Face directory, hub id or run; ``start``: the reference, that is the weights that
-    the run began with, or what kl.refresh_every made of them; ``self``: the policy as it is at each update (with ``context``); null: no teacher."""
+    the run began with, or what kl.refresh_every made of them; ``self``: the policy as it is at each update (with ``context``);
+    null: no teacher."""
     divergence: (
         Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl"] | None
     ) = None
