@@ -2,6 +2,7 @@
 
     RUN/checkpoints/00000020/params/     Orbax
                              optimizer/  Orbax
+                             reference/  Orbax, of a run whose reference is refreshed
                              data.json   the data iterator's state
                              model.json  the architecture
                              manifest.json  sha256 of every file above; a step without it was never finished
@@ -20,7 +21,9 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import jax
@@ -230,7 +233,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int):
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._savers = {"params": ocp.StandardCheckpointer(), "optimizer": ocp.StandardCheckpointer()}
+        self._savers: dict[str, ocp.StandardCheckpointer] = {}  # by the directory that each writes
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
 
@@ -246,8 +249,12 @@ class Checkpoints:
                 _clear(path)
         return cut
 
-    def save(self, state: TrainState, data_state: dict, model: ModelConfig) -> None:
+    def save(
+        self, state: TrainState, data_state: dict, model: ModelConfig, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Starts writing ``state`` under its step; returns once the device arrays may be changed again.
+
+        ``more``: further trees of arrays, each by the name of its directory.
 
         Raises UserError if an earlier save failed or the disk lacks the room.
         """
@@ -255,7 +262,7 @@ class Checkpoints:
         step = int(state.step)
         path = self.directory / f"{step:08d}"
         self.directory.mkdir(parents=True, exist_ok=True)
-        size = sum(x.nbytes for x in jax.tree.leaves((state.model_params, state.opt_state)))
+        size = sum(x.nbytes for x in jax.tree.leaves((state.model_params, state.opt_state, dict(more))))
         free = shutil.disk_usage(self.directory).free
         if free < size * _MARGIN:
             raise UserError(
@@ -265,8 +272,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             _begin(path)
         try:
-            self._savers["params"].save(path / "params", state.model_params)
-            self._savers["optimizer"].save(path / "optimizer", {"opt_state": state.opt_state})
+            trees = {"params": state.model_params, "optimizer": {"opt_state": state.opt_state}, **more}
+            for name, tree in trees.items():
+                self._savers.setdefault(name, ocp.StandardCheckpointer()).save(path / name, tree)
         except OSError as error:
             raise _failed(step, error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, path, data_state, model), daemon=True)
@@ -307,6 +315,11 @@ class Checkpoints:
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), place)
         trained, frozen = (_part(params, part) for part in (abstract.params, abstract.frozen))
         return TrainState(count, trained, frozen, opt_state), json.loads((path / "data.json").read_text())
+
+
+    def restore_more(self, step: int, name: str, abstract: Any) -> Any:
+        """What was saved as ``more[name]`` with a step that :meth:`restore` has verified, on the shardings of ``abstract``."""
+        return restore_tree(self.directory / f"{step:08d}" / name, abstract)
 
 
 def _part(params: dict, like: dict) -> dict:

@@ -24,6 +24,21 @@ BATCH_AXES = ("data", "fsdp")  # mesh axes that the rows of a batch are split ov
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TeacherView(Generic[Leaf]):
+    """The same rows as a teacher reads them: the same completions after prompts of its own, all [B, T].
+
+    ``source[:, t]`` is the column of the teacher's row that predicts ``targets[:, t]``.
+    """
+
+    tokens: Leaf  # int32
+    positions: Leaf  # int32
+    segment_ids: Leaf  # int32
+    source: Leaf  # int32
+    taught: Leaf  # float32, 1 where the teacher has something to say
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch(Generic[Leaf]):
     """Rows of one optimizer step, or of one microbatch of it.
 
@@ -47,6 +62,8 @@ class Batch(Generic[Leaf]):
     selected: Leaf | None = None  # [B, T] float32, what the loss's step-wide rule picked
     token_weights: Leaf | None = None  # [B, T] float32, weight of the target in a supervised loss
     entropy_coef: Leaf | None = None  # [B, T] float32, this step's coefficient of an adaptive entropy bonus
+    kl_coef: Leaf | None = None  # [B, T] float32, this step's coefficient of an adaptive KL
+    teacher: TeacherView[Leaf] | None = None  # None: a teacher reads what the model reads
     extras: dict[str, Leaf] = dataclasses.field(default_factory=dict)  # [B, T] float32 each, what a loss of one's own reads
 
 

@@ -7,6 +7,7 @@ sampler, the reward pool and the scoring models.
 import dataclasses
 import json
 import sys
+import types
 from typing import ClassVar
 
 import config_keys_sft as shared
@@ -22,7 +23,7 @@ from jaxreason.data.prompts import Prompt, PromptStream, load_prompts
 from jaxreason.evaluate import accuracy
 from jaxreason.losses.check import tiny_inputs
 from jaxreason.losses.reduce import whole_step
-from jaxreason.rl import grpo
+from jaxreason.rl import adaptive, grpo
 from jaxreason.rl.advantages import advantages_of
 from jaxreason.rl.objective import find_loss, objective_of
 from jaxreason.rl.sequence import Sequence
@@ -31,6 +32,7 @@ from jaxreason.sampler import Completion
 from jaxreason.sharding import make_mesh
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
+from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import held_out_problems, open_model
 
 
@@ -125,10 +127,26 @@ def updates(places: Places, words: list[str]) -> object:
 
 def bonus(places: Places, words: list[str]) -> object:
     """The adaptive entropy coefficient over three steps."""
-    found, seen = grpo.Bonus(config_of(places, words).entropy), []
+    found, seen = adaptive.Bonus(config_of(places, words).entropy), []
     for entropy in (0.1, 0.2, 3.0):
         seen.append(found.after(entropy))
     return seen
+
+
+def leash(places: Places, words: list[str]) -> object:
+    """The adaptive coefficient of the KL over three steps."""
+    found, seen = adaptive.Leash(config_of(places, words).kl), []
+    for kl in (0.1, 0.2, 0.0):
+        seen.append(found.after(kl))
+    return seen
+
+
+def refreshed(places: Places, words: list[str]) -> object:
+    """The reference after two steps."""
+    others = {"ref_logp": ScoringModel(None, {"w": jax.numpy.zeros(2)}, False)}
+    policy = types.SimpleNamespace(model_params={"w": jax.numpy.ones(2)})
+    grpo.refresh(config_of(places, words), others, policy, 2)
+    return digest(others["ref_logp"].params()["w"])
 
 
 def frozen(places: Places, words: list[str]) -> object:
@@ -175,8 +193,26 @@ def earned(places: Places, words: list[str]) -> object:
     return digest(*(np.asarray(s.advantage) for turn in turns for group in turn for s in group))
 
 
+def divergence(places: Places, words: list[str]) -> object:
+    """What is measured between two distributions."""
+    logits = np.random.default_rng(0).normal(size=(2, 3, 11)).astype(np.float32)
+    return digest(objective_of(config_of(places, words)).loss.divergence(*logits))
+
+
+def told(places: Places, words: list[str]) -> object:
+    """What the teacher reads of the first problem, and how much longer that may be."""
+    config = config_of(places, words)
+    inputs = grpo.open_inputs(config)
+    done = Completion(0, 0, np.zeros(1, np.int32), np.zeros(1), np.zeros(1), False, 0)
+    groups = inputs.teacher_prompts([[Sequence(inputs.prompts[0], done, "", 0, {}, 0.0)]])
+    return groups[0][0].teacher_ids, inputs.teacher_prompts.max_more
+
+
 NOT_EMBEDDED = ["data.source={rows}", "data.max_rows=null"]
 SPLITS = ["data.source={splits}", "data.max_rows=null"]
+
+TAUGHT = ["loss.name=distill", "teacher.weights=start", "teacher.divergence=reverse_kl"]
+TOLD = [*TAUGHT, "teacher.context=answer", "rollout.max_completion_tokens=100"]
 
 ROWS: dict[str, tuple] = {
     "run.seed": (prompts, 1),
@@ -209,7 +245,17 @@ ROWS: dict[str, tuple] = {
     "kl.coef": (loss, 0.5),
     "kl.placement": (placement, "reward", "kl.coef=0.1"),
     "kl.estimator": (loss, "k2", "kl.coef=0.5"),
+    "kl.target": (leash, 0.1, "kl.coef=0.1"),
+    "kl.gain": (leash, 0.2, "kl.coef=0.1", "kl.target=0.1"),
+    "kl.refresh_every": (refreshed, 2, "kl.coef=0.1"),
+    "kl.refresh_weight": (refreshed, 0.5, "kl.coef=0.1", "kl.refresh_every=2"),
     "teacher.coef": (earned, 3.0),
+    "teacher.divergence": (divergence, "jsd", *TAUGHT),
+    "teacher.options": (divergence, "{{top_k: 2}}", *TAUGHT),
+    "teacher.context": (told, "solution", *TOLD),
+    "teacher.prompt": (told, "'{{question}} ({{context}})'", *TOLD),
+    "teacher.max_context_tokens": (told, 3, *TOLD),
+    "teacher.data_fraction": (shapes, 0.5, *TAUGHT),
     "second_turn.compare": (earned, "first", "second_turn.samples=2"),
     "entropy.target": (bonus, 1.0),
     "entropy.coef": (bonus, 0.1, "entropy.target=1.0"),

@@ -248,7 +248,7 @@ def real_run(places: Places) -> dict:
         "train.save_every=1", "train.keep_checkpoints=3", "train.eval_every=2", "train.profile_steps=[2, 3]",
         "train.tensorboard=true", "train.wandb=project", "eval.problems=3", f"eval.grader={places.root / 'mine.py'}:right",
         "eval.max_completion_tokens=5", "eval.slots=2", "eval.workers=1", "eval.timeout_s=33",
-        "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
+        "loss.name=psft", "reference.refresh_every=2", "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
     ]  # fmt: skip
     Scripted.jobs.clear()
     saved = sft.EngineSampler, xla.configure, {name: sys.modules.get(name) for name in Writer({}).modules}
@@ -292,6 +292,7 @@ RUN = {
     "data.cache_dir": lambda r: any((r["places"].root / "tokens").rglob("tokens.bin")),
     "train.epochs": lambda r: len(r["lines"]) == 4,  # a tenth of 300 rows, 8 a step
     "train.save_every": lambda r: 3 in checkpoint.steps(r["folder"] / "checkpoints"),
+    "reference.refresh_every": lambda r: (r["folder"] / "checkpoints" / "00000004" / "reference").is_dir(),
     "train.keep_checkpoints": lambda r: checkpoint.steps(r["folder"] / "checkpoints") == [2, 3, 4],
     "train.eval_every": lambda r: [line["step"] for line in r["lines"] if "eval_accuracy" in line] == [2, 4],
     "train.profile_steps": lambda r: any((r["folder"] / "profile").rglob("*.pb")),

@@ -756,8 +756,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "checkpoint.py",
-        'self._savers["params"].save(path / "params", state.model_params)',
-        'self._savers["params"].save(path / "params", state.params)',
+        'trees = {"params": state.model_params,',
+        'trees = {"params": state.params,',
         "tests/test_loop.py",
         "a checkpoint lacks what does not train",
     ),

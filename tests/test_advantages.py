@@ -13,8 +13,9 @@ from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
 from jaxreason.model import preset
-from jaxreason.rl import grpo, turns
+from jaxreason.rl import adaptive, grpo, turns
 from jaxreason.rl.advantages import advantages_of
+from jaxreason.rl.collect import Collector
 from jaxreason.rl.objective import find_loss, objective_of
 from jaxreason.rl.sequence import Sequence
 from jaxreason.sampler import Completion
@@ -195,11 +196,78 @@ def test_the_second_prompt_shows_the_answer_and_a_doubt_and_ends_no_turn():
 
 
 def test_the_adaptive_bonus_follows_the_entropy_and_survives_a_checkpoint():
-    bonus = grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3, "coef": 0.01}))
+    bonus = adaptive.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3, "coef": 0.01}))
     assert bonus.after(0.2) == {"entropy_coef": 0.01}  # below the target: up
     assert bonus.now == pytest.approx(0.015) and bonus.after(0.4) == {"entropy_coef": pytest.approx(0.015)}
     assert bonus.now == 0.0  # above it: off, and 0.01 is carried
-    again = grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3}))
+    again = adaptive.Bonus(cfg.GrpoConfig.model_fields["entropy"].default.model_copy(update={"target": 0.3}))
     again.restore(bonus.state())
     assert again.after(0.1) == bonus.after(0.1) and again.now == bonus.now == pytest.approx(0.015)
-    assert grpo.Bonus(cfg.GrpoConfig.model_fields["entropy"].default).now is None
+    assert adaptive.Bonus(cfg.GrpoConfig.model_fields["entropy"].default).now is None
+
+
+def test_the_adaptive_kl_follows_its_target_and_survives_a_checkpoint():
+    """beta (1 + K clip(kl / target - 1, +-.2)): four times the target is clipped to 1.02, 1.1 times it is 1.01."""
+    settings = cfg.Kl(coef=0.1, target=0.05)
+    leash = adaptive.Leash(settings)
+    assert leash.after(0.2) == {"kl_coef": 0.1}
+    assert leash.now == pytest.approx(0.1 * 1.02) and leash.after(0.055) == {"kl_coef": pytest.approx(0.102)}
+    assert leash.now == pytest.approx(0.102 * 1.01)
+    again = adaptive.Leash(settings)
+    again.restore(leash.state())
+    assert again.after(0.0) == leash.after(0.0) and again.now == leash.now == pytest.approx(0.102 * 1.01 * 0.98)
+    assert adaptive.Leash(cfg.Kl(coef=0.1)).now is None and adaptive.Leash(cfg.Kl(coef=0.1)).after(None) == {}
+    with pytest.raises(ValueError, match=r"kl\.target moves the coefficient"):
+        cfg.Kl(target=0.05)
+
+
+def test_every_prompt_is_also_completed_greedily_for_an_estimator_that_compares_with_it():
+    """ReMax: completions of 1, 2, 3 tokens earn their length, the greedy one earns 2."""
+    jobs = []
+
+    def generate(prompts, job, progress=None):
+        jobs.append(job)
+        lengths = [2] if job.sampling.temperature == 0.0 else [1, 2, 3]
+        return [Completion(p, i, np.arange(n, dtype=np.int32), np.zeros(n), np.zeros(n), False, 0)
+                for p in range(len(prompts)) for i, n in enumerate(lengths)]  # fmt: skip
+
+    def grade(samples):
+        totals = [float(s.completion_tokens) for s in samples]
+        return SimpleNamespace(errors=[], rewards=np.array([totals]).T, total=totals, extras=[{}] * len(samples))
+
+    words = ["rollout.prompts_per_step=2", "rollout.group_size=3", "advantage.name=remax", "rollout.slots=4"]
+    config = cfg.load("grpo", words)
+    objective = objective_of(config)
+    assert objective.greedy and not objective_of(cfg.load("grpo", [])).greedy
+    stream = SimpleNamespace(at=lambda i: Prompt((i,), "", "", "", i))
+    fakes = SimpleNamespace(generate=generate), stream, SimpleNamespace(decode=lambda ids: ""), None
+    pool = SimpleNamespace(grade=grade, names=("length",))
+    rollout = Collector(config, *fakes, pool, 8, objective.greedy)(1, 0, 0)
+    drawn, greedy = jobs
+    assert (greedy.sampling.temperature, greedy.samples, greedy.sampling.max_completion_tokens) == (
+        0.0, 1, drawn.sampling.max_completion_tokens)  # fmt: skip
+    assert [s.greedy for group in rollout.groups for s in group] == [2.0] * 6
+    groups, _ = advantages_of(rollout.groups, [], objective, config)
+    assert [[s.advantage for s in group] for group in groups] == [[-1.0, 0.0, 1.0]] * 2
+    with pytest.raises(UserError, match=r"Sequence\.greedy is needed"):
+        advantages_of(Collector(config, *fakes, pool, 8)(1, 0, 0).groups, [], objective, config)
+    with pytest.raises(UserError, match=r"second_turn\.compare=prompt puts corrections of several together"):
+        objective_of(cfg.load("grpo", [*words, "second_turn.samples=2", "second_turn.compare=prompt"]))
+
+
+def test_rewards_of_steps_become_advantages_of_tokens(tmp_path):
+    """Two completions of two tokens, a step each: rewards 1 and 0, so z-scores of +-1 / sqrt(2) at both of their tokens."""
+    with pytest.raises(UserError, match="advantage.name process reads step_end of every completion, and nothing fills it"):
+        objective_of(cfg.load("grpo", ["advantage.name=process"]))
+    (tmp_path / "steps.py").write_text(
+        "from jaxreason import rewards\n@rewards.reward(fills=('step_reward', 'step_end'))\ndef graded(sample):\n    return 1.0\n"
+    )
+    graders = f"reward.functions=[{{name: '{tmp_path}/steps.py:graded'}}]"
+    words = ["advantage.name=process", "advantage.options={eps: 0.0}", graders]
+    config = cfg.load("grpo", words)
+    drawn = Completion(0, 0, np.zeros(2, np.int32), np.zeros(2), np.zeros(2), False, 0)
+    group = [Sequence(Prompt((1,), "", "", "", 0), drawn, "", 0, {}, 0.5, extras={"step_reward": np.array([0.0, r]),
+                      "step_end": np.array([0.0, 1.0])}) for r in (1.0, 0.0)]  # fmt: skip
+    groups, _ = advantages_of([group], [], objective_of(config), config)
+    for s, expected in zip(groups[0], (math.sqrt(0.5), -math.sqrt(0.5))):
+        np.testing.assert_allclose(s.advantage, [expected] * 2, rtol=1e-6)

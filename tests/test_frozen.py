@@ -18,8 +18,8 @@ from jaxreason.train.step import Noise, make_gradient
 
 B, T, V = 2, 24, 101
 LOSSES = {
-    "asft": {}, "sft_kl": {}, "iw_sft": {}, "eaft": {}, "rho1": {}, "forward_kl": {"nll_coef": 0.2}, "reverse_kl": {},
-    "jsd": {"beta": 0.3, "temperature": 2.0},
+    "asft": {}, "sft_kl": {}, "iw_sft": {}, "eaft": {}, "rho1": {}, "psft": {}, "forward_kl": {"nll_coef": 0.2}, "reverse_kl": {},
+    "jsd": {"beta": 0.3, "temperature": 2.0}, "adaptive_kl": {}, "skew_reverse_kl": {"top_k": 7},
 }  # fmt: skip
 OTHER = CONFIG.replace(embed_dim=16, num_heads=2, num_layers=1)  # of the same vocabulary, another width
 FROZEN = model.init(OTHER, jax.random.key(7))

@@ -25,7 +25,7 @@ from jaxreason.sampler import Completion
 from jaxreason.sharding import make_mesh, replicated
 from jaxreason.train import state as states
 from jaxreason.train.optimizer import make
-from jaxreason.train.scoring import ScoringModel
+from jaxreason.train.scoring import ScoringModel, moved
 from jaxreason.train.step import make_gradient, make_score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,6 +215,22 @@ def test_corrections_a_teacher_and_an_adaptive_bonus_in_one_run(straight, tmp_pa
     assert len(samples) == 2 * (16 + 32)
     layer = [s for s in samples if s["step"] == 1 and s["group"] >= 4]
     assert sorted({s["group"] for s in layer}) == list(range(4, 20)) and len(layer) == 32
+
+
+def test_a_reference_moves_by_its_weight_and_keeps_its_dtype():
+    """0.6 of 4 and 0.4 of -1 are 2; with weight 1 it is the policy, and another array."""
+    reference, policy = {"w": jnp.full(3, -1.0, jnp.bfloat16)}, {"w": jnp.full(3, 4.0)}
+    found = moved(reference, policy, 0.6)["w"]
+    assert found.dtype == jnp.bfloat16 and found.tolist() == [2.0] * 3
+    same = {"w": jnp.full(3, -1.0)}
+    whole = moved(same, policy, 1.0)["w"]
+    policy["w"].delete()  # as a donated buffer is
+    assert whole.tolist() == [4.0] * 3
+
+
+def test_a_reference_that_is_not_there_is_not_refreshed(tmp_path, capsys):
+    assert cli.train(["--config", "grpo", *grpo_words(tmp_path, "kl.refresh_every=2")]) == 2
+    assert "kl.refresh_every: there is no reference to refresh" in capsys.readouterr().err
 
 
 def test_an_offloaded_model_lives_on_the_host_and_is_lent_to_the_devices():

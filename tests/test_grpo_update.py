@@ -17,6 +17,7 @@ from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from jaxreason import config as cfg
 from jaxreason import model as models
 from jaxreason.data.prompts import Prompt
+from jaxreason.errors import UserError
 from jaxreason.rl import grpo
 from jaxreason.rl.batch import Batcher, order
 from jaxreason.rl.objective import objective_of
@@ -120,7 +121,8 @@ def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
     batcher = Batcher(config, objective, shapes, mesh, PAD, score, {"ref_logp": ScoringModel(score, reference, False)})
     _, batches = batcher(groups, [], state.model_params, step)
     abstract = states.abstract(model, optimizer, mesh)
-    compiled = grpo.compile_step(config, objective, types.SimpleNamespace(config=model), shapes, optimizer, abstract, mesh, 12)
+    inputs = types.SimpleNamespace(setup=types.SimpleNamespace(config=model), objective=objective)
+    compiled = grpo.compile_step(config, inputs, shapes, optimizer, abstract, mesh, 12)
     fetch = types.SimpleNamespace(fetch=lambda metrics, state: {k: float(v) for k, v in metrics.items() if k != "leaf_norms"})
     state, metrics = grpo.update(compiled, state, batches, config.train.updates_per_rollout, fetch)
     return model, start, reference, state.params, metrics, batches
@@ -196,9 +198,95 @@ def test_kl_in_the_reward_and_a_teacher_reach_corrections_compared_with_the_firs
         np.testing.assert_allclose(second[0][0].advantage, [(2.0 - 0.1 * k) - (1.0 - 0.1 * k1) + 4.0 * 0.5], rtol=1e-6)
 
 
+def test_an_adaptive_coefficient_reaches_the_loss_or_the_advantages(settings):
+    """The batch's field, or R - beta k with k = log pi - log pi_ref = 1 at every token."""
+    for placement in ("loss", "reward"):
+        kl = cfg.Kl(coef=0.1, target=1.0, placement=placement)
+        config = settings.model_copy(update={"kl": kl, "advantage": cfg.Advantage(name="raw")})
+        mesh, objective = make_mesh(cfg.Mesh(), jax.devices()[:1]), objective_of(config)
+        shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+        rows = (shapes.rows, shapes.row_length)
+        policy, reference = (types.SimpleNamespace(logp=jnp.full(rows, x), entropy=None) for x in (0.0, -1.0))
+        model = types.SimpleNamespace(params=lambda: {}, score=lambda params, batch, reference=reference: reference)
+        batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch, policy=policy: policy, {"ref_logp": model})
+        done, batches = batcher(sequences(), [], {}, 2, {"kl_coef": 0.4})
+        assert ("kl_coef" in shapes.fields) == (placement == "loss") == (batches[0].kl_coef is not None)
+        s = done[0]
+        if placement == "loss":
+            assert np.unique(batches[0].kl_coef).tolist() == [np.float32(0.4)] and s.advantage == pytest.approx(s.reward)
+        else:
+            assert s.advantage == pytest.approx(s.reward - 0.4 * len(s.completion.tokens))
+
+
 def test_minibatches_mix_groups_anew_in_every_step_and_one_takes_them_as_drawn():
     assert order(0, 2, 16, 1).tolist() == list(range(16))
     first, second = order(0, 2, 16, 2), order(0, 3, 16, 2)
     assert sorted(first) == sorted(second) == list(range(16)) and order(0, 2, 16, 2).tolist() == first.tolist()
     assert first.tolist() != list(range(16)) and first.tolist() != second.tolist()
     assert len({i // 4 for i in first[:8]}) > 2  # half of the sequences, of more than half of the groups
+
+
+def test_the_shares_of_right_answers_and_the_mean_of_the_correction_are_of_each_update(settings):
+    """A loss reads ``positive`` (VAPO) and a normalized correction in a batch that is one of two minibatches."""
+    loss = cfg.GrpoLoss(options={"positive_nll_coef": 0.1, "correction": "tis", "correction_normalize": "step"})
+    config = settings.model_copy(update={"loss": loss, "kl": cfg.Kl()})
+    mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
+    objective = objective_of(config)
+    shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+    assert objective.loss.needs == {"positive", "sampler_logp", "selected"} and "old_logp" in shapes.fields
+    score = types.SimpleNamespace(logp=jnp.full((shapes.rows, shapes.row_length), -1.0), entropy=None)
+    batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch: score, {})
+    rng = np.random.default_rng(4)
+
+    def changed(s: Sequence) -> Sequence:
+        drawn = dataclasses.replace(s.completion, behaviour_logp=-2 * rng.random(len(s.completion.tokens)))
+        return dataclasses.replace(s, completion=drawn, reward=s.reward - 0.5)
+
+    done, batches = batcher([[changed(s) for s in group] for group in sequences()], [], {}, 2)
+    for batch, part in zip(batches, np.array_split(order(0, 2, 16, 2), 2)):
+        flat = [done[i] for i in part]
+        live = [s for s in flat if not (np.isnan(s.reward) or s.completion.truncated)]
+        tokens = sum(len(s.completion.tokens) for s in live)
+        right = sum(len(s.completion.tokens) for s in live if s.reward > 0)
+        assert 0 < right < tokens == int(batch.loss_mask.sum())
+        found = np.asarray(batch.extras["positive"])
+        np.testing.assert_allclose(found[found > 0], tokens / right, rtol=1e-6)
+        assert (found > 0).sum() == right and not found[np.asarray(batch.loss_mask) == 0].any()
+        rho = np.minimum(np.exp(-1.0 - np.concatenate([s.completion.behaviour_logp for s in live])), 2.0)
+        picked = np.asarray(batch.selected)[np.asarray(batch.loss_mask) > 0]
+        np.testing.assert_allclose(picked, 1 / rho.mean(), rtol=1e-5)
+
+
+def test_a_rule_of_the_current_policy_is_evaluated_before_every_update(settings):
+    """REAL: at the rollout's policy every exponential is 1, so that three right completions share 1 / 4."""
+    train = settings.train.model_copy(update={"minibatches": 1, "truncated": "train"})
+    config = settings.model_copy(update={"loss": cfg.GrpoLoss(name="real"), "kl": cfg.Kl(), "train": train})
+    mesh, objective = make_mesh(cfg.Mesh(), jax.devices()[:1]), objective_of(config)
+    shapes = shapes_of(config, objective.loss, LONGEST, mesh)
+
+    def score(params, batch):  # 0.5 / token more than at params 0
+        return types.SimpleNamespace(logp=jnp.full((shapes.rows, shapes.row_length), -1.0 + 0.5 * params), entropy=None)
+
+    batcher = Batcher(config, objective, shapes, mesh, PAD, score, {})
+    rewards = [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0] * 4, [0.0] * 4]
+    groups = [[dataclasses.replace(s, reward=r) for s, r in zip(*row)] for row in zip(sequences(), rewards)]
+    _, (batch,) = batcher(groups, [], 0, 2)
+
+    def found(batch):  # of each sequence, the first of its tokens
+        first = [np.flatnonzero(np.asarray(batch.sequence_ids == i)[np.asarray(batch.loss_mask) > 0])[0] for i in range(1, 17)]
+        return np.asarray(batch.selected)[np.asarray(batch.loss_mask) > 0][first].reshape(4, 4)
+
+    scale = 16 / 4
+    np.testing.assert_allclose(found(batch)[:2] / scale, [[1 / 4] * 3 + [1 / 2], [1 / 2] + [1 / 4] * 3], rtol=1e-6)
+    assert not found(batch)[2:].any()
+    up, down = np.exp(-0.5 / 0.5), np.exp(0.5 / 0.5)
+    moved = [[1 / (1 + 3 * up)] * 3 + [1 / (1 + down)], [1 / (1 + up)] + [1 / (1 + 3 * down)] * 3]
+    np.testing.assert_allclose(found(batcher.reselected(2, batch, 1))[:2] / scale, moved, rtol=1e-5)
+
+    seen, states = [], [types.SimpleNamespace(model_params=k) for k in range(4)]
+    step = lambda state, batch: (states[state.model_params + 1], {"x": batch})  # noqa: E731
+    fetch = types.SimpleNamespace(fetch=lambda metrics, state: seen.append(metrics["x"]) or {})
+    grpo.update(step, states[0], ["a", "b"], 3, fetch, lambda batch, params: f"{batch}{params}")
+    assert seen == ["a", "b1", "a2"]
+    with pytest.raises(UserError, match=r"set train\.minibatches=1"):
+        objective_of(config.model_copy(update={"train": settings.train}))

@@ -161,6 +161,44 @@ def test_random_weights_in_bfloat16_are_their_own_reference(tmp_path):
     assert abs(lines_of(tmp_path / "grpo")[0]["kl"]) < 2e-3
 
 
+def test_a_refreshed_reference_and_an_adaptive_kl_resume_bitwise(tmp_path):
+    """Right after it was refreshed the reference is the policy; a run that goes on from there finds both in its checkpoint."""
+    words = grpo_words(
+        tmp_path, "kl.coef=0.1", "kl.target=1e-4", "kl.refresh_every=2", "kl.offload=true", "train.steps=3", "train.save_every=1",
+        "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0", "model.compute_dtype=float32", "rollout.prompts_per_step=2",
+        "reward.workers=0", "train.keep_checkpoints=3",
+    )  # fmt: skip
+    assert train("grpo", words) == 0
+    run = tmp_path / "grpo"
+    whole, lines = final_params(run), lines_of(run)
+    assert [line["kl_coef"] for line in lines][:2] == [0.1, 0.1 * 0.98]  # the first policy is the reference
+    assert lines[1]["kl"] > 1e-6 and lines[2]["kl"] < 1e-9
+    cut(run, 2)
+    assert train("grpo", words) == 0
+    jax.tree.map(np.testing.assert_array_equal, final_params(run), whole)
+    for name in ("kl", "kl_coef", "loss"):
+        assert lines_of(run)[2][name] == lines[2][name], name
+
+
+def test_proximal_sft_compares_with_a_model_that_follows_and_resumes_bitwise(tmp_path, capsys):
+    """The loss is -1 wherever the reference is the model itself: in the first step and after each refresh."""
+    words = ["loss.name=psft", "train.steps=4", "train.save_every=1", "train.keep_checkpoints=4", "model.compute_dtype=float32"]
+    assert train("sft", sft_words(tmp_path, *words)) == 2
+    assert "set reference.refresh_every" in capsys.readouterr().err
+    words = sft_words(tmp_path, *words, "reference.refresh_every=2", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0")
+    assert train("sft", words) == 0
+    run = tmp_path / "sft"
+    whole, lines = final_params(run), lines_of(run)
+    np.testing.assert_allclose([lines[0]["loss"], lines[2]["loss"]], -1.0, atol=1e-5)
+    assert lines[1]["loss"] < -1.01 and lines[3]["loss"] < -1.01
+    cut(run, 3)
+    assert train("sft", words) == 0
+    jax.tree.map(np.testing.assert_array_equal, final_params(run), whole)
+    assert lines_of(run)[3]["loss"] == lines[3]["loss"]
+    assert train("sft", sft_words(tmp_path, "run.name=plain", "reference.refresh_every=2")) == 2
+    assert "loss.name nll compares with no reference" in capsys.readouterr().err
+
+
 # ---- what does not train
 
 

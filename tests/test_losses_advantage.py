@@ -1,5 +1,6 @@
 """Advantage estimators by hand, their identities, missing rewards, and per-token advantages."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -38,6 +39,12 @@ NAN = float("nan")
         ("grpo_loo", {"eps": 0.0}, [[0.0, 3.0, 0.0]], [[-1 / math.sqrt(2), 3.0, -1 / math.sqrt(2)]]),
         # largest 5, next 1, std sqrt(7)
         ("passk", {"eps": 0.0}, [[0.0, 5.0, 1.0]], [[0.0, 4 / math.sqrt(7), 0.0]]),
+        # one right of four, sets of two: rho = 1 - 3/6 = 1/2, spread 1/2; wrong: 1/2 - C(2, 1)/C(3, 1) = -1/6
+        ("passk_training", {"k": 2, "eps": 0.0}, [[1.0, 0.0, 0.0, 0.0]], [[1.0, -1 / 3, -1 / 3, -1 / 3]]),
+        # three right of four: every set of two holds one
+        ("passk_training", {"k": 2, "eps": 0.0}, [[1.0, 1.0, 1.0, 0.0]], [[0.0] * 4]),
+        # k = 1 is the z-score by n: p = 1/2
+        ("passk_training", {"k": 1, "eps": 0.0}, [[1.0, 1.0, NAN, 0.0, 0.0]], [[1.0, 1.0, 0.0, -1.0, -1.0]]),
         ("center", {"singleton": "raw"}, [[2.0, NAN], [0.0, 1.0]], [[2.0, 0.0], [-0.5, 0.5]]),
         # two of four rewards are not 0
         ("gpg", {"alpha": "nonzero"}, [[0.0, 1.0], [1.0, 0.0]], [[-1.0, 1.0], [1.0, -1.0]]),
@@ -123,6 +130,54 @@ def passk(rewards):
     return found
 
 
+def passk_training(rewards):
+    """Every set of k samples of a group, each with the best of its rewards, normalized; a sample's advantage is the mean over
+    the sets that it is in."""
+    found = np.zeros(rewards.shape)
+    for p, row in enumerate(rewards):
+        there = [g for g, r in enumerate(row) if not math.isnan(r)]
+        sets = [(chosen, max(row[g] for g in chosen)) for chosen in itertools.combinations(there, min(4, len(there))) if chosen]
+        best = [value for _, value in sets]
+        for g in there if std(best, 0) > 0 else []:
+            mine = [value for chosen, value in sets if g in chosen]
+            found[p, g] = (mean(mine) - mean(best)) / (std(best, 0) + 1e-6)
+    return found
+
+
+GREEDY = np.array([0.5, NAN, -1.0, 0.0, 0.7, 2.0])
+
+
+def remax(rewards):
+    base = np.repeat(GREEDY[:, None], rewards.shape[1], axis=1)
+    return [[0.0 if math.isnan(r - b) else r - b for r, b in zip(*rows)] for rows in zip(rewards.tolist(), base.tolist())]
+
+
+def sequences_with_steps(rewards):
+    """Completions of LENGTHS tokens with two steps or one: its last token ends one, and the middle one another."""
+    rng = np.random.default_rng(7)
+    groups = []
+    for lengths in LENGTHS[: len(rewards), : rewards.shape[1]].tolist():
+        row = []
+        for n in lengths:
+            end = np.array([t in (n // 2, n - 1) for t in range(n)], float)
+            row.append(SimpleNamespace(tokens=range(n), extras={"step_end": end, "step_reward": rng.normal(size=n) * end}))
+        groups.append(row)
+    return groups
+
+
+def process(rewards):
+    """Double loops over steps, as the paper writes it: the sum over the steps that end at t or later."""
+    found = []
+    for row, group in zip(rewards.tolist(), sequences_with_steps(rewards)):
+        steps = [[(t, s.extras["step_reward"][t]) for t in s.tokens if s.extras["step_end"][t]] if not math.isnan(r) else []
+                 for r, s in zip(row, group)]  # fmt: skip
+        every = [r for found_steps in steps for _, r in found_steps]
+        spread = std(every, 1) + 1e-4
+        found.append([[sum((r - mean(every)) / spread for end, r in mine if end >= t) for t in s.tokens]
+                      for s, mine in zip(group, steps)])  # fmt: skip
+    return found
+
+
 def by_token(rewards):
     """reinforce_pp: every reward once for each token of its completion."""
     flat = [r for r, n in zip(rewards.reshape(-1), LENGTHS.reshape(-1)) if not math.isnan(r) for _ in range(n)]
@@ -140,6 +195,9 @@ TWINS = {
     "grpo_loo": lambda x: by_sample(loo, x),
     "opo": opo,
     "passk": passk,
+    "passk_training": passk_training,
+    "remax": remax,
+    "process": process,
     "reinforce_pp": by_token,
     "reinforce_pp_baseline": lambda x: whitened(masked(by_sample(lambda r, g, a: r - mean(g), x), x), 1e-8),
     "maxrl": lambda x: by_sample(lambda r, g, a: (r - mean(g)) / (mean(g) + 1e-6), x),
@@ -152,19 +210,31 @@ TWINS = {
 @pytest.mark.parametrize("name", TWINS)
 def test_twin_on_uneven_groups(name):
     rewards = np.abs(UNEVEN) if name == "maxrl" else UNEVEN
+    rewards = np.where(np.isnan(UNEVEN), NAN, UNEVEN > 0.5) if name == "passk_training" else rewards
     given = {"lengths_P_G": LENGTHS, "rewards_F_P_G": np.stack([rewards, SECOND]), "weights_F": np.array([2.0, 0.5])}
+    given |= {"greedy_P": GREEDY, "sequences_P_G": sequences_with_steps(rewards)}
     found, extras = advantage.get(name)(rewards, **given)  # each takes what it reads of it
     assert extras == {}
     if name == "reinforce_pp":  # [P][G] of [n], all tokens alike without a discount
         assert [[len(a) for a in row] for row in found] == np.where(np.isnan(rewards), 1, LENGTHS).tolist()
         found = np.array([[a[0] for a in row] for row in found])
+    if name == "process":  # [P][G] of [n]
+        for one, other in zip(itertools.chain(*found), itertools.chain(*TWINS[name](rewards)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        assert not any(np.any(a) for row, group in zip(np.isnan(rewards), found) for a, none in zip(group, row) if none)
+        return
     np.testing.assert_allclose(found, TWINS[name](rewards), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(found)[np.isnan(rewards)], 0.0)
 
 
 def one_function(rewards):
     """What estimators read where there is one reward function and every completion is one token long."""
-    return {"rewards_F_P_G": rewards[None], "weights_F": np.ones(1), "lengths_P_G": np.ones(rewards.shape)}
+    lengths = np.ones(rewards.shape)
+    one = [[SimpleNamespace(tokens=(0,), extras={"step_end": [1.0], "step_reward": [r]}) for r in row] for row in rewards]
+    return {
+        "rewards_F_P_G": rewards[None], "weights_F": np.ones(1), "lengths_P_G": lengths, "sequences_P_G": one,
+        "greedy_P": np.nan_to_num(rewards[:, 0]),
+    }  # fmt: skip
 
 
 def test_every_estimator_has_a_twin():
@@ -189,17 +259,18 @@ def test_leave_one_out_is_scaled_centring():
 def test_equal_rewards_give_exactly_zero_at_any_epsilon():
     """The mean of eight 0.1 is not 0.1 in float32; divided by a tiny eps it would be a signal."""
     rewards = np.full((2, 8), 0.1, np.float32)
-    for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc", "zero"}:
-        options = {"eps": 0.0} if name not in ("center", "rloo", "gpg", "opo") else {}
+    for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc", "zero", "passk_training"}:
+        options = {"eps": 0.0} if name not in ("center", "rloo", "gpg", "opo", "remax") else {}
         assert not np.any(np.asarray(advantage.get(name, **options)(rewards, **one_function(rewards))[0])), name
     assert not np.any(advantage.tic_lc(rewards, np.full((2, 8), 7), eps=0.0))
+    assert not np.any(advantage.passk_training(np.array([[1.0] * 8, [0.0] * 8]), eps=0.0))
 
 
 def test_group_of_one_and_ungraded_group():
     rewards = np.array([[2.0, NAN], [NAN, NAN], [0.0, 1.0]])
     assert not np.any(advantage.grpo(rewards)[:2])
     np.testing.assert_array_equal(advantage.get("grpo", preset="verl")(rewards)[0][:2], [[2.0, 0.0], [0.0, 0.0]])
-    for name in set(advantage.ESTIMATORS) - {"tic_lc", "raw"}:
+    for name in set(advantage.ESTIMATORS) - {"tic_lc", "raw", "passk_training"}:
         found = np.asarray(advantage.get(name)(rewards, **one_function(rewards))[0]).reshape(3, 2)
         assert np.all(np.isfinite(found)) and not np.any(found[1]) and found[0, 1] == 0, name
 
@@ -233,10 +304,26 @@ def test_maxrl_refuses_a_negative_mean():
     assert not np.any(jax.jit(advantage.maxrl)(jnp.array([[-1.0, 0.0]])))
 
 
+def test_pass_at_k_training_wants_right_or_wrong():
+    with pytest.raises(UserError, match=r"passk_training counts right and wrong answers, and a reward is 0\.5"):
+        advantage.passk_training(np.array([[0.0, 1.0, 0.5]]))
+
+
+def test_process_supervision_by_hand():
+    """Step rewards 1 and 0 of the first, 1 of the second: mean 2/3, sample std sqrt(1/3); tokens before an end share it."""
+    first = SimpleNamespace(tokens=range(4), extras={"step_end": [0, 1, 0, 1], "step_reward": [9, 1, 9, 0]})
+    second = SimpleNamespace(tokens=range(2), extras={"step_end": [0, 1], "step_reward": [9, 1]})
+    third = SimpleNamespace(tokens=range(2), extras={})  # nobody could grade it
+    found = advantage.get("process", eps=0.0)(np.array([[0.3, 0.2, NAN]]), sequences_P_G=[[first, second, third]])[0]
+    up, down = (1 / 3) / math.sqrt(1 / 3), (-2 / 3) / math.sqrt(1 / 3)
+    for one, other in zip(found[0], ([up + down, up + down, down, down], [up, up], [0.0, 0.0]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
 def test_an_infinite_reward_is_named():
-    for name in set(advantage.ESTIMATORS) - {"tic_lc", "gdpo"}:
+    for name in set(advantage.ESTIMATORS) - {"tic_lc", "gdpo", "process"}:
         with pytest.raises(UserError, match="the reward of sample 1 of group 0 is infinite"):
-            advantage.get(name)(np.array([[0.0, np.inf]]), lengths_P_G=np.ones((1, 2)))
+            advantage.get(name)(np.array([[0.0, np.inf]]), lengths_P_G=np.ones((1, 2)), greedy_P=np.zeros(1))
 
 
 def test_length_correction():

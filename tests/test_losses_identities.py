@@ -141,6 +141,57 @@ def test_jsd_limits():
         distill.generalized_jsd(Z, Z_REF, beta=1.5)
 
 
+def test_skewed_divergences_by_hand():
+    """p_T = (1, 0), p_S = (1/2, 1/2), alpha = 0.1: mixtures (0.55, 0.45) and (0.95, 0.05); bounded where the plain are not."""
+    student, teacher = jnp.log(jnp.asarray([0.5, 0.5])), jnp.asarray([0.0, -jnp.inf])
+    forward, grad = jax.value_and_grad(distill.skew_forward_kl)(student, teacher)
+    np.testing.assert_allclose(forward, -np.log(0.55), rtol=1e-6)
+    np.testing.assert_allclose(grad, [-0.45 / 1.1, 0.45 / 1.1], rtol=1e-5)  # -0.9 p_1 (e_1 - p) / 0.55
+    reverse = distill.skew_reverse_kl(student, teacher)
+    np.testing.assert_allclose(reverse, 0.5 * np.log(0.5 / 0.95) + 0.5 * np.log(0.5 / 0.05), rtol=1e-6)
+    assert distill.reverse_kl(student, teacher) == np.inf
+    np.testing.assert_array_equal(distill.skew_forward_kl(Z, Z_REF, alpha=0.0), distill.forward_kl(Z, Z_REF))
+    np.testing.assert_array_equal(distill.skew_reverse_kl(Z, Z_REF, alpha=0.0), distill.reverse_kl(Z, Z_REF))
+
+
+def test_adaptive_kl_by_hand():
+    """p_T = (.2, .5, .3), p_S = (.5, .4, .1): gaps .3, .1, .2; a head of .5 has the likeliest token alone, one of .85 two."""
+    teacher, student = jnp.log(jnp.asarray([0.2, 0.5, 0.3])), jnp.log(jnp.asarray([0.5, 0.4, 0.1]))
+    forward, reverse = distill.forward_kl(student, teacher), distill.reverse_kl(student, teacher)
+    for head, share in ((0.5, 1 / 6), (0.2, 1 / 6), (0.85, 0.5), (1.0, 1.0)):
+        found = distill.adaptive_kl(student, teacher, head=head)
+        np.testing.assert_allclose(found, share * forward + (1 - share) * reverse, rtol=1e-5)
+    slope = jax.grad(distill.adaptive_kl)(student, teacher)  # the shares are held fixed
+    parts = [jax.grad(f)(student, teacher) for f in (distill.forward_kl, distill.reverse_kl)]
+    np.testing.assert_allclose(slope, parts[0] / 6 + parts[1] * 5 / 6, rtol=1e-5)
+    value, slope = jax.value_and_grad(distill.adaptive_kl)(student, student)
+    assert value == 0 and np.all(np.asarray(slope) == 0)
+
+
+def test_the_likeliest_tokens_and_the_rest_by_hand():
+    """p_T = (1/2, 1/4, 1/8, 1/8), p_S = (1/8, 1/8, 1/4, 1/2): the teacher's two leave 1/4 and 3/4, the student's 3/4 and 1/4."""
+    teacher, student = jnp.log(jnp.asarray([4.0, 2, 1, 1])), jnp.log(jnp.asarray([1.0, 1, 2, 4]))
+    found = losses.divergence("forward_kl", top_k=2)(student, teacher)
+    np.testing.assert_allclose(found, 0.5 * np.log(4) + 0.25 * np.log(2) + 0.25 * np.log(1 / 3), rtol=1e-5)
+    found = losses.divergence("reverse_kl", top_k=2, top_from="student")(student, teacher)
+    np.testing.assert_allclose(found, 0.5 * np.log(4) + 0.25 * np.log(2) + 0.25 * np.log(1 / 3), rtol=1e-5)
+    found = losses.divergence("forward_kl", top_k=2, tail=False)(student, teacher)  # (2/3, 1/3) and (1/2, 1/2)
+    np.testing.assert_allclose(found, 2 / 3 * np.log(4 / 3) + 1 / 3 * np.log(2 / 3), rtol=1e-5)
+    soft = losses.divergence("forward_kl", top_k=1, temperature=2.0)(student, teacher)
+    p, q = 2 / (2 + 2 + 2**0.5), 1 / (2 + 2 + 2**0.5)  # roots of 4 2 1 1 and of 1 1 2 4
+    np.testing.assert_allclose(soft, p * np.log(2) + (1 - p) * np.log((1 - p) / (1 - q)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", distill.DIVERGENCES)
+def test_a_divergence_of_fewer_tokens_is_never_above_the_whole(name):
+    if name == "adaptive_kl":  # its weights are of other heads
+        pytest.skip("no divergence in the strict sense")
+    whole = losses.divergence(name)(Z, Z_REF)
+    parts = [losses.divergence(name, top_k=k)(Z, Z_REF) for k in (1, 2, Z.shape[-1] - 1)]
+    assert all(np.all(part <= whole + 1e-6) for part in parts) and np.all(parts[0] < whole)
+    np.testing.assert_allclose(losses.divergence(name, top_k=99)(Z, Z_REF), whole, atol=1e-5)
+
+
 def test_temperature_divides_both_models_logits():
     softened = distill.reverse_kl(Z / 2, Z_REF / 2)
     np.testing.assert_allclose(distill.reverse_kl(Z, Z_REF, temperature=2.0), softened, rtol=1e-6)

@@ -84,13 +84,35 @@ def moved(s, t, kl=False):
 def dppo_kl(s, t):
     far, rose = moved(s, t, kl=True)
     keep = far <= 0.01 or rose != (s.advantages[t] > 0)
-    return -keep * min(s.ratio(t), 1.3) * s.advantages[t] + 1e-3 * (s.logp[t] - s.old_logp[t]) ** 2
+    return -keep * min(s.ratio(t), 1.3) * s.advantages[t]
 
 
 def dppo_reinforce(s, t):
     far, rose = moved(s, t)
     keep = far <= 0.1 or rose != (s.advantages[t] > 0)
     return -keep * min(exp(s.logp0[t] - s.old_logp[t]), 1.1) * s.advantages[t] * s.logp[t]
+
+
+def dppo_tv(s, t):
+    return dppo(s, t) - 1e-3 * (s.logp[t] - s.old_logp[t]) ** 2
+
+
+def aspo(s, t):
+    w, a = exp(s.logp0[t] - s.old_logp[t]), s.advantages[t]
+    if (a > 0 and w > 1.3) or (a < 0 and w < 0.7):
+        return 0.0
+    return -min(1 / w if a > 0 else w, 1.2) * a * s.logp[t]
+
+
+def fipo(s, t):
+    a = s.advantages[t]
+    ahead = [s.logp0[k] - s.old_logp[k] for k in range(s.n)]
+    future = sum(0.5 ** ((k - t) / 2) * ahead[k] for k in range(t, s.n) if ahead[k] <= log(1.4))
+    f = clip(exp(future), 0.9, 1.15)
+    if a < 0 and ahead[t] > log(1.1):
+        f = clip(f, 0.8, 1.0)
+    w = s.ratio(t)
+    return -f * min(min(w, 1.4) * a, clip(w, 0.8, 1.28) * a)
 
 
 def ipo(s, t):
@@ -142,6 +164,29 @@ def rho_mean(s):
     return exp(sum(s.old_logp[k] - s.sampler_logp[k] for k in range(s.n)) / s.n)
 
 
+def apart(s, k, form):
+    """What verl's rollout_rs measures at a token, of its l = log rho."""
+    l = s.old_logp[k] - s.sampler_logp[k]
+    return {"k1": -l, "k2": l * l / 2, "k3": exp(l) - 1 - l}[form]
+
+
+def kept(level, form, low, high):
+    """grpo's loss where the measure is inside, which is of all of a sequence but for ``token``."""
+
+    def loss(s, t):
+        every = [apart(s, k, form) for k in range(s.n)]
+        value = {"token": every[t], "seq_sum": sum(every), "seq_mean": sum(every) / s.n, "seq_max": max(every)}[level]
+        return GRPO(s, t) * (low <= value <= high)
+
+    return loss
+
+
+def vaco(s, t):
+    distance = sum(abs(rho(s, k) - 1) for k in range(s.n)) / s.n
+    further = (s.old_logp[t] - s.sampler_logp[t]) * s.advantages[t] > 0
+    return 0.0 if distance > 0.13 and further else GRPO(s, t)
+
+
 def k3(s, t):
     d = s.ref_logp[t] - s.logp[t]
     return exp(d) - d - 1
@@ -156,6 +201,11 @@ SEQ, TOK, SUM, CONST = "seq-mean-token-mean", "token-mean", "seq-mean-token-sum"
 CASES = [
     ("grpo", {}, GRPO, SEQ),
     ("dr_grpo", {"max_completion_tokens": 5}, GRPO, CONST),
+    ("distill", {}, lambda s, t: s.teacher_divergence[t], TOK),
+    ("distill", {"distill_coef": 0.5, "distill_ratio_max": 1.1, "reduce": SEQ},
+     lambda s, t: 0.5 * min(exp(s.logp0[t] - s.old_logp[t]), 1.1) * s.teacher_divergence[t], SEQ),
+    ("grpo", {"distill_coef": 0.3, "correction": "icepop", "correction_min": 0.9, "correction_max": 1.1},
+     lambda s, t: rho(s, t) * (0.9 <= rho(s, t) <= 1.1) * GRPO(s, t) + 0.3 * s.teacher_divergence[t], SEQ),
     ("dapo", {}, token_ppo(0.2, 0.28), TOK),
     ("bnpo", {}, GRPO, TOK),
     ("grpo", {"reduce": "prompt-mean"}, GRPO, "prompt-mean"),
@@ -183,6 +233,16 @@ CASES = [
     ("dppo", {"max_rise": 0.1, "max_fall": 0.1, "form": "reinforce", "ratio_cap": 1.1, "log_ratio_coef": 0.0},
      dppo_reinforce, TOK),
     ("dppo_kl", {"max_rise": 0.01, "max_fall": 0.01, "ratio_cap": 1.3}, dppo_kl, TOK),
+    ("dppo_tv", {"max_rise": 0.1, "max_fall": 0.1}, dppo_tv, TOK),
+    ("aspo", {"clip_low": 0.3, "clip_high": 0.3, "weight_max": 1.2}, aspo, TOK),
+    ("fipo", {"ratio_cap": 1.4, "half_life": 2.0, "influence_low": 0.1, "influence_high": 0.15, "safe_ratio": 1.1}, fipo, TOK),
+    *(("grpo", {"reject": f"{level}_k1", "reject_min": 0.9, "reject_max": 1.15}, kept(level, "k1", log(0.9), log(1.15)), SEQ)
+      for level in ("token", "seq_sum", "seq_mean")),
+    ("grpo", {"reject": "seq_sum_k1", "reject_max": 1.15}, kept("seq_sum", "k1", -log(1.15), log(1.15)), SEQ),
+    *(("grpo", {"reject": f"{level}_{form}", "reject_max": bound}, kept(level, form, -1, bound), SEQ)
+      for form in ("k2", "k3")
+      for level, bound in (("token", 0.01), ("seq_sum", 0.04), ("seq_mean", 0.015), ("seq_max", 0.03))),
+    ("grpo", {"reject": "seq_tv", "reject_max": 0.13}, vaco, SEQ),
     ("ipo", {"behaviour": "old", "max_rise": 0.05, "max_fall": 0.05}, ipo, TOK),
     ("topr", {"positive_weight": 0.5, "negative_weight": 2.0}, topr, SUM),
     ("dro", {"beta": 0.7}, dro, TOK),
@@ -243,7 +303,7 @@ def test_twin(name, options, token_loss, reduce):
 
 
 def test_every_variant_has_a_twin_and_a_hand_number():
-    picked = {"clip_cov", "kl_cov", "top_entropy"}  # their twins are below
+    picked = {"clip_cov", "kl_cov", "top_entropy", "real"}  # their twins are below
     assert {c[0] for c in CASES} | picked == set(losses.names("policy"))
     assert set(HAND) == set(losses.names("policy"))
 
@@ -293,11 +353,41 @@ def test_selected_tokens_twin():
         np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
 
 
+def test_rewards_as_labels_twin():
+    """The gradient is REAL's own, by finite differences of its formula over whole prompts; the value is sum / (1 + sum).
+    Group 0 holds sequences 7 (right), 9 and 1 (wrong), group 1 holds 2 (right), 5 and -3 (wrong)."""
+    data = twin.arrays()
+    sign = {7: 1.0, 2: 0.5, 9: -1.0, 1: 0.0, 5: -0.3, -3: -2.0}
+    data["advantages"] = np.vectorize(sign.get)(twin.IDS)
+    loss = losses.get("real", real_tau=0.4)
+    assert loss.reselects and loss.needs == {"selected"}
+    inputs = cases.make("policy", data, keys=set(data))
+    inputs = inputs.__class__(**vars(inputs) | {"selected": loss.select(inputs)})
+    value, grad = cases.check_rules(loss, inputs)
+
+    def sums(data):
+        found: dict[tuple[int, bool], float] = {}
+        for where in twin.sequences():
+            seq, (b, t) = twin.Seq(data, data, where), where[0]
+            right = data["advantages"][b, t] > 0
+            side = (int(twin.GROUPS[b, t]), bool(right))
+            found[side] = found.get(side, 0.0) + exp((-1 if right else 1) * seq.mean_log_ratio() / 0.4)
+        return found.values()
+
+    assert len(sums(data)) == 4
+    np.testing.assert_allclose(value, sum(x / (1 + x) for x in sums(data)) / 2, rtol=1e-5)
+    slow = twin.finite_difference(lambda data, frozen: sum(log(1 + x) for x in sums(data)) / 2, data, "logp")
+    np.testing.assert_allclose(grad, slow, rtol=1e-4, atol=1e-6)
+    alone = cases.make("policy", data | {"advantages": np.ones((4, 7))}, keys=set(data))
+    assert not np.any(loss.select(alone))  # all are right: nothing to tell apart
+
+
 # Two sequences: one token with p .4 -> .6 (ratio 1.5) and A = 1; three tokens with p .4 -> .2 (ratio .5) and A = -1.
 HAND = {
     "grpo": ({}, -0.2),  # (-1.2 + .8) / 2
     "importance_sampling": ({}, 0.0),  # (-1.5 + 3 * .5) / 4
     "dr_grpo": ({"max_completion_tokens": 10}, 0.06),  # (-1.2 + 3 * .8) / (2 * 10)
+    "distill": ({}, 0.25),  # 1 nat on one of four tokens
     "dapo": ({}, 0.28),  # (-1.28 + 3 * .8) / 4
     "bnpo": ({}, 0.3),  # (-1.2 + 3 * .8) / 4
     "gspo": ({}, -0.00035),  # (-1.0004 + .9997) / 2
@@ -319,7 +409,11 @@ HAND = {
     "vespo": ({}, 0.0505469),  # (-1.5^2 e^-1.5 ln .6 + 3 * .125^3 e^1.75 ln .2) / 4
     "dppo": ({"max_rise": 0.1, "max_fall": 0.3}, 0.3754014),  # (0 + 3 * .5 + .001 (ln^2 1.5 + 3 ln^2 .5)) / 4
     # KL of coins .4 and .6: .4 ln(.4/.6) + .6 ln(.6/.4) = .0811; of .4 and .2: .4 ln 2 + .6 ln(.6/.8) = .1046
-    "dppo_kl": ({"max_rise": 0.08, "max_fall": 0.11}, 0.3754014),  # as dppo's
+    "dppo_kl": ({"max_rise": 0.08, "max_fall": 0.11}, 0.375),  # (0 + 3 * .5) / 4
+    "dppo_tv": ({"max_rise": 0.1, "max_fall": 0.3}, 0.375),
+    "aspo": ({"clip_low": 0.6, "clip_high": 0.6}, -0.5184016),  # (-ln .6 / 1.5 + 3 * .5 ln .2) / 4
+    # F: ln 1.5; 1.75, 1.5 and 1 ln .5. f: 1.2; .35, 2^-1.5, .5. (-1.28 * 1.2 + .8 * 1.2035534) / 4
+    "fipo": ({"half_life": 1.0, "influence_low": 0.65}, -0.1432893),
     "ipo": ({"behaviour": "old", "max_rise": 0.3, "max_fall": 0.15}, -0.3745986),  # (-1.5 + 0) / 4 + .0004014
     "topr": ({}, -0.9516656),  # (-ln .6 + .5 * 3 ln .2) / 2
     "dro": ({"beta": 2.0}, -0.6779312),  # (-ln .6 + 3 ln .2 + ln^2 1.5 + 3 ln^2 .5) / 4
@@ -330,6 +424,7 @@ HAND = {
     "kl_cov": ({"cov_kl_coef": 2.0}, 0.2027326),  # (-1.5 + 2 ln 1.5 + 3 * .5) / 4
     "top_entropy": ({}, -0.32),  # -1.28 / 4
     "opsm": ({}, -0.6),  # drift ln 2 > .5: (-1.2 + 0) / 2
+    "real": ({}, 0.2222222),  # (1.5^-2 + 0) / 2, selected being 1 and 0
     "grpo_entropy": ({}, -0.202),  # -.2 - .001 * 2
 }
 
@@ -359,7 +454,8 @@ def hand_inputs(**more):
 def test_hand_number(name):
     options, expected = HAND[name]
     loss = losses.get(name, **options)
-    more = {"selected": jnp.zeros((4, 7)).at[0, 0].set(1.0)} if "selected" in loss.needs else {}
+    one = jnp.zeros((4, 7)).at[0, 0].set(1.0)
+    more = {name: one for name in ("selected", "teacher_divergence") if name in loss.needs}
     value, _, _ = cases.evaluate_one(loss, hand_inputs(**more))
     np.testing.assert_allclose(value, expected, atol=2e-6)
 
@@ -462,12 +558,86 @@ def test_microbatch_without_step_wide_inputs_is_refused():
         losses.get("top_entropy")(part)
 
 
+def test_rejection_by_hand():
+    """Rho .5 at all tokens (k1 is ln 2, k2 .2402, k3 .1931, |rho - 1| .5), in sequences of 1 and 3; grpo is (-1.2, .8)."""
+    inputs = hand_inputs(sampler_logp=jnp.full((4, 7), log(0.8)))
+    for kind, low, high, expected in [
+        ("token_k1", 0.5, 2.01, -0.2), ("token_k1", 0.5, 1.99, 0.0), ("token_k3", None, 0.2, -0.2),
+        ("seq_sum_k2", None, 0.25, -0.6), ("seq_mean_k2", None, 0.25, -0.2), ("seq_max_k3", None, 0.19, 0.0),
+        ("seq_tv", None, 0.51, -0.2), ("seq_tv", None, 0.49, -0.6),  # l < 0, so A > 0 brings it back, A < 0 further
+    ]:  # fmt: skip
+        loss = losses.get("grpo", reject=kind, reject_min=low, reject_max=high)
+        value, metrics, _ = cases.evaluate_one(loss, inputs)
+        np.testing.assert_allclose(value, expected, atol=2e-6, err_msg=f"{kind} {low} {high}")
+        dropped = {-0.2: 0.0, -0.6: 0.75, 0.0: 1.0}[expected]
+        np.testing.assert_allclose(metrics["rejected_fraction"], dropped, atol=1e-6)
+
+
+def test_a_correction_is_normalized_over_the_step():
+    """By hand: IcePop's rho is 2 at one token and .5 at three, of mean .875; of sequences' products 2 and .125, 1.0625."""
+    sampler_logp = jnp.full((4, 7), log(0.8)).at[0, 0].set(log(0.2))
+    inputs = hand_inputs(sampler_logp=sampler_logp)
+    for kind, high, expected in [("icepop", 5.0, (-1.2 * 2 + 0.8 * 0.5) / 2 / 0.875),
+                                 ("tis_sequence", 5.0, (-1.2 * 2 + 0.8 * 0.125) / 2 / 1.0625)]:  # fmt: skip
+        loss = losses.get("grpo", correction=kind, correction_max=high, correction_normalize="step")
+        assert loss.needs == {"sampler_logp", "selected"}
+        value, _, _ = cases.evaluate_one(loss, inputs)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for kind in ("tis", "tis_sequence"):
+        loss, data = losses.get("grpo", correction=kind, correction_max=1.1, correction_normalize="step"), twin.arrays()
+        value, grad = cases.check_rules(loss, cases.make("policy", data, keys=set(data)))
+        every = [twin.Seq(data, data, where) for where in twin.sequences()]
+        weights = [[min(rho(s, t) if kind == "tis" else rho_all(s), 1.1) for t in range(s.n)] for s in every]
+        mean = np.mean([x for row in weights for x in (row if kind == "tis" else row[:1])])
+
+        def token_loss(s, t, kind=kind, mean=mean):
+            return GRPO(s, t) * min(rho(s, t) if kind == "tis" else rho_all(s), 1.1) / mean
+
+        def slow(data, frozen, token_loss=token_loss):
+            return twin.aggregate(SEQ, token_loss, data, frozen)
+
+        np.testing.assert_allclose(value, slow(data, data), rtol=1e-5)
+        np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
+
+
+def test_likelihood_of_what_earned_something():
+    """VAPO's term: mu times the mean of -log pi over the tokens of sequences 7, 9 and 1 (4 + 1 + 5 of 16)."""
+    data, right = twin.arrays(), np.isin(twin.IDS, (7, 9, 1))
+    data["right"] = right.astype(float)
+    loss = losses.get("dapo", positive_nll_coef=0.3)
+    assert loss.extras == {"positive"}
+    inputs = cases.make("policy", data, keys=set(data))
+    share = jnp.asarray(np.where(right & (twin.MASK > 0), 16 / 10, 0.0), jnp.float32)
+    inputs = inputs.__class__(**vars(inputs) | {"extras": {"positive": share}})
+    value, grad = cases.check_rules(loss, inputs)
+
+    def slow(data, frozen):
+        nll = sum(-data["logp"][where] for where in zip(*np.nonzero(right & (twin.MASK > 0)))) / 10
+        return twin.aggregate(TOK, token_ppo(0.2, 0.28), data, frozen) + 0.3 * nll
+
+    np.testing.assert_allclose(value, slow(data, data), rtol=1e-5)
+    np.testing.assert_allclose(grad, twin.finite_difference(slow, data, "logp"), rtol=1e-4, atol=1e-6)
+    # By hand: the one token of the first sequence is right, so the term is -ln .6, whatever the four tokens of the step.
+    inputs = hand_inputs(extras={"positive": jnp.zeros((4, 7)).at[0, 0].set(4.0)})
+    value, _, _ = cases.evaluate_one(losses.get("grpo", positive_nll_coef=0.1), inputs)
+    np.testing.assert_allclose(value, -0.2 - 0.1 * log(0.6), rtol=1e-6)
+    with pytest.raises(UserError, match=r"PolicyInputs.extras\['positive'\].*positive_nll_coef 0.1"):
+        losses.get("grpo", positive_nll_coef=0.1)(hand_inputs())
+
+
 def test_adaptive_entropy_coefficient():
     assert policy.adapt_entropy_coef(0.01, entropy=0.1, target=0.2) == (0.01, pytest.approx(0.015))
     assert policy.adapt_entropy_coef(0.01, entropy=0.3, target=0.2) == (0.0, pytest.approx(0.005))
     assert policy.adapt_entropy_coef(0.001, entropy=0.3, target=0.2) == (0.0, 0.0)
     inputs = hand_inputs(entropy_coef=jnp.float32(0.01))
     np.testing.assert_allclose(cases.evaluate_one(losses.get("grpo"), inputs)[0], -0.22, rtol=1e-6)  # -.2 - .01 * 2
+
+
+def test_the_coefficient_of_the_kl_may_be_given_with_the_inputs():
+    """k3 with pi_ref = pi e^-1 is e^-1 at every token."""
+    inputs = hand_inputs(ref_logp=hand_inputs().logp - 1.0, kl_coef=jnp.full((4, 7), 0.5))
+    np.testing.assert_allclose(cases.evaluate_one(losses.get("grpo", kl_coef=0.1), inputs)[0], -0.2 + 0.5 * exp(-1), rtol=1e-6)
+    np.testing.assert_allclose(cases.evaluate_one(losses.get("grpo"), inputs)[0], -0.2, rtol=1e-6)  # there is no KL to weigh
 
 
 def test_clip_cov_draws_from_the_band_only():

@@ -45,9 +45,13 @@ CASES = [
      lambda s, t: -twin.clip(exp(s.logp0[t] - s.ref_logp[t]), 0.2, 1.8) * s.logp[t], "token-mean"),
     ("eaft", {"alpha": 1.5}, lambda s, t: -((s.topk_entropy[t] / 3) ** 1.5) * s.logp[t], "token-mean"),
     ("rho1", {}, lambda s, t: -s.logp[t] * (s.ref_logp[t] > s.logp0[t]), "token-mean"),
+    ("psft", {"clip_high": 0.2}, lambda s, t: -min(exp(s.logp[t] - s.ref_logp[t]), 1.2), "token-mean"),
     ("forward_kl", {"nll_coef": 0.3}, lambda s, t: s.teacher_divergence[t] - 0.3 * s.logp[t], "token-mean"),
     ("reverse_kl", {"nll_coef": 0.5, "reduce": "seq-mean-token-mean"},
      lambda s, t: s.teacher_divergence[t] - 0.5 * s.logp[t], "seq-mean-token-mean"),
+    ("skew_forward_kl", {"alpha": 0.2}, lambda s, t: s.teacher_divergence[t], "token-mean"),
+    ("skew_reverse_kl", {"top_k": 5}, lambda s, t: s.teacher_divergence[t], "token-mean"),
+    ("adaptive_kl", {"nll_coef": 0.2}, lambda s, t: s.teacher_divergence[t] - 0.2 * s.logp[t], "token-mean"),
     ("jsd", {"nll_coef": 1.0}, lambda s, t: s.teacher_divergence[t] - s.logp[t], "token-mean"),
 ]  # fmt: skip
 
@@ -100,9 +104,13 @@ HAND = {
     "iw_sft": (2 * 1 + 1 * 4) * log(2) / 3,  # p_ref .25: weights 2 and 1
     "eaft": 5 * log(2) / 3 * 0.5,  # H = 1.5
     "rho1": 0.0,  # p_ref is nowhere above p
+    "psft": -(1.28 + 1 + 1) / 3,  # w = 2, 1, 1
     "forward_kl": 0.4,
     "reverse_kl": 0.4,
     "jsd": 0.4,
+    "skew_forward_kl": 0.4,
+    "skew_reverse_kl": 0.4,
+    "adaptive_kl": 0.4,
 }
 
 

@@ -5,6 +5,7 @@ import pytest
 from jaxreason.errors import UserError
 from jaxreason.rewards import Sample
 from jaxreason.rewards.format import format, tag_count
+from jaxreason.rewards.language import language
 from jaxreason.rewards.length import cosine, length, repetition, soft_overlong
 
 
@@ -127,3 +128,30 @@ def test_repetition(text, ngram_size, expected):
 def test_options_that_make_no_sense(call, message):
     with pytest.raises(UserError, match=message):
         call(sample("5"))
+
+
+@pytest.mark.parametrize(
+    ("completion", "wanted", "expected"),
+    [
+        ("<think>We add them</think>五", "en", 1.0),  # the answer does not count
+        ("<think>We add 所以</think>5", "en", 0.5),  # two words, and two letters that are words
+        ("<think>We add 所以</think>5", "zh", 0.5),
+        ("<think>We add</think>", "ru", 0.0),
+        ("<think>x = 5, α = 3 得</think>", "zh", 1.0),  # names of quantities are no words
+        (r"<think>得 $so what$ \(never mind\) \[or this\] $$and that$$ \frac{1}{2} ```return value```</think>", "zh", 1.0),
+        ("<think>得 $so what</think>", "zh", 1 / 3),  # a formula that is not closed is text
+        ("<think>r\u00e9sum\u00e9 re\u0301sume\u0301</think>", "en", 1.0),  # with marks of their own or without
+        ("<think>\uff46\uff55\uff4c\uff4c</think>", "en", 1.0),  # full width
+        ("<think>これは漢字</think>", "ja", 1.0),
+        ("<think>हिन्दी में</think>", "hi", 1.0),
+        ("<think>12 + 3</think>", "en", 0.0),
+        ("no tags at all да", "en", 0.8),
+        ("", "en", 0.0),
+    ],
+)  # fmt: skip
+def test_language_is_the_share_of_the_thought_s_words(completion, wanted, expected):
+    assert language(sample(completion), language=wanted) == pytest.approx(expected)
+
+
+def test_language_of_a_thought_that_the_prompt_opened():
+    assert language(sample("да нет</think> yes", prompt="q <think>"), language="ru") == 1.0

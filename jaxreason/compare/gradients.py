@@ -32,16 +32,26 @@ from jaxreason.model import ModelConfig
 from jaxreason.model.vocab import HeadStats
 from jaxreason.report.read import number
 from jaxreason.rewards.pool import RewardPool
-from jaxreason.rl.batch import Batcher
+from jaxreason.rl.adaptive import Adaptive
+from jaxreason.rl.batch import Batcher, selected
 from jaxreason.rl.collect import Collector, Rollout
-from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models, with_slots
+from jaxreason.rl.grpo import (
+    Inputs,
+    compared_with,
+    compile_score,
+    distilled_from,
+    open_inputs,
+    scoring_models,
+    with_slots,
+)
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import metrics_of
-from jaxreason.rl.shapes import keeps_reference, shapes_of
+from jaxreason.rl.shapes import Shapes, keeps_reference, shapes_of
 from jaxreason.sharding import make_mesh, within
 from jaxreason.terminal import console
 from jaxreason.train import hosts
 from jaxreason.train import optimizer as opt
+from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import start_state
 from jaxreason.train.step import make_gradient, policy_inputs, totals_of
 from jaxreason.types import Batch, TrainState
@@ -85,32 +95,34 @@ def measure(entries: Sequence[Entry], objectives: Sequence[Objective | None]) ->
     steady = config.optimizer.model_copy(update={"schedule": "constant", "warmup_steps": 0, "warmup_fraction": 0.0})
     optimizer = opt.make(steady, 1)
     state = start_state(config, inputs.setup, optimizer, mesh)
-    shapes = shapes_of(config, members[0].objective.loss, inputs.longest_prompt, mesh)
+    shapes = _shapes(members[0], inputs, mesh)
     console.print("rollout", markup=False)
-    rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh)
+    greedy = any(member.objective.greedy for member in members)
+    rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh, greedy)
     score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
-    batches = _batches(members, inputs, rollout, score, state, mesh)
-    program = pullback(inputs.setup.config, [m.objective.loss for m in members], shapes.microbatches, config.rollout.temperature)
-    pull = within(mesh, jax.jit(program))
-    values = [within(mesh, jax.jit(value_of(member.objective.loss))) for member in members]
+    others = _others(members, inputs, score, shapes, mesh)
+    batches = _batches(members, inputs, rollout, score, others, state, mesh)
+    programs = _programs(members, inputs, shapes, others, mesh)
     points: dict[str, Any] = {}
     old: Array | None = None
     tokens: list[dict] = []
-    scales: list[float] = []
+    scales: list[float | None] = []
     for name in ("start", "stale"):
         stats = score(state.model_params, batches[0])
         old = stats.logp if old is None else old
         rows, gradients = [], []
-        for member, weigh, batch in zip(members, values, batches):
+        for member, program, batch in zip(members, programs, batches):
             console.print(f"{name}: {member.loss}", markup=False)
             batch = dataclasses.replace(batch, old_logp=old)
-            value, metrics, by_input = weigh(stats, batch)
-            gradient = pull(state.params, _plain(batch, by_input), None, 0, state.frozen)[2]
+            if (loss := member.objective.loss).reselects:
+                picked = selected(present(loss.select, "Loss.select"), stats, batch, config.run.seed, 1)
+                batch = dataclasses.replace(batch, selected=picked)
+            value, metrics, gradient, by_logp = program(state, stats, batch)
             gradients.append([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(jax.device_get(gradient))])
             if name == "start":
-                scales.append(_scale(batch, by_input[0]))
+                scales.append(_scale(batch, by_logp))
             else:
-                tokens.append(_tokens(batch, stats.logp, by_input[0], scales[len(tokens)]))
+                tokens.append(_tokens(batch, stats.logp, by_logp, scales[len(tokens)]))
             if name == "start" and len(gradients) == 1:
                 stale = dataclasses.replace(state, params=_moved(state, gradient, optimizer, config.run.seed))
             shown = {key: number(float(metrics[key])) for key in _SHOWN if key in metrics}
@@ -139,11 +151,12 @@ def _members(entries: Sequence[Entry], objectives: Sequence[Objective | None]) -
     ]
     if len(members) < len(firsts):
         raise UserError("--offline compares policy losses on a rollout; this config's algorithm is sft")
-    for member in members:
-        loss = member.objective.loss
-        if unknown := sorted(loss.needs - loss.extras - _READ):
-            raise UserError(f"--offline differentiates by log-probs and entropies; loss {loss.name} also reads {unknown[0]}")
     return members
+
+
+def _shapes(member: _Member, inputs: Inputs, mesh: Mesh) -> Shapes:
+    loss, longest = member.objective.loss, inputs.longest_prompt
+    return shapes_of(member.config, loss, longest, mesh, context_tokens=inputs.context_tokens)
 
 
 def _described(config: cfg.GrpoConfig, rollout: Rollout) -> dict:
@@ -160,6 +173,41 @@ def _described(config: cfg.GrpoConfig, rollout: Rollout) -> dict:
 
 
 # ---- gradients
+
+
+def _programs(
+    members: Sequence[_Member], inputs: Inputs, shapes: Shapes, others: dict[str, ScoringModel], mesh: Mesh
+) -> list[Callable]:
+    """For each loss ``(state, stats, batch) -> (value, metrics, gradient, ∂L/∂logp)``.
+
+    A loss that reads more of the network than log-probs and entropies (the divergence from a teacher) is differentiated
+    through the network by a program of its own, and its ∂L/∂logp is None.
+    """
+    config, model = members[0].config, inputs.setup.config
+    count, temperature = shapes.microbatches, config.rollout.temperature
+    found = [member.objective.loss for member in members]
+    pull = within(mesh, jax.jit(pullback(model, found, count, temperature)))
+    teacher = distilled_from(config, inputs, mesh, others)
+
+    def pulled(loss: losses.Loss) -> Callable:
+        weigh = within(mesh, jax.jit(value_of(loss)))
+
+        def program(state: TrainState, stats: HeadStats, batch: Batch) -> tuple:
+            value, metrics, by_input = weigh(stats, batch)
+            return value, metrics, pull(state.params, _plain(batch, by_input), None, 0, state.frozen)[2], by_input[0]
+
+        return program
+
+    def whole(loss: losses.Loss) -> Callable:
+        direct = within(mesh, jax.jit(make_gradient(model, loss, count, temperature, compared_with(config, inputs))))
+
+        def program(state: TrainState, stats: HeadStats, batch: Batch) -> tuple:
+            second = teacher.params() if teacher else None
+            return (*direct(state.params, batch, second, 0, state.frozen)[:3], None)
+
+        return program
+
+    return [pulled(loss) if loss.needs - loss.extras <= _READ else whole(loss) for loss in found]
 
 
 def value_of(loss: losses.Loss) -> Callable:
@@ -195,7 +243,7 @@ def _plain(batch: Batch, by_input: tuple[Array, Array]) -> Batch:
     """What :func:`pullback` reads: of one structure for every loss, so that the network's program is compiled once."""
     return dataclasses.replace(
         batch, old_logp=None, ref_logp=None, sampler_logp=None, group_tokens=None, selected=None, entropy_coef=None,
-        extras=dict(zip(PULL, by_input)),
+        kl_coef=None, teacher=None, extras=dict(zip(PULL, by_input)),
     )  # fmt: skip
 
 
@@ -212,18 +260,23 @@ def _moved(state: TrainState, gradient: dict, optimizer: optax.GradientTransform
 # ---- per-token weights
 
 
-def _scale(batch: Batch, by_logp: Array) -> float:
+def _scale(batch: Batch, by_logp: Array | None) -> float | None:
     """What the weights of a loss are divided by: the median at ratio 1 of |∂L/∂logp| / |A|, tokens without advantage or weight
-    left out; 1 where there are no others."""
+    left out; None where there are no others."""
+    if by_logp is None:
+        return None
     advantages, found = (hosts.rows(x) for x in (present(batch.advantages, "Batch.advantages"), by_logp))
     live = (hosts.rows(batch.loss_mask) > 0) & (advantages != 0)
     sizes = np.abs(found[live]) / np.abs(advantages[live])
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
-    return float(np.median(sizes)) if len(sizes) else 1.0
+    return float(np.median(sizes)) if len(sizes) else None
 
 
-def _tokens(batch: Batch, logp: Array, by_logp: Array, scale: float) -> dict[str, list[list[float]]]:
-    """[log-ratio, −∂L/∂logp / (|A| · scale)] of some tokens of either sign of A, evenly over the order of log-ratios."""
+def _tokens(batch: Batch, logp: Array, by_logp: Array | None, scale: float | None) -> dict[str, list[list[float]]]:
+    """[log-ratio, −∂L/∂logp / (|A| · scale)] of some tokens of either sign of A, evenly over the order of log-ratios; none
+    where there is no scale."""
+    if by_logp is None or scale is None:
+        return {"positive": [], "negative": []}
     fields = (batch.loss_mask, present(batch.advantages, "Batch.advantages"), present(batch.old_logp, "Batch.old_logp"))
     mask, advantages, old, new, found = (hosts.rows(x) for x in (*fields, logp, by_logp))
     chosen = {}
@@ -244,14 +297,14 @@ def _means(loss: losses.Loss, batch: Batch) -> dict[str, float]:
 # ---- the rollout
 
 
-def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh) -> Rollout:
+def _roll_out(config: cfg.GrpoConfig, inputs: Inputs, state: TrainState, mesh: Mesh, greedy: bool) -> Rollout:
     """The first step's graded completions of both turns, as training would draw them."""
     sampler = samplers.make(config.rollout.sampler, inputs.setup.config, inputs.setup.tokenizer.stop_ids, mesh)
     sampler.load(state.model_params, 0)
     stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
     settings, graders = config.reward, inputs.objective.graders
     with RewardPool(graders, settings.workers, settings.timeout_s, settings.on_error) as pool:
-        collect = Collector(config, sampler, stream, inputs.setup.tokenizer, inputs.chat, pool, inputs.longest_prompt)
+        collect = Collector(config, sampler, stream, inputs.setup.tokenizer, inputs.chat, pool, inputs.longest_prompt, greedy)
         rollout = collect(1, 0, 0)
     sampler.release()
     return rollout
@@ -262,25 +315,30 @@ def _whole(config: cfg.GrpoConfig) -> cfg.GrpoConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"minibatches": 1, "updates_per_rollout": 1})})
 
 
-def _batches(
-    members: Sequence[_Member], inputs: Inputs, rollout: Rollout, score: Callable, state: TrainState, mesh: Mesh
-) -> list[Batch]:
-    """The rollout as the batch that training with each loss would make of it, all of it in one update.
-
-    Packing follows lengths alone, so every loss's batch holds the same tokens at the same places, and reference and teacher
-    score them once.
-    """
+def _others(
+    members: Sequence[_Member], inputs: Inputs, score: Callable, shapes: Shapes, mesh: Mesh
+) -> dict[str, ScoringModel]:
+    """What else scores the rollout, for all losses: a reference if one of them has it. Each scores once."""
     keeper = next((m for m in members if keeps_reference(m.config, m.objective.loss)), members[0])
-    inputs = dataclasses.replace(inputs, objective=keeper.objective)
-    shapes = [shapes_of(m.config, m.objective.loss, inputs.longest_prompt, mesh) for m in members]
-    others = scoring_models(keeper.config, inputs, score, shapes[0], mesh)
+    others = scoring_models(keeper.config, dataclasses.replace(inputs, objective=keeper.objective), score, shapes, mesh)
     for model in others.values():
         model.score = _once(model.score)
-    found = []
-    for member, own in zip(members, shapes):
-        batcher = Batcher(member.config, member.objective, own, mesh, inputs.setup.tokenizer.pad_id, score, others)
-        bonus = None if member.config.entropy.target is None else member.config.entropy.coef
-        _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, bonus)
+    return others
+
+
+def _batches(
+    members: Sequence[_Member], inputs: Inputs, rollout: Rollout, score: Callable, others: dict[str, ScoringModel],
+    state: TrainState, mesh: Mesh,
+) -> list[Batch]:  # fmt: skip
+    """The rollout as the batch that training with each loss would make of it, all of it in one update.
+
+    Packing follows lengths alone, so every loss's batch holds the same tokens at the same places.
+    """
+    found, pad_id = [], inputs.setup.tokenizer.pad_id
+    for m in members:
+        shapes = _shapes(m, inputs, mesh)
+        batcher = Batcher(m.config, m.objective, shapes, mesh, pad_id, score, others, inputs.teacher_prompts)
+        _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, Adaptive(m.config).now)
         found.append(batch)
     return found
 

@@ -20,7 +20,7 @@ def weight_curve(loss: Loss, extras: Mapping[str, float]) -> dict[str, list[floa
 
     Divided by its size at ratio 1 and A = +1, so that 1 is the weight of REINFORCE; by its largest where that is 0. In a
     completion of one token the ratios of token and sequence are one, so the log-ratio is that of the loss's own level.
-    Reference and sampler are the old policy, a rule that picks tokens by entropy picks this one and one that picks by
+    Reference and sampler are the old policy, a teacher agrees with it, a rule that picks tokens by entropy picks this one and one that picks by
     covariance does not. None where it is not finite.
 
     Args:
@@ -51,6 +51,7 @@ def _inputs(loss: Loss, logp: Array, advantage: Array, extras: Mapping[str, floa
     return PolicyInputs(
         logp, old, whole(advantage), whole(1.0), ref_logp=old, sampler_logp=old, entropy=whole(_ENTROPY), sequence_ids=ids,
         group_ids=ids, totals=Totals(one, one, one, one), group_tokens=whole(1.0),
+        teacher_divergence=whole(0.0),
         selected=whole(0.0 if loss.options.get("top_entropy") is None else 1.0),
         extras={name: whole(value) for name, value in extras.items()},
     )  # fmt: skip

@@ -86,8 +86,24 @@ class Kl(Section):
     in the reward, the others in the loss)."""
     estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+", "k1_unbiased", "k2_unbiased", "k3_unbiased"] | None = None
     """Of the KL in the loss; null: k3, or what ``loss.preset`` has."""
+    target: float | None = Field(None, gt=0)
+    """Nats a token, of the metric ``kl``: above it the coefficient grows from step to step, below it it shrinks, beginning with
+    ``coef`` (arXiv 1909.08593); null: ``coef`` stays."""
+    gain: float = Field(0.1, gt=0)
+    """By how much: a step multiplies the coefficient by 1 + gain · clip(kl / target − 1, ±0.2)."""
+    refresh_every: Positive | None = None
+    """Steps after which the reference becomes the policy that they trained (DeepSeek-R1: 400); checkpoints hold it then. null:
+    it stays what the run started from."""
+    refresh_weight: float = Field(1.0, gt=0, le=1)
+    """w of such a reference: w · policy + (1 − w) · the reference so far (TR-DPO, arXiv 2404.09656); 1: the policy."""
     offload: bool = False
     """Keep the reference in host memory and copy it to the devices once a step, to score."""
+
+    @model_validator(mode="after")
+    def _first_coefficient(self):
+        if self.target is not None and not self.coef:
+            raise ValueError("kl.target moves the coefficient from step to step and needs its first value: set kl.coef above 0")
+        return self
 
 
 class Entropy(Section):
@@ -101,13 +117,54 @@ class Entropy(Section):
 
 
 class Teacher(Section):
+    """On-policy distillation: the policy's own samples, judged token by token by a teacher."""
+
     weights: str | None = None
-    """On-policy distillation: a model with the same tokenizer, Hugging Face directory, hub id or run; null: none."""
+    """A model with the same tokenizer, Hugging Face directory, hub id or run; ``start``: the reference, that is the weights that
+    the run began with, or what kl.refresh_every made of them; ``self``: the policy as it is at each update (with ``context``);
+    null: no teacher."""
+    divergence: (
+        Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl"] | None
+    ) = None
+    """What the policy's next-token distribution is compared with the teacher's by, over the whole vocabulary: a term of the
+    loss of its own (``jaxreason.losses.distill``). loss.name=distill has no other. Null: the sampled tokens alone,
+    c·(log π_teacher − log π_policy) is added to their advantages."""
+    options: dict[str, Any] = Field({})
+    """Of the divergence: ``temperature``, ``top_k``, ``top_from``, ``tail``; ``beta`` of jsd, ``alpha`` of the skewed ones,
+    ``head`` of adaptive_kl."""
     coef: float = Field(1.0, gt=0)
-    """c of c·(log π_teacher − log π_policy), added to the advantage of every sampled token. With advantage.name=zero
-    and loss.name=importance_sampling the teacher alone teaches."""
+    """c, the weight of the teacher's part."""
+    context: str | None = None
+    """What the teacher is told and the policy is not: ``answer`` (the gold answer), ``solution`` (the row's own answer with its
+    thought), ``peer`` (a right completion of the same prompt), or a function of your own of (sequence, group) that returns a
+    text, or None where there is nothing to say; such a sequence is not distilled. Null: the teacher reads what the policy
+    reads."""
+    prompt: str = "{question}\n\nHere is a correct solution:\n{context}\n\nNow answer the question in your own words."
+    """The user's turn that the teacher reads where there is a context."""
+    max_context_tokens: Positive | None = None
+    """Most tokens by which the teacher's prompt may be longer than the policy's; a sequence with more is not distilled. Null:
+    what the longest context there can be needs; a function of your own needs a number."""
+    data_fraction: float = Field(0.0, ge=0, lt=1)
+    """Fraction of each step's prompts that are not answered by the policy: the row's own answer is distilled on instead (GKD's
+    1 − λ)."""
     offload: bool = False
-    """Keep the teacher in host memory and copy it to the devices once a step, to score."""
+    """Keep the teacher in host memory and copy it to the devices once a step."""
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.weights is None and (self.divergence or self.context):
+            raise ValueError("teacher.divergence and teacher.context belong to a teacher: set teacher.weights")
+        if self.divergence is None and (self.options or self.context or self.data_fraction or self.weights == "self"):
+            raise ValueError(
+                "teacher.options, teacher.context, teacher.data_fraction and teacher.weights=self need whole distributions: set "
+                "teacher.divergence, e.g. reverse_kl"
+            )
+        if self.weights == "self" and self.context is None:
+            raise ValueError("teacher.weights=self without teacher.context is the policy itself, which teaches nothing")
+        missing = [field for field in ("{question}", "{context}") if field not in self.prompt]
+        if missing:
+            raise ValueError(f"teacher.prompt lacks {missing[0]}")
+        return self
 
 
 class SecondTurn(Section):
@@ -186,6 +243,15 @@ class GrpoConfig(Section):
             raise ValueError(
                 f"train.minibatches {self.train.minibatches} does not divide the {sequences} sequences of a rollout "
                 "(rollout.prompts_per_step x rollout.group_size)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data(self):
+        if self.teacher.data_fraction and (self.second_turn.samples or self.rollout.resample_rounds):
+            raise ValueError(
+                "teacher.data_fraction takes the place of completions; it does not combine with second_turn.samples or "
+                "rollout.resample_rounds"
             )
         return self
 

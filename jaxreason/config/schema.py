@@ -207,7 +207,14 @@ class SftTrain(Train):
 
 class SftTeacher(Section):
     weights: str | None = None
-    """What forward_kl, reverse_kl and jsd distil: a model with the same tokenizer, Hugging Face directory, hub id or run."""
+    """What forward_kl, reverse_kl, jsd, the skewed ones and adaptive_kl distil: a model with the same tokenizer, Hugging Face
+    directory, hub id or run."""
+
+
+class Reference(Section):
+    refresh_every: Positive | None = None
+    """Steps after which the model that asft, sft_kl, iw_sft, rho1 and psft compare with becomes the one that they trained;
+    checkpoints hold it then. null: it stays what the run started from. psft needs a number (8 in its authors' code)."""
 
 
 class Grader(Section):
@@ -282,6 +289,7 @@ class SftConfig(Section):
     data: Data
     loss: SftLoss = SftLoss()
     teacher: SftTeacher = SftTeacher()
+    reference: Reference = Reference()
     optimizer: Optimizer = Optimizer()
     train: SftTrain
     eval: Eval = Eval()

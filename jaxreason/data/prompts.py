@@ -12,6 +12,7 @@ import numpy as np
 from jaxreason.config import Problems
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
+from jaxreason.data.encode import end_at_stop
 from jaxreason.data.example import Example, Reject
 from jaxreason.data.files import Chunk
 from jaxreason.data.schema import parse
@@ -33,6 +34,14 @@ class Prompt:
     user: str  # the question alone
     index: int  # ordinal of the row in its source
     row: Mapping[str, Any] | None = None  # the columns of data.keep_columns, or the entry of a reasoning-gym task
+    system: str | None = None  # the row's own system message
+    history: tuple[tuple[str, str], ...] = ()  # its earlier turns
+    reply: str | None = None  # its own answer with the thought, where it was asked for
+    reply_ids: tuple[int, ...] = ()  # what the model would have to generate to give it
+
+    def instead(self, user: str) -> Example:
+        """The conversation with another last turn of the user."""
+        return Example(user, system=self.system, history=self.history)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Prompts:
         for prompt in self.prompts:
             row = None if prompt.row is None else json.dumps(prompt.row, default=repr, sort_keys=True)
             state.update(repr((len(prompt.ids), prompt.text, prompt.gold, row)).encode())
-            state.update(np.array(prompt.ids, np.int32))
+            state.update(np.array([*prompt.ids, *prompt.reply_ids], np.int32))
         return state.hexdigest()[:32]
 
 
@@ -82,11 +91,13 @@ class PromptStream:
 
 
 def load_prompts(
-    data: Problems, tokenizer: Tokenizer, seed: int, *, max_prompt_tokens: int | None = None, chat: Chat | None = None
-) -> Prompts:
+    data: Problems, tokenizer: Tokenizer, seed: int, *, max_prompt_tokens: int | None = None, chat: Chat | None = None,
+    max_reply_tokens: int | None = None,
+) -> Prompts:  # fmt: skip
     """Prompts of ``data.source``; rows without a gold, or longer than ``max_prompt_tokens``, are counted.
 
-    Only prompts are held in memory, never the rows' traces. Raises UserError where no row is usable.
+    Only prompts are held in memory, not the rows' answers, unless ``max_reply_tokens`` asks for them; rows without an answer,
+    or with a longer one, are then counted, too. Raises UserError where no row is usable.
     """
     chat = chat or chats.of_data(data, tokenizer)
     source = open_source(data.source, data.split, data.max_rows, seed)
@@ -99,8 +110,16 @@ def load_prompts(
         for (index, example, gold), text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
-            else:
-                prompts.append(Prompt(tuple(ids), without_marks(text), gold, example.question, index, example.row))
+                continue
+            prompt = Prompt(
+                tuple(ids), without_marks(text), gold, example.question, index, example.row, example.system, example.history
+            )
+            try:
+                if max_reply_tokens is not None:
+                    prompt = _with_reply(prompt, example, chat, tokenizer, max_reply_tokens)
+                prompts.append(prompt)
+            except Reject as reject:
+                dropped[reject.reason] += 1
         rows += read
         if rows == data.max_rows:
             break
@@ -108,6 +127,14 @@ def load_prompts(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none read"
         raise UserError(f"data.source {data.source}: no usable prompt in {rows} rows ({reasons}); check data.schema")
     return Prompts(tuple(prompts), rows, dict(dropped))
+
+
+def _with_reply(prompt: Prompt, example: Example, chat: Chat, tokenizer: Tokenizer, longest: int) -> Prompt:
+    """The prompt with the row's own answer. Raises Reject."""
+    ids = end_at_stop(tokenizer.encode(chat.render(example)[1]), tokenizer)
+    if len(ids) > longest:
+        raise Reject(f"answer longer than {longest} tokens")
+    return dataclasses.replace(prompt, reply=example.reply, reply_ids=tuple(ids))
 
 
 def _rendered(found: list[tuple[int, Example, str]], chat: Chat, dropped: collections.Counter[str]) -> list[str]:

@@ -5,7 +5,7 @@ from jaxreason.losses.check import check
 from jaxreason.losses.estimator import Estimator, estimator
 from jaxreason.losses.inputs import PolicyInputs, SftInputs, clean, totals_of
 from jaxreason.losses.reduce import reduction_weights
-from jaxreason.losses.registry import Loss, check_filled, defaults, get, loss, names
+from jaxreason.losses.registry import Loss, check_filled, defaults, divergence, get, loss, names
 
 __all__ = [
     "Estimator",
@@ -17,6 +17,7 @@ __all__ = [
     "check_filled",
     "clean",
     "defaults",
+    "divergence",
     "estimator",
     "get",
     "kl",

@@ -5,19 +5,20 @@ is 0. Where frameworks differ (degrees of freedom and epsilon of the standard de
 an option. Axes: P prompts, G group, F reward functions.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from pydantic import Field
 
 from jaxreason import plugins
 from jaxreason.errors import UserError
 from jaxreason.losses import presets, tokens
-from jaxreason.losses.estimator import GIVEN, Estimator
+from jaxreason.losses.estimator import GIVEN, Estimator, PerToken
 
 Singleton = Literal["zero", "raw"]
 
@@ -92,6 +93,69 @@ def passk(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-6) -> Array:
     lead = jnp.where(two, ordered[:, -1:] - ordered[:, -2:-1], 0.0)
     best = jnp.arange(valid.shape[1]) == jnp.argmax(jnp.where(valid, values, -jnp.inf), axis=1)[:, None]
     return jnp.where(best & two, lead / _std(_centred(values, valid, axis=1), valid, 1, ddof, eps), 0.0)
+
+
+def passk_training(rewards_P_G: ArrayLike, *, k: Annotated[int, Field(ge=1)] = 4, eps: float = 1e-6) -> Array:
+    """The advantage of a sample as a member of random sets of k samples of its group, each of which earns its best reward:
+    Pass@k training in closed form (2508.10751). ``k`` 1 is GRPO with ddof 0; 4 is ours, the paper varies it.
+
+    With n samples, c of them right, m = n - c: mean rho = 1 - C(m, k) / C(n, k), spread s = sqrt(rho (1 - rho)). A right sample
+    gets (1 - rho) / (s + eps), a wrong one (1 - rho - C(m - 1, k - 1) / C(n - 1, k - 1)) / (s + eps). In a group with fewer
+    than k graded samples k is their number. Raises UserError for rewards other than 0 and 1; under jit every reward that is not
+    1 is 0.
+    """
+    values, valid = _graded(rewards_P_G)
+    if not isinstance(values, jax.core.Tracer) and not np.all(np.isin(values, (0.0, 1.0))):
+        other = float(np.asarray(values)[~np.isin(values, (0.0, 1.0))][0])
+        raise UserError(
+            f"advantage.name passk_training counts right and wrong answers, and a reward is {other:.4g}; use rewards of 0 and 1, "
+            "such as accuracy alone"
+        )
+    right = valid & (values == 1.0)
+    n, c = (jnp.sum(x, axis=1, keepdims=True, dtype=jnp.float32) for x in (valid, right))
+    rho = 1.0 - _share_of_sets(n - c, n, jnp.minimum(k, n), k)
+    spread = jnp.sqrt(rho * (1.0 - rho)) + eps
+    lost = _share_of_sets(n - c - 1.0, n - 1.0, jnp.minimum(k, n) - 1.0, k - 1)
+    mixed = (c > 0) & (rho < 1.0)
+    return jnp.where(valid & mixed, jnp.where(right, 1.0 - rho, 1.0 - rho - lost) / jnp.where(mixed, spread, 1.0), 0.0)
+
+
+def remax(rewards_P_G: ArrayLike, greedy_P: ArrayLike) -> Array:
+    """R - R of the prompt's greedy completion. ReMax (2310.10505). A group whose greedy completion has no reward gets 0."""
+    values, valid = _graded(rewards_P_G)
+    baseline = jnp.asarray(greedy_P, jnp.float32)[:, None]
+    return jnp.where(valid & ~jnp.isnan(baseline), values - jnp.nan_to_num(baseline), 0.0)
+
+
+def process(rewards_P_G: ArrayLike, sequences_P_G: Sequence[Sequence[Any]], *, ddof: int = 1, eps: float = 1e-4) -> PerToken:
+    """[P][G] of [n]: at every token the sum of the normalized rewards of the steps that end there or later. Process supervision,
+    DeepSeekMath (2402.03300, 4.1.3).
+
+    A sequence's extras hold ``step_reward`` [n] and ``step_end`` [n]: at the last token of each step its reward and 1. All step
+    rewards of a group are normalized together, (r - mean) / (std + eps), 0 where they are equal. With ``step_end`` 1 at every
+    token these are rewards of tokens. What has no reward counts in no statistic and gets 0.
+    """
+    found: PerToken = []
+    for rewards, group in zip(np.asarray(rewards_P_G, np.float64), sequences_P_G):
+        graded = ~np.isnan(rewards)
+        ends = [np.asarray(s.extras["step_end"]) > 0 if there else np.zeros(len(s.tokens), bool)
+                for s, there in zip(group, graded)]  # fmt: skip
+        steps = [np.asarray(s.extras["step_reward"], np.float64)[end] if there else np.zeros(0)
+                 for s, end, there in zip(group, ends, graded)]  # fmt: skip
+        every = np.concatenate([*steps, np.zeros(0)])
+        if len(every) and np.ptp(every):
+            std = np.sqrt(np.sum(np.square(every - every.mean())) / max(len(every) - ddof, 1))
+            steps = [(step - every.mean()) / (std + eps) for step in steps]
+        else:
+            steps = [np.zeros(len(step)) for step in steps]
+        row = [np.zeros(len(end)) for end in ends]
+        for values, end, step in zip(row, ends, steps):
+            values[end] = step
+        found.append([np.cumsum(values[::-1])[::-1].astype(np.float32) for values in row])
+    return found
+
+
+plugins.mark(process, needs=("step_reward", "step_end"), by_group=True)
 
 
 def lite_ppo(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-4) -> Array:
@@ -216,8 +280,8 @@ def gdpo(
 ESTIMATORS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        grpo, center, raw, zero, rloo, grpo_loo, opo, passk, lite_ppo, reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc,
-        gdpo,
+        grpo, center, raw, zero, rloo, grpo_loo, opo, passk, passk_training, remax, process, lite_ppo, reinforce_pp,
+        reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
     )
 }  # fmt: skip
 
@@ -257,6 +321,15 @@ def _graded(rewards_P_G: ArrayLike) -> tuple[Array, Array]:
         )
     valid = ~jnp.isnan(rewards_P_G)
     return jnp.where(valid, rewards_P_G, 0.0), valid
+
+
+def _share_of_sets(wrong: Array, n: Array, k: Array, most: int) -> Array:
+    """[P, 1] C(wrong, k) / C(n, k), the share of sets of k of n samples that hold wrong ones only; ``most``: no k is larger."""
+    share = jnp.ones(n.shape)
+    for j in range(most):
+        factor = jnp.maximum(wrong - j, 0.0) / jnp.maximum(n - j, 1.0)
+        share = jnp.where(j < k, share * factor, share)
+    return share
 
 
 def _alone(valid: Array) -> Array:

@@ -112,6 +112,7 @@ def tiny_inputs(kind: str, extras: Iterable[str] = ()) -> Inputs:
         sampler_logp=old_logp + normal(0.05),
         group_ids=jnp.asarray(ids // 2),
         extras=more(),
+        teacher_divergence=jnp.abs(normal(0.1)),
     )
 
 

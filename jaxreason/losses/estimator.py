@@ -9,7 +9,7 @@ import numpy as np
 from jaxreason import plugins
 from jaxreason.errors import UserError
 
-GIVEN = ("lengths_P_G", "rewards_F_P_G", "weights_F", "sequences_P_G")
+GIVEN = ("lengths_P_G", "rewards_F_P_G", "weights_F", "sequences_P_G", "greedy_P")
 """What an estimator may ask for, by the name of a parameter, in addition to ``rewards_P_G``, its first."""
 
 PerToken = list[list[np.ndarray]]  # [P][G], each [n] float32
@@ -30,7 +30,8 @@ class Estimator:
 
     The function takes ``rewards_P_G`` [P, G] (NaN: no reward), its options, and by the names of its parameters what it
     ``reads``: ``lengths_P_G`` (completion tokens), ``rewards_F_P_G`` (each reward function's) with ``weights_F``,
-    ``sequences_P_G`` (nested lists of records with ``tokens``, ``text``, ``reward``, ``rewards``, ``prompt``, ``extras``).
+    ``sequences_P_G`` (nested lists of records with ``tokens``, ``text``, ``reward``, ``rewards``, ``prompt``, ``extras``),
+    ``greedy_P`` (the reward of each prompt's greedy completion, which is then drawn in addition; NaN: none).
     It returns advantages, or (advantages, extras) where it fills extras.
 
     Advantages: [P, G], or nested lists [P][G] of a number, or of an array [n] with one for every token. Extras: by name,
@@ -45,6 +46,16 @@ class Estimator:
     def reads(self) -> frozenset[str]:
         """Which of ``GIVEN`` the function takes."""
         return frozenset(GIVEN) & frozenset(plugins.declared_options(self.function))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The extras of the sequences that it reads, which a reward or a hook has to fill."""
+        return frozenset(getattr(self.function, "needs", ()))
+
+    @property
+    def by_group(self) -> bool:
+        """Whether it judges each group by itself, so that a process can do so for its own groups."""
+        return bool(getattr(self.function, "by_group", False))
 
     @property
     def fills(self) -> frozenset[str]:

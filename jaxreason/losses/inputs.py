@@ -62,8 +62,10 @@ class PolicyInputs:
     group_ids: Array | None = None  # int32 >= 0, the prompt
     totals: Totals | None = None
     group_tokens: Array | None = None  # supervised tokens of this position's prompt in the whole step (prompt-mean)
+    teacher_divergence: Array | None = None  # ``Loss.divergence`` of the policy's and the teacher's logits, nats
     selected: Array | None = None  # > 0 where the loss's step-wide rule picked the token (``Loss.select``)
     entropy_coef: Array | None = None  # replaces the option of that name (adaptive entropy bonus)
+    kl_coef: Array | None = None  # replaces the option of that name, where it is not 0 (adaptive KL)
     extras: dict[str, Array] = dataclasses.field(default_factory=dict)  # further inputs, by the names that fill them
 
 
@@ -76,7 +78,7 @@ OPTIONAL_INPUTS = {
     "sft": (
         "entropy", "logsumexp", "mean_logp", "ref_logp", "ref_kl", "teacher_divergence", "topk_entropy", "token_weights",
     ),
-    "policy": ("ref_logp", "sampler_logp", "entropy", "group_tokens", "selected"),
+    "policy": ("ref_logp", "sampler_logp", "entropy", "group_tokens", "selected", "teacher_divergence"),
 }  # fmt: skip
 FIXED = frozenset({"mask", "sequence_ids", "group_ids", "totals"})  # what is no per-token value and stays as it is
 
@@ -124,7 +126,8 @@ def check_shapes(inputs: Inputs) -> None:
 
     Raises UserError with the shapes.
     """
-    given = {name: x for name, x in vars(inputs).items() if name not in ("totals", "extras", "entropy_coef") and x is not None}
+    other = ("totals", "extras", "entropy_coef", "kl_coef")
+    given = {name: x for name, x in vars(inputs).items() if name not in other and x is not None}
     given |= {f"extras[{name!r}]": x for name, x in inputs.extras.items()}
     arrays = list(given.values())
     try:
@@ -141,3 +144,10 @@ def need(inputs: Inputs, field: str, why: str) -> Array:
     if value is None:
         raise UserError(f"the loss needs {type(inputs).__name__}.{field} [B, T] ({why}), but it is None")
     return value
+
+
+def need_extra(inputs: Inputs, name: str, why: str) -> Array:
+    """The extra's array. Raises UserError if it is not there."""
+    if name not in inputs.extras:
+        raise UserError(f"the loss needs {type(inputs).__name__}.extras[{name!r}] [B, T] ({why}), but it is not there")
+    return inputs.extras[name]

@@ -7,13 +7,13 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError, present
-from jaxreason.losses.axes import LOG_RATIO_CLAMP, Axes, Behaviour, CorrectionAxis, Reduce
-from jaxreason.losses.inputs import PolicyInputs, clean, need, totals_of
+from jaxreason.losses.axes import LOG_RATIO_CLAMP, Axes, Behaviour, CorrectionAxis, DistillAxis, Reduce
+from jaxreason.losses.inputs import PolicyInputs, clean, need, need_extra, totals_of
 from jaxreason.losses.kl import kl
 from jaxreason.losses.ratio import log_ratio
 from jaxreason.losses.reduce import reduction_weights
-from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, off_policy_keep, sampler_weights
-from jaxreason.losses.segments import Sequences
+from jaxreason.losses.sampler_correction import DEFAULT_BOUNDS, normalizer, off_policy_keep, rejected, sampler_weights
+from jaxreason.losses.segments import Sequences, sequences_of
 from jaxreason.losses.select import top_entropy_tokens
 from jaxreason.losses.surrogate import Surrogate, Tokens
 from jaxreason.types import Totals
@@ -24,7 +24,7 @@ Metrics = dict[str, Array]
 def policy_loss(
     inputs: PolicyInputs, axes: Axes, surrogate: Callable[[Tokens], Surrogate], select: Callable[..., Array] | None = None
 ) -> tuple[Array, Metrics]:
-    """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t) - entropy_coef mean_t H_t.
+    """sum_t weight_t (surrogate_t * keep_t * rho_t + kl_coef KL_t + distill_coef D_t) - entropy_coef mean_t H_t.
 
     Args:
       inputs: arrays [B, T]; masked positions may hold anything.
@@ -42,6 +42,8 @@ def policy_loss(
 
     selected = _selected(inputs, select)
     rho = _rho(inputs, axes.correction, sequences)
+    if rho is not None and axes.correction.correction_normalize == "step":
+        rho = rho * present(selected, "PolicyInputs.selected (correction_normalize)")
     tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
     loss, clipped_low, clipped_high, corrected = surrogate(tokens)
     # By token whatever the loss's own ratio is, so that losses can be compared: a sequence's mean is calmer than its tokens.
@@ -63,13 +65,21 @@ def policy_loss(
         estimate = _kl(inputs, axes, log_w, sequences)
         metrics["kl"] = _mean(estimate, sequences.live, totals)
         if axes.kl.kl_coef != 0:
-            value = value + axes.kl.kl_coef * jnp.sum(_weights(axes.kl.kl_reduce, axes, inputs, sequences, totals) * estimate)
+            coef = axes.kl.kl_coef if inputs.kl_coef is None else inputs.kl_coef
+            value = value + jnp.sum(_weights(axes.kl.kl_reduce, axes, inputs, sequences, totals) * (coef * estimate))
     coef = axes.entropy.entropy_coef if inputs.entropy_coef is None else inputs.entropy_coef
     if inputs.entropy_coef is not None or axes.entropy.entropy_coef != 0:
         bonus = coef * need(inputs, "entropy", "entropy_coef")
         if axes.entropy.entropy_over == "top" and axes.entropy.top_entropy is not None:
             bonus = bonus * present(selected, "PolicyInputs.selected (top_entropy)")
         value = value - jnp.sum(_weights(axes.entropy.entropy_reduce, axes, inputs, sequences, totals) * bonus)
+    if axes.distill.distill_coef != 0:
+        divergence = _divergence(inputs, axes.distill, sequences)
+        weights = _weights(axes.distill.distill_reduce, axes, inputs, sequences, totals)
+        value = value + axes.distill.distill_coef * jnp.sum(weights * divergence)
+    if coef := axes.imitation.positive_nll_coef:
+        positive = need_extra(inputs, "positive", f"positive_nll_coef {coef}")
+        value = value - coef * jnp.sum(_weights("token-mean", axes, inputs, sequences, totals) * positive * inputs.logp)
     return value, {key: stop_gradient(metric) for key, metric in metrics.items()}
 
 
@@ -91,6 +101,14 @@ def _kept(
         keep = off_policy_keep(inputs.logp, drifted_from, inputs.advantages, threshold, sequences)
         loss = loss * keep
         metrics["off_policy_dropped"] = 1.0 - keep
+    if axes.correction.reject != "none":
+        axis, sampler_logp = axes.correction, need(inputs, "sampler_logp", f"reject {axes.correction.reject}")
+        far = rejected(
+            inputs.old_logp, sampler_logp, inputs.advantages, axis.reject, axis.reject_min,
+            present(axis.reject_max, "reject_max"), sequences,
+        )  # fmt: skip
+        loss = jnp.where(far, 0.0, loss)
+        metrics["rejected_fraction"] = far
     if axes.entropy.top_entropy is not None:
         picked = present(selected, "PolicyInputs.selected (top_entropy)")
         loss = jnp.where(picked > 0, loss, 0.0)
@@ -112,6 +130,15 @@ def _kl(inputs: PolicyInputs, axes: Axes, log_w: Array, sequences: Sequences) ->
         log_ratio_clamp=axis.kl_log_ratio_clamp,
         value_clamp=axis.kl_value_clamp,
     )
+
+
+def _divergence(inputs: PolicyInputs, axis: DistillAxis, sequences: Sequences) -> Array:
+    """[B, T] the divergence from the teacher, weighted by the ratio where ``distill_ratio_max`` bounds one."""
+    divergence = need(inputs, "teacher_divergence", f"distill_coef {axis.distill_coef}")
+    if axis.distill_ratio_max is None:
+        return divergence
+    w = jnp.exp(log_ratio(inputs.logp, inputs.old_logp, "token", LOG_RATIO_CLAMP, sequences))
+    return stop_gradient(jnp.minimum(w, axis.distill_ratio_max)) * divergence
 
 
 def _selected(inputs: PolicyInputs, select: Callable[..., Array] | None) -> Array | None:
@@ -150,6 +177,12 @@ def adapt_entropy_coef(coef: float, entropy: float, target: float, delta: float 
     return (coef if entropy <= target else 0.0), max(carried, 0.0)
 
 
+def adapt_kl_coef(coef: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """The next step's coefficient, coef (1 + gain clip(kl / target - 1, -0.2, 0.2)): the controller of 1909.08593 (gain 0.1),
+    which verl and TRL's PPO have with gain = samples of a step / horizon. Run by the host once a step."""
+    return coef * (1.0 + gain * min(max(kl / target - 1.0, -0.2), 0.2))
+
+
 def top_entropy_rule(fraction: float) -> Callable[..., Array]:
     """The step-wide rule of ``top_entropy``: tokens of the step / tokens picked on those picked, so that a sum over all of
     them divided by the step's tokens is a mean over the picked ones; 0 elsewhere."""
@@ -158,6 +191,17 @@ def top_entropy_rule(fraction: float) -> Callable[..., Array]:
         del key
         picked = top_entropy_tokens(need(inputs, "entropy", "top_entropy"), inputs.mask, fraction)
         return picked * (jnp.sum(inputs.mask > 0, dtype=jnp.float32) / jnp.maximum(jnp.sum(picked), 1.0))
+
+    return rule
+
+
+def normalize_rule(axis: CorrectionAxis) -> Callable[..., Array]:
+    """The step-wide rule of ``correction_normalize``: 1 / the mean of rho."""
+
+    def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
+        del key
+        sequences = sequences_of(inputs.mask > 0, inputs.sequence_ids)
+        return normalizer(present(_rho(inputs, axis, sequences), "a correction"), axis.correction, sequences)
 
     return rule
 
@@ -176,7 +220,7 @@ def _mean(values: Array, live: Array, totals: Totals) -> Array:
 
 def shared_metrics(inputs: PolicyInputs) -> Metrics:
     """What a policy is watched by whatever its loss: ``ratio_*`` and ``policy_kl`` of the token ratio, ``entropy``,
-    ``sampler_gap``, ``sampler_gap_max`` and ``kl`` (k3), each where its inputs are there."""
+    ``teacher_divergence``, ``sampler_gap``, ``sampler_gap_max`` and ``kl`` (k3), each where its inputs are there."""
     inputs, sequences = clean(inputs)
     totals = totals_of(inputs, sequences)
     log_w = log_ratio(inputs.logp, inputs.old_logp, "token", LOG_RATIO_CLAMP, sequences)
@@ -209,7 +253,11 @@ def _clip_metrics(low: Array, high: Array, live: Array, totals: Totals) -> Metri
 
 
 def _other_metrics(inputs: PolicyInputs, live: Array, totals: Totals) -> Metrics:
-    found = {} if inputs.entropy is None else {"entropy": _mean(inputs.entropy, live, totals)}
+    found = {
+        name: _mean(value, live, totals)
+        for name, value in (("entropy", inputs.entropy), ("teacher_divergence", inputs.teacher_divergence))
+        if value is not None
+    }
     if inputs.sampler_logp is not None:
         gap = jnp.abs(inputs.old_logp - inputs.sampler_logp)
         found |= {"sampler_gap": _mean(gap, live, totals), "sampler_gap_max": jnp.max(jnp.where(live, gap, 0.0))}

@@ -86,7 +86,7 @@ PRESETS: dict[str, Preset] = {
             "clip_cov": {"log_ratio_clamp": None},
             "kl_cov": {"log_ratio_clamp": None, "cov_kl_coef": 0.1},
             "dppo": {"form": "reinforce", "ratio_cap": 3.0, "log_ratio_coef": 0.0},
-            "dppo_kl": {"form": "reinforce", "ratio_cap": 3.0, "log_ratio_coef": 0.0},
+            "dppo_kl": {"form": "reinforce", "ratio_cap": 3.0, "max_rise": 0.2, "max_fall": 0.2},
             "dro": {"log_ratio_clamp": None},
         },
         every={"reduce": "token-mean", "sequence_count": "drawn", "entropy_reduce": None},

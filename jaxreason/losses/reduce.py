@@ -61,12 +61,17 @@ def reduction_weights(
 
 def group_token_counts(group_ids: Array, mask: Array) -> Array:
     """[B, T] float32: supervised tokens of each position's prompt, over all rows given (the whole optimizer step)."""
-    flat, live = group_ids.reshape(-1), (mask > 0).reshape(-1).astype(jnp.float32)
+    return group_sums((mask > 0).astype(jnp.float32), group_ids)
+
+
+def group_sums(values: Array, group_ids: Array) -> Array:
+    """[B, T] float32: the sum of ``values`` [B, T] over the positions of each position's prompt, over all rows given."""
+    flat, values = group_ids.reshape(-1), values.reshape(-1)
     order = jnp.argsort(flat)
     ordered = flat[order]
     run = jnp.cumsum(jnp.concatenate([jnp.zeros((1,), jnp.int32), (ordered[1:] != ordered[:-1]).astype(jnp.int32)]))
-    counts = jax.ops.segment_sum(live[order], run, num_segments=flat.shape[0], indices_are_sorted=True)[run]
-    return jnp.zeros_like(live).at[order].set(counts).reshape(group_ids.shape)
+    sums = jax.ops.segment_sum(values[order], run, num_segments=flat.shape[0], indices_are_sorted=True)[run]
+    return jnp.zeros_like(values).at[order].set(sums).reshape(group_ids.shape)
 
 
 def whole_step(inputs: AnyInputs) -> AnyInputs:

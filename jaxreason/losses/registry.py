@@ -1,7 +1,6 @@
 """Losses by name: the built-in ones, and yours by import path."""
 
 import contextlib
-import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ from jax import Array
 
 from jaxreason import plugins
 from jaxreason.errors import UserError
-from jaxreason.losses import presets, sampler_correction, sft, variants
+from jaxreason.losses import distill, presets, sampler_correction, sft, variants
 from jaxreason.losses.axes import Axes
 from jaxreason.losses.check import reads_of
 from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs, check_shapes, only
@@ -43,8 +42,9 @@ class Loss:
     kl_placement: str = "loss"  # where its KL belongs: ``loss`` or ``reward``
     select: Callable[..., Array] | None = field(default=None, repr=False)
     # select(inputs of the whole step, logp = old_logp, key) -> [B, T] for ``PolicyInputs.selected``
-    divergence: Callable[..., Array] | None = field(default=None, repr=False)
-    # divergence(student's logits [..., V], teacher's) -> [...] for ``SftInputs.teacher_divergence``
+    reselects: bool = False  # ``select`` is of the current policy: it runs before every update, with logp its own
+    divergence: distill.Divergence | None = field(default=None, repr=False)
+    # divergence(student's logits [..., V], teacher's) -> [...] for ``inputs.teacher_divergence``
 
     @property
     def extras(self) -> frozenset[str]:
@@ -106,7 +106,8 @@ def _declared(name: str) -> variants.Options:
     if name in variants.VARIANTS:
         return variants.VARIANTS[name].declared()
     per_token, changed, _ = sft.SFT_LOSSES[name]
-    return variants.options_of(sft.sft_loss, per_token, sft.DIVERGENCES.get(name), changed=changed)
+    apart = distill.declared(name) if name in distill.DIVERGENCES else {}
+    return variants.options_of(sft.sft_loss, per_token, changed=changed) | apart
 
 
 def get(name: str, /, *, kind: Kind | None = None, preset: str | None = None, **options: Any) -> Loss:
@@ -128,6 +129,17 @@ def get(name: str, /, *, kind: Kind | None = None, preset: str | None = None, **
     if kind is not None and found.kind != kind:
         raise UserError(f"loss {name} is a {found.kind} loss, but a {kind} loss is wanted: {', '.join(names(kind))}")
     return found
+
+
+def divergence(name: str, /, **options: Any) -> distill.Divergence:
+    """The divergence ``name`` (``losses.distill.DIVERGENCES``) with ``options``, of a student's and a teacher's logits.
+
+    Raises UserError for an unknown name or option, with the nearest valid one.
+    """
+    if name not in distill.DIVERGENCES:
+        known = ", ".join(distill.DIVERGENCES)
+        raise UserError(f"teacher.divergence {name!r} is unknown{nearest(name, distill.DIVERGENCES)}; there are: {known}")
+    return distill.bound(name, **plugins.check_values(options, distill.declared(name), "teacher.options", name))
 
 
 def _find(name: str, kind: Kind | None, preset: str | None, options: dict[str, Any]) -> Loss:
@@ -152,7 +164,7 @@ def _find(name: str, kind: Kind | None, preset: str | None, options: dict[str, A
 
 def _sft(name: str, options: dict[str, Any]) -> Loss:
     per_token, _, needs = sft.SFT_LOSSES[name]
-    apart = {key: options[key] for key in variants.options_of(sft.DIVERGENCES.get(name), changed={})}
+    apart = {key: options[key] for key in distill.declared(name)} if name in distill.DIVERGENCES else {}
 
     def function(inputs: SftInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
         return sft.sft_loss(inputs, per_token=per_token, **{k: v for k, v in bound.items() if k not in apart})
@@ -164,14 +176,14 @@ def _sft(name: str, options: dict[str, Any]) -> Loss:
         tokenwise=options["reduce"] == "token-mean" and options.get("level") != "sequence",
         needs=needs | ({"logsumexp"} if options["z_loss_coef"] else frozenset()),
         function=function,
-        divergence=functools.partial(sft.DIVERGENCES[name], **apart) if name in sft.DIVERGENCES else None,
+        divergence=distill.bound(name, **apart) if name in distill.DIVERGENCES else None,
     )
 
 
 def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
     variant, framework = variants.VARIANTS[name], None if preset is None else presets.find(preset)
-    sampler_correction.check_bounds(options["correction"], options["correction_min"], options["correction_max"])
-    for key in ("reduce", "kl_reduce", "entropy_reduce"):
+    sampler_correction.check_bounds(options)
+    for key in ("reduce", "kl_reduce", "entropy_reduce", "distill_reduce"):
         if options[key] == "token-sum/const" and options["max_completion_tokens"] is None:
             raise UserError(f"loss {name}: {key} token-sum/const divides by a constant; set loss.options.max_completion_tokens")
     if name == "vespo" and options["ratio"] != "token":
@@ -181,16 +193,21 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
             f"loss vespo takes the correction into its sequence ratio, token by token: correction is "
             f"{options['correction']}; use tis or icepop"
         )
+    if name == "real" and options["ratio"] != "sequence_mean":
+        raise UserError("loss real is of a completion's mean log-ratio; leave its option ratio at sequence_mean")
     rule = variants.step_rule(variant, options)
     needs = {
         "ref_logp": options["kl_coef"] != 0,
         "sampler_logp": options["correction"] != "none"
+        or options["reject"] != "none"
         or options["behaviour"] == "sampler"
         or (options["kl_coef"] != 0 and options["kl_ratio"] == "sampler")
         or (options["off_policy_threshold"] is not None and options["off_policy_behaviour"] == "sampler"),
         "entropy": options["entropy_coef"] != 0 or options["top_entropy"] is not None,
-        "group_tokens": "prompt-mean" in (options["reduce"], options["kl_reduce"], options["entropy_reduce"]),
+        "group_tokens": "prompt-mean" in (options[f"{axis}reduce"] for axis in ("", "kl_", "entropy_", "distill_")),
         "selected": rule is not None,
+        "teacher_divergence": options["distill_coef"] != 0,
+        "positive": options["positive_nll_coef"] != 0,
     }
 
     def function(inputs: PolicyInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
@@ -207,6 +224,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         advantage_preset=preset,
         kl_placement=variant.kl_placement if framework is None else framework.kl_placement or variant.kl_placement,
         select=None if rule is None else variants.on_raw(rule),
+        reselects=variant.reselects,
     )
 
 

@@ -32,6 +32,15 @@ def sequence_sum(values: Array, sequences: Sequences) -> Array:
     return jax.vmap(_row_sum)(values, sequences.number)
 
 
+def sequence_max(values: Array, sequences: Sequences) -> Array:
+    """[B, T]: at every position the largest of ``values`` [B, T], which are at least 0, over the supervised positions of its
+    sequence (0 if none)."""
+    values = jnp.where(sequences.live, values, 0.0)
+    if sequences.number is None:
+        return jnp.broadcast_to(jnp.max(values, axis=1, keepdims=True), values.shape)
+    return jax.vmap(_row_max)(values, sequences.number)
+
+
 def sequence_counts(sequences: Sequences) -> Array:
     """[B, T] float32: at every position the number of supervised positions of its sequence."""
     return sequence_sum(jnp.ones(sequences.live.shape, jnp.float32), sequences)
@@ -45,3 +54,8 @@ def sequence_mean(values: Array, sequences: Sequences) -> Array:
 def _row_sum(values: Array, index: Array) -> Array:
     sums = jax.ops.segment_sum(values, index, num_segments=values.shape[0], indices_are_sorted=True)
     return sums[index]
+
+
+def _row_max(values: Array, index: Array) -> Array:
+    largest = jax.ops.segment_max(values, index, num_segments=values.shape[0], indices_are_sorted=True)
+    return largest[index]

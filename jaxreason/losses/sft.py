@@ -13,6 +13,7 @@ from jax.lax import stop_gradient
 
 from jaxreason.errors import UserError
 from jaxreason.losses import distill as divergences
+from jaxreason.losses.axes import LOG_RATIO_CLAMP
 from jaxreason.losses.inputs import Fraction, SftInputs, clean, need, totals_of
 from jaxreason.losses.segments import Sequences, sequence_counts, sequence_mean
 
@@ -136,6 +137,14 @@ def rho1(x: SftInputs, sequences: Sequences, *, threshold: float = 0.0) -> Array
     return jnp.where(excess > threshold, -x.logp, 0.0)
 
 
+def psft(x: SftInputs, sequences: Sequences, *, clip_high: float = 0.28) -> Array:
+    """-min(w, 1 + clip_high), w = p / p_ref: proximal SFT, PPO's clipped objective with A = 1 (2508.17784). A token whose
+    probability rose that far above the reference's has no gradient. The reference is the model as it was up to
+    ``reference.refresh_every`` steps ago."""
+    log_w = x.logp - need(x, "ref_logp", "psft")
+    return -jnp.minimum(jnp.exp(jnp.clip(log_w, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)), 1.0 + clip_high)
+
+
 def distill(x: SftInputs, sequences: Sequences, *, nll_coef: float = 0.0) -> Array:
     """D(student, teacher) - nll_coef log p, D being the loss's divergence over the full vocabulary (2306.13649)."""
     divergence = need(x, "teacher_divergence", "a distillation loss")
@@ -167,14 +176,6 @@ SFT_LOSSES: dict[str, tuple[Callable[..., Array], dict[str, Any], frozenset[str]
     "iw_sft": (iw_sft, {}, frozenset({"ref_logp"})),
     "eaft": (eaft, {}, frozenset({"topk_entropy"})),
     "rho1": (rho1, {}, frozenset({"ref_logp"})),
-    "forward_kl": (distill, {}, frozenset({"teacher_divergence"})),
-    "reverse_kl": (distill, {}, frozenset({"teacher_divergence"})),
-    "jsd": (distill, {}, frozenset({"teacher_divergence"})),
-}
-
-# What those that distil compare the logits by; its keyword arguments are options of the loss.
-DIVERGENCES: dict[str, Callable[..., Array]] = {
-    "forward_kl": divergences.forward_kl,
-    "reverse_kl": divergences.reverse_kl,
-    "jsd": divergences.generalized_jsd,
+    "psft": (psft, {}, frozenset({"ref_logp"})),
+    **{name: (distill, {}, frozenset({"teacher_divergence"})) for name in divergences.DIVERGENCES},
 }

@@ -5,15 +5,18 @@ token was clipped from below or above) that become the clip fractions.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 from jax.nn import sigmoid
+from pydantic import Field
 
 from jaxreason.errors import present
+from jaxreason.losses.inputs import Fraction
 from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
+from jaxreason.losses.tokens import reward_to_go
 
 _SELECTED = "PolicyInputs.selected (the step-wide rule's pick)"
 
@@ -64,6 +67,46 @@ def ppo_clip(
     if dual_clip is not None:
         loss = jnp.where(a < 0, jnp.minimum(loss, -dual_clip * a), loss)
     return Surrogate(loss, (w < 1.0 - clip_low) & (a < 0), (w > 1.0 + clip_high) & (a > 0))
+
+
+def aspo(x: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.2, weight_max: float = 3.0) -> Surrogate:
+    """-sg[min(v, weight_max)] A log pi with v = 1 / w where A > 0 and w elsewhere. ASPO (2510.06062): of what is right, the
+    tokens that the policy lost move most.
+
+    As in PPO, tokens with A > 0 and w > 1 + ``clip_high``, or A < 0 and w < 1 - ``clip_low``, are dropped. ``weight_max`` bounds
+    the weight and keeps the gradient (soft dual clip; 3 in the authors' code, Archer2.0).
+    """
+    w, a = jnp.exp(x.log_w), x.advantages
+    low, high = (w < 1.0 - clip_low) & (a < 0), (w > 1.0 + clip_high) & (a > 0)
+    weight = stop_gradient(jnp.minimum(jnp.where(a > 0, jnp.exp(-x.log_w), w), weight_max))
+    return Surrogate(-jnp.where(low | high, 0.0, weight) * a * x.logp, low, high)
+
+
+def fipo(
+    x: Tokens,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    ratio_cap: float | None = 10.0,
+    half_life: float = 32.0,
+    influence_low: Fraction = 0.0,
+    influence_high: float = 0.2,
+    safe_ratio: float | None = 4.0,
+) -> Surrogate:
+    """sg[f_t] times ``ppo_clip``, f_t = clip(exp(F_t), 1 - influence_low, 1 + influence_high). FIPO (2603.19835).
+
+    F_t = sum_{k >= t} 2^(-(k - t) / half_life) l_k, without the l_k of tokens with w > ``ratio_cap``: whether the policy moves
+    towards the rest of the completion or away from it. Where A < 0 and w > ``safe_ratio``, f_t lies within [0.8, 1]. The defaults
+    are ms-swift's, with the cap of the authors' 32B script.
+    """
+    w = jnp.exp(x.log_w)
+    counted = x.log_w if ratio_cap is None else jnp.where(w > ratio_cap, 0.0, x.log_w)
+    future = reward_to_go(counted, x.sequences, 2.0 ** (-1.0 / half_life))
+    influence = jnp.clip(jnp.exp(jnp.clip(future, -20.0, 20.0)), 1.0 - influence_low, 1.0 + influence_high)
+    if safe_ratio is not None:
+        influence = jnp.where((x.advantages < 0) & (w > safe_ratio), jnp.clip(influence, 0.8, 1.0), influence)
+    found = ppo_clip(x, clip_low=clip_low, clip_high=clip_high, ratio_cap=ratio_cap)
+    return found._replace(loss=stop_gradient(influence) * found.loss)
 
 
 def upper_cap(x: Tokens, *, clip_high: float = 0.28) -> Surrogate:
@@ -189,6 +232,26 @@ def topr(x: Tokens, *, positive_weight: float = 1.0, negative_weight: float = 1.
 def dro(x: Tokens, *, beta: float = 0.1) -> Surrogate:
     """-A log pi + beta / 2 l^2: REINFORCE held to the behaviour. DRO (2405.19107); Kimi k1.5 (2501.12599)."""
     return _unclipped(-x.advantages * x.logp + 0.5 * beta * jnp.square(x.log_w))
+
+
+def nothing(x: Tokens) -> Surrogate:
+    """0: rewards are measured and teach nothing; what is left are the terms of the other axes."""
+    return _unclipped(jnp.zeros_like(x.logp))
+
+
+def real(x: Tokens, *, real_tau: Annotated[float, Field(gt=0)] = 0.5) -> Surrogate:
+    """selected e^{-s / tau} where A > 0, selected e^{s / tau} elsewhere, s the mean log-ratio of the sequence. REAL (2602.05630).
+
+    REAL is log(1 + sum_+ e^{-s/tau}) + log(1 + sum_- e^{s/tau}) of the completions of a prompt, whose derivative by one s is
+    that of its exponential over (1 + sum). This denominator, at the policy that is being updated, is what ``selected`` holds
+    (``jaxreason.losses.variants``); so the gradient is REAL's, and the value is sum / (1 + sum) instead of log(1 + sum).
+    """
+    return _unclipped(present(x.selected, _SELECTED) * jnp.exp(real_exponent(x.log_w, x.advantages, real_tau)))
+
+
+def real_exponent(log_w: Array, advantages: Array, tau: float) -> Array:
+    """[B, T] -s / tau where A > 0, s / tau elsewhere, within +-60."""
+    return jnp.clip(jnp.where(advantages > 0, -log_w, log_w) / tau, -60.0, 60.0)
 
 
 def clip_cov(x: Tokens, *, clip_low: float = 0.2, clip_high: float = 1.0) -> Surrogate:

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxreason.errors import UserError
 from jaxreason.losses import surrogate as s
-from jaxreason.losses.axes import RECORDS
-from jaxreason.losses.inputs import Fraction, PolicyInputs, clean
-from jaxreason.losses.policy import top_entropy_rule
+from jaxreason.losses.axes import LOG_RATIO_CLAMP, RECORDS, Axes
+from jaxreason.losses.inputs import Fraction, PolicyInputs, clean, need, totals_of
+from jaxreason.losses.policy import normalize_rule, top_entropy_rule
+from jaxreason.losses.ratio import log_ratio
+from jaxreason.losses.reduce import group_sums
+from jaxreason.losses.segments import sequence_counts, sequences_of
 from jaxreason.losses.select import covariance, largest_covariance, random_in_band
 
 Options = dict[str, inspect.Parameter]
@@ -27,6 +31,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     advantage: str = "grpo"
     select: Callable[..., Callable[..., Array]] | None = None  # options of the rule -> rule(inputs, key)
+    reselects: bool = False  # the rule is of the current policy: it runs before every update, not once a rollout
     kl_placement: str = "loss"  # where the paper has its KL: ``loss`` or ``reward``
 
     def bound(self, options: Mapping[str, Any]) -> Callable[[s.Tokens], s.Surrogate]:
@@ -67,6 +72,26 @@ def _kl_cov_rule(*, cov_fraction: Fraction = 2e-4) -> Callable[..., Array]:
     return rule
 
 
+def _real_rule(*, real_tau: float = 0.5) -> Callable[..., Array]:
+    """Of REAL, at the current policy: sequences / prompts / (1 + the sum of exponentials of the position's side of its prompt);
+    0 where a prompt has completions of one side only."""
+
+    def rule(inputs: PolicyInputs, key: Array | None = None) -> Array:
+        del key
+        group_ids, sequences = need(inputs, "group_ids", "real"), sequences_of(inputs.mask > 0, inputs.sequence_ids)
+        totals = totals_of(inputs, sequences)
+        once = jnp.where(sequences.live, 1.0 / jnp.maximum(sequence_counts(sequences), 1.0), 0.0)  # sums to 1 in a sequence
+        right = inputs.advantages > 0
+        mean = log_ratio(inputs.logp, inputs.old_logp, "sequence_mean", LOG_RATIO_CLAMP, sequences)
+        terms = once * jnp.exp(s.real_exponent(mean, inputs.advantages, real_tau))
+        up, down = (group_sums(jnp.where(side, terms, 0.0), group_ids) for side in (right, ~right))
+        some, others = (group_sums(jnp.where(side, once, 0.0), group_ids) > 0.5 for side in (right, ~right))
+        scale = totals.sequences / jnp.maximum(totals.prompts, 1.0)
+        return jnp.where(sequences.live & some & others, scale / (1.0 + jnp.where(right, up, down)), 0.0)
+
+    return rule
+
+
 _GSPO = {"clip_low": 3e-4, "clip_high": 4e-4}
 
 VARIANTS: dict[str, Variant] = {
@@ -74,6 +99,8 @@ VARIANTS: dict[str, Variant] = {
     "grpo": Variant(s.ppo_clip),
     # -w A, the loss of on-policy distillation
     "importance_sampling": Variant(s.importance, {"reduce": "token-mean"}),
+    # 2306.13649 on the policy's own samples: distill_coef times the divergence from a teacher's distribution, and no reward
+    "distill": Variant(s.nothing, {"reduce": "token-mean", "distill_coef": 1.0}, "zero"),
     # 2503.20783; the constant is the paper's generation budget
     "dr_grpo": Variant(s.ppo_clip, {"reduce": "token-sum/const", "max_completion_tokens": 3000}, "center"),
     # 2503.14476
@@ -111,9 +138,14 @@ VARIANTS: dict[str, Variant] = {
     "vespo": Variant(s.vespo, {"reduce": "token-mean"}),
     # 2602.02710
     "maxrl": Variant(s.ppo_clip, advantage="maxrl"),
-    # 2602.04879, and prime-rl's symmetric region
+    # 2602.04879: prime-rl's form with l^2, the paper's two, and prime-rl's symmetric region
     "dppo": Variant(s.dppo, {"reduce": "token-mean"}, "center"),
-    "dppo_kl": Variant(s.dppo, {"reduce": "token-mean", "divergence": "kl"}, "center"),
+    "dppo_tv": Variant(s.dppo, {"reduce": "token-mean", "log_ratio_coef": 0.0}, "center"),
+    "dppo_kl": Variant(
+        s.dppo,
+        {"reduce": "token-mean", "divergence": "kl", "max_rise": 0.05, "max_fall": 0.05, "log_ratio_coef": 0.0},
+        "center",
+    ),
     "ipo": Variant(
         s.dppo,
         {"reduce": "token-mean", "region": "symmetric", "max_rise": 0.1, "max_fall": 0.1, "behaviour": "sampler"},
@@ -127,6 +159,12 @@ VARIANTS: dict[str, Variant] = {
     # 2505.07291 and 1912.09729
     "two_sided": Variant(s.ppo_clip, {"ratio_cap": 4.0}),
     "dual_clip": Variant(s.ppo_clip, {"dual_clip": 3.0}),
+    # 2510.06062
+    "aspo": Variant(s.aspo, {"reduce": "token-mean"}),
+    # 2603.19835
+    "fipo": Variant(s.fipo, {"reduce": "token-mean"}),
+    # 2602.05630
+    "real": Variant(s.real, {"ratio": "sequence_mean"}, select=_real_rule, reselects=True),
     # 2505.22617
     "clip_cov": Variant(s.clip_cov, {"reduce": "token-mean"}, select=_clip_cov_rule),
     "kl_cov": Variant(s.kl_cov, {"reduce": "token-mean"}, select=_kl_cov_rule),
@@ -143,14 +181,16 @@ VARIANTS: dict[str, Variant] = {
 def step_rule(variant: Variant, options: Mapping[str, Any]) -> Callable[..., Array] | None:
     """The step-wide rule of a variant with these options, on cleaned inputs. Raises UserError if two would be
     needed."""
-    own = None
+    rules = {}
     if variant.select is not None:
-        own = variant.select(**{key: options[key] for key in options_of(variant.select, changed={})})
-    if options["top_entropy"] is None:
-        return own
-    if own is not None:
-        raise UserError("top_entropy and a covariance loss both pick tokens; choose one of them")
-    return top_entropy_rule(options["top_entropy"])
+        rules["the loss itself"] = variant.select(**{key: options[key] for key in options_of(variant.select, changed={})})
+    if options["top_entropy"] is not None:
+        rules["top_entropy"] = top_entropy_rule(options["top_entropy"])
+    if options["correction_normalize"] != "none":
+        rules["correction_normalize"] = normalize_rule(Axes.of(options).correction)
+    if len(rules) > 1:
+        raise UserError(f"{' and '.join(rules)} each need a rule over the whole step, and there is one; choose one of them")
+    return next(iter(rules.values()), None)
 
 
 def on_raw(rule: Callable[..., Array]) -> Callable[..., Array]:

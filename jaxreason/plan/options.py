@@ -42,8 +42,14 @@ def shape_of(config: cfg.RunConfig, options: Options) -> Shape:
         return Shape(config, model, place, options.hosts, rows, config.data.max_length, rows // micro)
     loss = objective_of(config).loss
     longest = shapes.longest_prompt(config, config.data.max_prompt_tokens, _PHRASE_TOKENS)
-    found = shapes.shapes_of(config, loss, longest, mesh, options.hosts)
+    found = shapes.shapes_of(config, loss, longest, mesh, options.hosts, _context_tokens(config))
     return Shape(config, model, place, options.hosts, found.rows, found.row_length, found.microbatches, loss, found)
+
+
+def _context_tokens(config: cfg.GrpoConfig) -> int:
+    """Tokens by which a teacher's prompt is longer than the policy's, at most; what the data would tell is assumed."""
+    told = {None: 0, "answer": _PHRASE_TOKENS}.get(config.teacher.context, config.rollout.max_completion_tokens + _PHRASE_TOKENS)
+    return 0 if config.teacher.context is None else config.teacher.max_context_tokens or told
 
 
 def fit_batch(name: str, words: list[str], options: Options) -> tuple[cfg.RunConfig, list[str]]:

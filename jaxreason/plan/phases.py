@@ -19,7 +19,7 @@ from jaxreason.sharding import batch_sharding, replicated
 from jaxreason.targets import Target
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
-from jaxreason.train.step import Noise, batch_loss, make_score, make_train_step
+from jaxreason.train.step import Compared, Noise, abstract_second, batch_loss, make_score, make_train_step
 from jaxreason.types import Batch, Totals, TrainState
 
 _SCHEDULE_STEPS = 1000  # any number: the schedule is a formula in the step
@@ -50,19 +50,18 @@ def update(
     batch: Batch[jax.ShapeDtypeStruct],
     microbatches: int,
     temperature: float = 1.0,
-    second: ModelConfig | None = None,
+    second: Compared | None = None,
     noise: Noise | None = None,
     freeze: Sequence[str] = (),
 ) -> Program:
-    """One optimizer step, state donated. ``second``: the model that a supervised loss compares with."""
+    """One optimizer step, state donated. ``second``: the model that the loss compares with."""
     transformation = opt.make(optimizer, _SCHEDULE_STEPS)
     schedule = opt.schedule(optimizer, _SCHEDULE_STEPS)
     step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, second, noise)
     state = abstract_state(config, optimizer, place.mesh, freeze)
     out = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-    other = second and states.abstract_params(second, place.mesh, second.execution.compute_dtype)
-    return place.compile("update", jitted, state, batch, other, loops=microbatches)
+    return place.compile("update", jitted, state, batch, abstract_second(second, place.mesh), loops=microbatches)
 
 
 def score(

@@ -24,7 +24,7 @@ from jaxreason.sharding import device_bytes
 from jaxreason.train import sft
 from jaxreason.train import state as states
 from jaxreason.train.setup import abstract_batch
-from jaxreason.train.step import COMPARED
+from jaxreason.train.step import COMPARED, ITSELF, Compared
 from jaxreason.types import BATCH_AXES
 
 _PROBLEM_TOKENS = 512  # of a held-out problem's prompt in SFT, which has no limit of its own
@@ -145,8 +145,9 @@ def _sft(s: Shape, c: cfg.SftConfig) -> Programs:
 def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
     batch, temperature = rl.batch(s.place.mesh), c.rollout.temperature
     models = {"reference": s.model} if keeps_reference(c, loss) else {}
-    if c.teacher.weights:
-        models["teacher"] = architecture.teacher(c.model, c.teacher.weights)
+    if c.teacher.weights and c.teacher.weights != "self":
+        models["teacher"] = s.model if c.teacher.weights == "start" else architecture.teacher(c.model, c.teacher.weights)
+    read: Compared | None = None if c.teacher.divergence is None else models.get("teacher", ITSELF)  # by the update
     offloaded = {"reference": c.kl.offload, "teacher": c.teacher.offload}
     sizes = {f"{name} model": _bytes_of(s, model) for name, model in models.items()}
     frozen = {f"{name} model": sizes[f"{name} model"] for name in models if not offloaded[name]}
@@ -154,19 +155,22 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
 
     def update() -> Program:
         return phases.update(
-            s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature, freeze=c.train.freeze
+            s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature, second=read, freeze=c.train.freeze
         )
 
     def scored(name: str, model: ModelConfig, dtype: str) -> Callable[[], Program]:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
 
-    planned = {"update": Planned(update, frozen | _workspace(s)), "decoding weights": _weights(s, moments | frozen)}
+    beside_update = {key: size for key, size in frozen.items() if not (read and key == "teacher model")}  # an argument of it
+    planned = {"update": Planned(update, beside_update | _workspace(s)), "decoding weights": _weights(s, moments | frozen)}
     resident = frozen if c.rollout.offload_state else state | frozen
     room = Room(s.place.target.limit_bytes, sum(resident.values()), s.devices // s.hosts, s.hosts)
     slots = math.ceil(slots_of(c, s.model, rl.longest_prompt, room) / s.hosts)
     found, decoding = _decoding(s, "", slots, rl.longest_prompt, sampling_of(c.rollout), resident)
     planned |= found
     for name, model in models.items():
+        if read and name == "teacher":
+            continue
         beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
         planned[name] = Planned(scored(name, model, model.execution.compute_dtype), state | beside)
     if scores_old(c, loss):

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxreason import plugins
 from jaxreason.errors import UserError
-from jaxreason.rewards import answer, countdown, format, gym, length
+from jaxreason.rewards import answer, countdown, format, gym, language, length
 
 REWARDS: dict[str, Callable] = {
     "accuracy": answer.accuracy,
@@ -18,6 +18,7 @@ REWARDS: dict[str, Callable] = {
     "cosine": length.cosine,
     "length": length.length,
     "repetition": length.repetition,
+    "language": language.language,
 }
 ALIASES = {"exact_answer": "accuracy"}
 _PREPARE: dict[str, Callable[..., None]] = {"accuracy": answer.prepare, "cosine": answer.prepare, "reasoning_gym": gym.prepare}

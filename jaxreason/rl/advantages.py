@@ -55,6 +55,9 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
     rewards_P_G = _table(groups, lambda s: _total(s, config, objective))
     if rewards_P_G.shape[1] == 0:  # no correction fitted
         return [[] for _ in groups]
+    if estimator.by_group:
+        width = max(map(len, groups), default=0)
+        return estimator(_rows(groups, width, lambda s: s.reward), sequences_P_G=groups)[0]
     if estimator.name == "reinforce_pp":  # with KL in its token rewards, or without
         return _reinforce_pp(groups, objective, config)
     given: dict[str, object] = {"lengths_P_G": _table(groups, lambda s: len(s.completion.tokens))}
@@ -62,6 +65,9 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
         names = labels(tuple(reward.name for reward, _ in objective.graders))
         given["rewards_F_P_G"] = np.stack([_table(groups, functools.partial(_reward, name)) for name in names])
         given["weights_F"] = np.array([weight for _, weight in objective.graders])
+    if "greedy_P" in estimator.reads:
+        greedy = [present(group[0].greedy, "Sequence.greedy") if group else np.nan for group in groups]
+        given["greedy_P"] = hosts.gather(np.array(greedy, np.float64))
     if "sequences_P_G" in estimator.reads:
         if jax.process_count() > 1:
             raise UserError(f"advantage {estimator.name} reads sequences, which other processes do not see; use one process")
@@ -91,10 +97,15 @@ def fill(groups: Groups, name: str, values: Many[Many[ArrayLike]], who: str) -> 
 
 def _table(groups: Groups, value: Callable[[Sequence], float]) -> np.ndarray:
     """[P, G] over all processes; NaN, which counts in no statistic, where a group is shorter than the longest."""
-    table = np.full((len(groups), hosts.largest(max(map(len, groups), default=0))), np.nan)
+    return hosts.gather(_rows(groups, hosts.largest(max(map(len, groups), default=0)), value))
+
+
+def _rows(groups: Groups, width: int, value: Callable[[Sequence], float]) -> np.ndarray:
+    """[P, width] of this process, NaN where a group is shorter."""
+    table = np.full((len(groups), width), np.nan)
     for row, group in zip(table, groups):
         row[: len(group)] = [value(s) for s in group]
-    return hosts.gather(table)
+    return table
 
 
 def _reward(name: str, sequence: Sequence) -> float:

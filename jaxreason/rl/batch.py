@@ -8,8 +8,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
+from types import MappingProxyType
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -23,12 +26,13 @@ from jaxreason.model.vocab import HeadStats
 from jaxreason.rl.advantages import advantages_of, fill
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence
-from jaxreason.rl.shapes import OLD_ENTROPY, Shapes
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
-from jaxreason.types import Batch
+from jaxreason.types import Batch, TeacherView
 
+_FIXED: Mapping[str, float] = MappingProxyType({})
 Place = tuple[int, slice, slice]  # row, columns of the whole sequence, columns whose targets are the completion
 
 
@@ -68,7 +72,7 @@ class Packed:
     @classmethod
     def of(cls, sequences: list[Sequence], row_length: int, rows: int, microbatches: int) -> "Packed":
         """Packs them in their order."""
-        starts = row_layout([s.length for s in sequences], row_length, rows, microbatches)
+        starts = row_layout([s.room for s in sequences], row_length, rows, microbatches)
         places = [
             (row, slice(start, start + s.length), slice(start + len(s.prompt.ids) - 1, start + s.length))
             for s, (row, start) in zip(sequences, starts)
@@ -87,6 +91,22 @@ class Packed:
         found = hosts.rows(array)
         return [found[row, answer] for row, _, answer in self.places]
 
+    def teacher_view(self, pad_id: int) -> TeacherView[np.ndarray]:
+        """The same completions after the prompts that a teacher reads, each sequence beginning where it does for the policy."""
+        shape = (self.rows, self.row_length)
+        tokens = np.full(shape, pad_id, np.int32)
+        positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        source = np.broadcast_to(np.arange(self.row_length, dtype=np.int32), shape).copy()
+        segments = np.zeros(self.rows, np.int32)
+        for s, (row, whole, answer) in zip(self.sequences, self.places):
+            prompt = s.teacher_ids or s.prompt.ids
+            ids = np.concatenate([np.asarray(prompt, np.int32), s.completion.tokens])[:-1]
+            segments[row] += 1
+            there = slice(whole.start, whole.start + len(ids))
+            tokens[row, there], positions[row, there], segment_ids[row, there] = ids, np.arange(len(ids)), segments[row]
+            source[row, answer] = whole.start + len(prompt) - 1 + np.arange(len(s.completion.tokens))
+        return TeacherView(tokens, positions, segment_ids, source, self.field(lambda s: float(bool(s.teacher_ids))))
+
     def batch(self, pad_id: int, mask_truncated: bool, first: int = 0) -> Batch[np.ndarray]:
         """What the completions alone decide, numpy; position t predicts token t + 1, and the mask covers completions.
 
@@ -102,7 +122,7 @@ class Packed:
             tokens[row, whole], targets[row, whole] = ids[:-1], ids[1:]
             ints["positions"][row, whole], ints["segment_ids"][row, whole] = np.arange(s.length), segments[row]
             ints["sequence_ids"][row, whole], ints["group_ids"][row, whole] = number, s.group
-        live = {id(s): s.trained and not (mask_truncated and s.completion.truncated) for s in self.sequences}
+        live = {id(s): is_live(s, mask_truncated) for s in self.sequences}
         group_tokens: dict[int, int] = {}
         for s in self.sequences:
             group_tokens[s.group] = group_tokens.get(s.group, 0) + live[id(s)] * len(s.completion.tokens)
@@ -126,14 +146,18 @@ class Batcher:
     pad_id: int
     score: Callable
     others: Mapping[str, ScoringModel]
+    teacher_prompts: Callable[[Groups], Groups] | None = None
 
     def __call__(
-        self, groups: Groups, second: Groups, params: dict, step: int, entropy_coef: float | None = None
+        self, groups: Groups, second: Groups, params: dict, step: int, coefs: Mapping[str, float] = _FIXED
     ) -> tuple[list[Sequence], list[Batch]]:
         """(sequences of both turns with what they earned, the minibatches on the devices).
 
-        ``params``: the policy's before the step's first update; ``entropy_coef``: this step's adaptive coefficient.
+        ``params``: the policy's before the step's first update; ``coefs``: this step's adaptive coefficients, by their
+        field of ``Batch``.
         """
+        if self.teacher_prompts is not None:
+            groups, second = self.teacher_prompts(groups), self.teacher_prompts(second)
         sequences = [s for group in [*groups, *second] for s in group]
         count = self.shapes.minibatches
         parts = np.array_split(order(self.config.run.seed, step, len(sequences), count), count)
@@ -141,15 +165,28 @@ class Batcher:
         packed = [
             Packed.of([sequences[i] for i in part], self.shapes.row_length, rows, self.shapes.microbatches) for part in parts
         ]
-        masked, first = self.config.train.truncated == "mask", jax.process_index() * rows
-        batches = [put(p.batch(self.pad_id, masked, first), self.mesh) for p in packed]
+        first = jax.process_index() * rows
+        batches = [put(self._known(p, first), self.mesh) for p in packed]
         batches, scored = self._scored(batches, packed, parts, sequences)
-        finished = self._decided(scored, groups, second)
+        finished = self._decided(scored, groups, second, coefs)
         done = [
-            self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, entropy_coef)
+            self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, coefs)
             for batch, p, part in zip(batches, packed, parts)
         ]
         return finished, done
+
+    def _known(self, packed: Packed, first: int) -> Batch[np.ndarray]:
+        """What the completions alone decide; ``first``: the number of the first sequence in the whole step."""
+        batch = packed.batch(self.pad_id, self.config.train.truncated == "mask", first)
+        return dataclasses.replace(batch, teacher=packed.teacher_view(self.pad_id)) if self.shapes.viewed else batch
+
+    def reselected(self, step: int, batch: Batch, params: dict) -> Batch:
+        """The batch with what the loss's rule picks at ``params``, where it is one of the current policy."""
+        loss = self.objective.loss
+        if not loss.reselects:
+            return batch
+        picked = selected(present(loss.select, "Loss.select"), self.score(params, batch), batch, self.config.run.seed, step)
+        return dataclasses.replace(batch, selected=picked)
 
     def _scored(
         self, batches: list[Batch], packed: list[Packed], parts: list[np.ndarray], sequences: list[Sequence]
@@ -169,41 +206,69 @@ class Batcher:
             dataclasses.replace(s, **{field: column[i] for field, column in columns.items()}) for i, s in enumerate(sequences)
         ]
 
-    def _decided(self, scored: list[Sequence], groups: Groups, second: Groups) -> list[Sequence]:
+    def _decided(
+        self, scored: list[Sequence], groups: Groups, second: Groups, coefs: Mapping[str, float]
+    ) -> list[Sequence]:
         """The sequences with their advantages and with the inputs that hooks and the estimator fill."""
         rest = iter(scored)
         first, after = ([[next(rest) for _ in group] for group in turn] for turn in (groups, second))
         for name, hook in self.objective.hooks:
             for extra, values in run_hook(name, hook, [*first, *after]).items():
                 fill([*first, *after], extra, values, f"hook {name}")
-        turns = advantages_of(first, after, self.objective, self.config)
+        config = self.config
+        if "kl_coef" in coefs:  # where the KL is in the reward, it is in the advantages
+            config = config.model_copy(update={"kl": config.kl.model_copy(update={"coef": coefs["kl_coef"]})})
+        turns = advantages_of(first, after, self.objective, config)
         return [s for turn in turns for group in turn for s in group]
 
-    def _completed(self, batch: Batch, packed: Packed, params: dict, step: int, entropy_coef: float | None) -> Batch:
+    def _completed(self, batch: Batch, packed: Packed, params: dict, step: int, coefs: Mapping[str, float]) -> Batch:
         """The batch with every field that the loss reads."""
         loss = self.objective.loss
         added = {"advantages": packed.field(lambda s: s.advantage)}
-        if entropy_coef is not None:
-            added["entropy_coef"] = np.full((packed.rows, packed.row_length), entropy_coef, np.float32)
-        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in loss.extras - {OLD_ENTROPY}}
+        for name in sorted(coefs.keys() & set(self.shapes.fields)):
+            added[name] = np.full((packed.rows, packed.row_length), coefs[name], np.float32)
+        given = loss.extras - {OLD_ENTROPY, POSITIVE}
+        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in given}
+        if POSITIVE in loss.extras:
+            extras[POSITIVE] = _positive(packed, self.config.train.truncated == "mask")
         placed, more = ({name: place(x, self.mesh) for name, x in fields.items()} for fields in (added, extras))
-        batch = dataclasses.replace(batch, **placed, extras=more)
+        batch = dataclasses.replace(batch, extras=more, **cast(dict[str, Any], placed))
         if "old_logp" in self.shapes.fields:
             stats = self.score(params, batch)
             old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}
             batch = dataclasses.replace(batch, old_logp=stats.logp, extras=batch.extras | old)
+            if self.config.teacher.data_fraction:  # what no sampler drew has no gap to one
+                unknown = place(packed.field(lambda s: float(s.from_data)), self.mesh)
+                drawn = present(batch.sampler_logp, "Batch.sampler_logp")
+                batch = dataclasses.replace(batch, sampler_logp=jnp.where(unknown > 0, stats.logp, drawn))
             if loss.select is not None:
-                batch = dataclasses.replace(batch, selected=_selected(loss.select, stats, batch, self.config.run.seed, step))
+                batch = dataclasses.replace(batch, selected=selected(loss.select, stats, batch, self.config.run.seed, step))
         return batch
 
 
-def _selected(select: Callable[..., Array], stats: HeadStats, batch: Batch, seed: int, step: int) -> Array:
-    """What the loss's step-wide rule picks."""
+def selected(select: Callable[..., Array], stats: HeadStats, batch: Batch, seed: int, step: int) -> Array:
+    """What the loss's step-wide rule picks at the policy that ``stats`` are of."""
     inputs = PolicyInputs(
-        stats.logp, stats.logp, present(batch.advantages, "Batch.advantages"), batch.loss_mask, entropy=stats.entropy,
-        sequence_ids=batch.sequence_ids, group_ids=batch.group_ids, extras=batch.extras,
+        stats.logp, present(batch.old_logp, "Batch.old_logp"), present(batch.advantages, "Batch.advantages"), batch.loss_mask,
+        entropy=stats.entropy, sampler_logp=batch.sampler_logp, sequence_ids=batch.sequence_ids, group_ids=batch.group_ids,
+        extras=batch.extras,
     )  # fmt: skip
     return select(inputs, jax.random.fold_in(jax.random.key(seed), step))
+
+
+def _positive(packed: Packed, mask_truncated: bool) -> np.ndarray:
+    """[rows, row_length] 1 / the share of the update's trained tokens that samples with a reward above 0 have, on their tokens,
+    0 elsewhere: times it, a sum over all tokens / their number is the mean over those."""
+    live = [s for s in packed.sequences if is_live(s, mask_truncated)]
+    right = {id(s) for s in live if s.reward > 0}
+    counts = [sum(len(s.completion.tokens) for s in live if id(s) in some) for some in (set(map(id, live)), right)]
+    tokens, positive = hosts.gather(np.array([counts], np.float64)).sum(axis=0)
+    return packed.field(lambda s: tokens / positive if id(s) in right else 0.0)
+
+
+def is_live(sequence: Sequence, mask_truncated: bool) -> bool:
+    """Whether a sequence's tokens are trained."""
+    return sequence.trained and not (mask_truncated and sequence.completion.truncated)
 
 
 def _extra(loss: Loss, name: str, sequence: Sequence) -> np.ndarray | float:

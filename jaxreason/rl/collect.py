@@ -12,13 +12,15 @@ from jaxreason import config as cfg
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompt, PromptStream
 from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.errors import present
 from jaxreason.evaluate.accuracy import sample_of
 from jaxreason.losses import advantage
 from jaxreason.model import ModelConfig
-from jaxreason.rewards.pool import RewardPool
+from jaxreason.rewards.pool import Graded, RewardPool
+from jaxreason.rewards.sample import Sample
 from jaxreason.rl import turns
 from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, metrics_of
-from jaxreason.sampler import ROUNDS, Job, Sampler, sampling_of
+from jaxreason.sampler import ROUNDS, Completion, Job, Sampler, Sampling, sampling_of
 from jaxreason.sampler.engine.slots import Room, that_fit
 from jaxreason.terminal import console
 from jaxreason.train import hosts
@@ -61,7 +63,8 @@ def rollout_job(config: cfg.GrpoConfig) -> Job:
 class Collector:
     """Draws and grades. With several processes each takes its share of a step's prompts.
 
-    ``longest_prompt``: most tokens of a prompt of either turn; a correction whose prompt is longer is left out.
+    ``longest_prompt``: most tokens of a prompt of either turn; a correction whose prompt is longer is left out. ``greedy``:
+    every prompt is also completed greedily, for an estimator that compares with that reward.
     """
 
     config: cfg.GrpoConfig
@@ -71,11 +74,13 @@ class Collector:
     chat: Chat
     pool: RewardPool
     longest_prompt: int
+    greedy: bool = False
 
     def __call__(self, step: int, cursor: int, params_step: int) -> Rollout:
         """Both turns of one step, from the sampler's weights, which are those of optimizer step ``params_step``."""
         rollout = self._first_turn(step, cursor, params_step)
-        rollout.metrics |= metrics_of([s for group in rollout.groups for s in group], labels(self.pool.names))
+        drawn = [s for group in rollout.groups for s in group if not s.from_data]
+        rollout.metrics |= metrics_of(drawn, labels(self.pool.names))
         if self.config.second_turn.samples:
             self._second_turn(rollout, step, params_step)
             rollout.metrics |= turns.metrics([s for group in rollout.groups for s in group], rollout.second)
@@ -84,11 +89,13 @@ class Collector:
     def _first_turn(self, step: int, cursor: int, params_step: int) -> Rollout:
         rollout = self.config.rollout
         wanted = rollout.prompts_per_step // jax.process_count()
+        given, together = self._given(wanted, cursor, params_step)
+        cursor += together
         useful: Groups = []
         spare: Groups = []  # groups without a gradient: they fill the step if rounds run out
         seconds, failed = {"rollout": 0.0, "reward": 0.0}, 0
         for attempt in range(rollout.resample_rounds + 1):
-            missing = wanted - len(useful)
+            missing = wanted - len(given) - len(useful)
             first, together = _numbers(missing)
             if together == 0:
                 break
@@ -109,8 +116,25 @@ class Collector:
             # The step's own metrics are those of the groups that were kept; these are of everything that was drawn.
             metrics |= drawn_metrics(useful + spare)
         first = jax.process_index() * wanted
-        kept = [[dataclasses.replace(s, group=first + p) for s in g] for p, g in enumerate((useful + spare)[:wanted])]
+        groups = (useful + spare + given)[:wanted]
+        kept = [[dataclasses.replace(s, group=first + p) for s in g] for p, g in enumerate(groups)]
         return Rollout(kept, [], seconds, cursor, metrics)
+
+    def _given(self, wanted: int, cursor: int, params_step: int) -> tuple[Groups, int]:
+        """Groups of one, the answers that rows give themselves (``teacher.data_fraction``), and how many over all processes."""
+        count = min(round(self.config.teacher.data_fraction * wanted), wanted - 1)
+        if count == 0:  # in every process, or in none
+            return [], 0
+        first, together = _numbers(count)
+        names = labels(self.pool.names)
+        groups: Groups = []
+        for prompt in (self.prompts.at(cursor + first + i) for i in range(count)):
+            tokens = np.array(prompt.reply_ids, np.int32)
+            unknown = np.zeros(len(tokens), np.float32)
+            completion = Completion(0, 0, tokens, unknown, unknown, False, params_step)
+            reply, rewards = present(prompt.reply, "Prompt.reply"), dict.fromkeys(names, math.nan)
+            groups.append([Sequence(prompt, completion, reply, 0, rewards, math.nan, from_data=True)])
+        return groups, together
 
     def _second_turn(self, rollout: Rollout, step: int, params_step: int) -> None:
         """MGRPO: adds the corrections of every completion, in its order; none of one whose prompt is too long."""
@@ -155,22 +179,37 @@ class Collector:
         if any(c.params_step != params_step for c in completions):
             raise RuntimeError("the rollout used weights of another step")
         seconds["rollout"] += time.monotonic() - clock
-        clock = time.monotonic()
-        limit = job.sampling.max_completion_tokens
+        inputs, graded = self._grade(prompts, completions, job, step, seconds)
+        greedy: list[float | None] = [None] * len(prompts)
+        if self.greedy:
+            clock = time.monotonic()
+            sampling = Sampling(temperature=0.0, max_completion_tokens=job.sampling.max_completion_tokens)
+            best = self.sampler.generate([p.ids for p in prompts], dataclasses.replace(job, sampling=sampling, samples=1))
+            seconds["rollout"] += time.monotonic() - clock
+            totals = self._grade(prompts, best, job, step, seconds)[1].total
+            greedy = [math.nan if total is None else float(total) for total in totals]
+        names = labels(self.pool.names)
+        sequences = [
+            Sequence(
+                prompts[c.prompt_index], c, sample.completion, offset + c.prompt_index, dict(zip(names, map(float, row))),
+                math.nan if total is None else float(total), greedy=greedy[c.prompt_index], extras=dict(extras),
+            )
+            for c, sample, row, total, extras in zip(completions, inputs, graded.rewards, graded.total, graded.extras)
+        ]  # fmt: skip
+        return [sequences[i : i + job.samples] for i in range(0, len(sequences), job.samples)], len(graded.errors)
+
+
+    def _grade(
+        self, prompts: Many[Prompt], completions: list[Completion], job: Job, step: int, seconds: dict[str, float]
+    ) -> tuple[list[Sample], Graded]:
+        """What the graders were given, and what they said; the first errors are shown."""
+        clock, limit = time.monotonic(), job.sampling.max_completion_tokens
         inputs = [sample_of(prompts[c.prompt_index], c, self.tokenizer, limit) for c in completions]
         graded = self.pool.grade(inputs)
         for error in graded.errors[:3]:
             console.print(f"step {step}: {error}", markup=False)
         seconds["reward"] += time.monotonic() - clock
-        names = labels(self.pool.names)
-        sequences = [
-            Sequence(
-                prompts[c.prompt_index], c, sample.completion, offset + c.prompt_index, dict(zip(names, map(float, row))),
-                math.nan if total is None else float(total), extras=dict(extras),
-            )
-            for c, sample, row, total, extras in zip(completions, inputs, graded.rewards, graded.total, graded.extras)
-        ]  # fmt: skip
-        return [sequences[i : i + job.samples] for i in range(0, len(sequences), job.samples)], len(graded.errors)
+        return inputs, graded
 
 
 def _numbers(count: int) -> tuple[int, int]:

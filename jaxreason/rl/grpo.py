@@ -1,6 +1,7 @@
 """GRPO: prompts, completions, rewards, advantages, updates; from config to summary.json."""
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -20,12 +21,13 @@ from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
 from jaxreason.errors import present
 from jaxreason.evaluate.accuracy import grading_of
-from jaxreason.losses.policy import adapt_entropy_coef
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl import turns
+from jaxreason.rl.adaptive import Adaptive
 from jaxreason.rl.batch import Batcher
 from jaxreason.rl.collect import Collector, rollout_job, slots_of
+from jaxreason.rl.context import TeacherPrompts, teacher_prompts
 from jaxreason.rl.held_out import HeldOut
 from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.rl.sequence import Sequence
@@ -40,9 +42,9 @@ from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter
 from jaxreason.train.offload import Shelf
-from jaxreason.train.scoring import ScoringModel
-from jaxreason.train.setup import Setup, Teacher, held_out_problems, open_model, open_teacher, start_state
-from jaxreason.train.step import make_score, make_train_step
+from jaxreason.train.scoring import FrozenModel, ScoringModel, moved
+from jaxreason.train.setup import Other, Setup, held_out_problems, open_model, open_teacher, start_state, starting_model
+from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
 SHOWN = ("reward", "eval_accuracy", "completion_tokens", "entropy", "sampler_gap_max", "drawn_tokens_per_second")
@@ -66,7 +68,9 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     # ---- devices
     mesh = make_mesh(config.mesh)
     folder.agree(total)
-    shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh, jax.process_count())
+    shapes = shapes_of(
+        config, objective.loss, inputs.longest_prompt, mesh, jax.process_count(), context_tokens=inputs.context_tokens
+    )
     optimizer = opt.make(config.optimizer, span.all_updates, config.run.seed)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     config = with_slots(config, inputs, shapes, abstract, mesh)
@@ -80,7 +84,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     if dry_run:
         console.print(f"first prompt: {inputs.prompts[0].text!r}, gold {inputs.prompts[0].gold!r}", markup=False)
         return None
-    train_step = compile_step(config, objective, setup, shapes, optimizer, abstract, mesh, span.all_updates)
+    train_step = compile_step(config, inputs, shapes, optimizer, abstract, mesh, span.all_updates)
     score = compile_score(model, shapes, config.rollout.temperature, mesh)
     held_out = HeldOut(config, sampler, problems, setup.tokenizer, inputs.chat, grading_of(config.eval)) if problems else None
     reward = config.reward
@@ -92,15 +96,17 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
         state, carried = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
-        others = scoring_models(config, inputs, score, shapes, mesh)
+        reference = restored_reference(config, loop, model, mesh)
+        others = scoring_models(config, inputs, score, shapes, mesh, reference)
+        teacher = distilled_from(config, inputs, mesh, others)
         stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
-        collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt)
-        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others)
+        collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt, objective.greedy)
+        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others, inputs.teacher_prompts)
         shelf = Shelf(abstract, config.rollout.offload_state)
-        cursor, bonus, watch, meter = 0, Bonus(config.entropy), Watch(config), Meter(model, jax.local_devices())
+        cursor, coefs, watch, meter = 0, Adaptive(config), Watch(config), Meter(model, jax.local_devices())
         if carried is not None:
             cursor = carried["cursor"]
-            bonus.restore(carried)
+            coefs.restore(carried)
         for step in loop:
             clock, at = time.monotonic(), int(state.step)
             sampler.load(state.model_params, at)
@@ -109,16 +115,18 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             sampler.release()  # the rollout's copy is freed before the update needs the memory
             state = shelf.take(state)
             cursor, update_clock = rollout.cursor, time.monotonic()
-            sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, bonus.now)
-            state, record = update(train_step, state, batches, updates, loop)
-            del batches
+            sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, coefs.now)
+            reselected, second = functools.partial(batcher.reselected, step), teacher.params() if teacher else None
+            state, record = update(train_step, state, batches, updates, loop, reselected, second)
+            del batches, second
             times = rollout.seconds | {"update": time.monotonic() - update_clock} | shelf.seconds
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
             record |= meter(np.array([s.length for s in sequences]), times["update"], passes=updates / shapes.minibatches)
-            record |= bonus.after(record.get("entropy"))
+            record |= coefs.after(record)
             samples.write(step, sequences)
             watch(step, record)
-            loop.end(state, record, {"cursor": cursor} | bonus.state())
+            refresh(config, others, state, step)
+            loop.end(state, record, {"cursor": cursor} | coefs.state(), functools.partial(kept_reference, config, others))
         return loop.finish()
 
 
@@ -134,7 +142,13 @@ class Inputs:
     chat: Chat
     prompts: Prompts
     longest_prompt: int  # tokens, of either turn
-    teacher: Teacher | None
+    teacher: Other | None  # None: none, or the policy itself
+    teacher_prompts: TeacherPrompts | None  # None: a teacher reads what the policy reads
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens by which a teacher's prompt is longer than the policy's."""
+        return self.teacher_prompts.max_more if self.teacher_prompts else 0
 
     def rows(self, config: cfg.GrpoConfig, shapes: Shapes, problems: Prompts | None, total: int) -> list[tuple[str, str]]:
         """The table at the start."""
@@ -153,27 +167,54 @@ class Inputs:
             ("loss", f"{config.loss.name}, advantage {self.objective.estimator.name}, kl {self.objective.kl_coef(config):g} in "
                      f"the {self.objective.placement}"),
             *([("note", self.objective.loss.note)] if self.objective.loss.note else []),
-            *([("teacher", f"{self.teacher.name} x {config.teacher.coef:g}")] if self.teacher else []),
+            *([("teacher", self._taught_by(config.teacher))] if config.teacher.weights else []),
             ("rewards", ", ".join(f"{reward.name} x {weight:g}" for reward, weight in self.objective.graders)),
             ("steps", f"{total} ({total * config.train.updates_per_rollout} updates)"),
         ]  # fmt: skip
+
+
+    def _taught_by(self, settings: cfg.Teacher) -> str:
+        name = self.teacher.name if self.teacher else "the policy itself"
+        told = f", told the {settings.context} (at most {self.context_tokens} tokens more)" if settings.context else ""
+        given = f", {settings.data_fraction:.0%} of the prompts with the rows' own answers" if settings.data_fraction else ""
+        return f"{name}{told}, {settings.divergence or 'log-ratio of the sampled tokens'} x {settings.coef:g}{given}"
 
 
 def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inputs:
     """Model, data and objective of a config; with a run's folder, as that run found them when it started. Raises UserError."""
     setup, objective, teacher = open_model(config, folder), objective_of(config), None
     resolved = setup.resolved
-    if config.teacher.weights:
-        teacher, resolved = open_teacher(config.teacher.weights, setup)
+    if config.teacher.weights == "start":
+        teacher = starting_model(setup)
+    elif config.teacher.weights not in (None, "self"):
+        teacher, resolved = open_teacher(present(config.teacher.weights, "teacher.weights"), setup)
     chat = chats.of_data(config.data, setup.tokenizer)
     prompts = load_prompts(
-        config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat
-    )
+        config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat,
+        max_reply_tokens=reply_tokens(config),
+    )  # fmt: skip
     if folder:
         folder.settle(resolved.model_copy(update={"data": prompts.fingerprint}))
     phrases = turns.phrase_tokens(config.second_turn.phrases, chat, setup.tokenizer)
     longest = longest_prompt(config, max(len(p.ids) for p in prompts.prompts), phrases)
-    return Inputs(setup, objective, chat, prompts, longest, teacher)
+    told = teacher_prompts(config, prompts, chat, setup.tokenizer)
+    return Inputs(setup, objective, chat, prompts, longest, teacher, told)
+
+
+def reply_tokens(config: cfg.GrpoConfig) -> int | None:
+    """Most tokens of a row's own answer, where the config uses it; None: it does not."""
+    if config.teacher.data_fraction:
+        return config.rollout.max_completion_tokens
+    if config.teacher.context == "solution":
+        return config.teacher.max_context_tokens or config.rollout.max_completion_tokens
+    return None
+
+
+def compared_with(config: cfg.GrpoConfig, inputs: Inputs) -> Compared | None:
+    """The model whose distributions the loss reads in an update."""
+    if config.teacher.divergence is None:
+        return None
+    return inputs.teacher.config if inputs.teacher else ITSELF
 
 
 def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract: TrainState, mesh: Mesh) -> cfg.GrpoConfig:
@@ -187,17 +228,18 @@ def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract:
 
 
 def compile_step(
-    config: cfg.GrpoConfig, objective: Objective, setup: Setup, shapes: Shapes, optimizer: optax.GradientTransformation,
+    config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, optimizer: optax.GradientTransformation,
     abstract: TrainState, mesh: Mesh, updates: int,
 ) -> Callable:  # fmt: skip
     """The step, whose compilation begins now; the state is donated."""
-    schedule = opt.schedule(config.optimizer, updates)
+    schedule, second = opt.schedule(config.optimizer, updates), compared_with(config, inputs)
     step = make_train_step(
-        setup.config, objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
-        seed=config.run.seed,
-    )
+        inputs.setup.config, inputs.objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
+        second_config=second, seed=config.run.seed,
+    )  # fmt: skip
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
-    return Ahead(jax.jit(step, donate_argnums=0, out_shardings=out), mesh, abstract, shapes.batch(mesh))
+    other = abstract_second(second, mesh)
+    return Ahead(jax.jit(step, donate_argnums=0, out_shardings=out), mesh, abstract, shapes.batch(mesh), other)
 
 
 def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
@@ -206,23 +248,68 @@ def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: 
 
 
 def scoring_models(
-    config: cfg.GrpoConfig, inputs: Inputs, score: Callable, shapes: Shapes, mesh: Mesh
+    config: cfg.GrpoConfig, inputs: Inputs, score: Callable, shapes: Shapes, mesh: Mesh, reference: dict | None = None
 ) -> dict[str, ScoringModel]:
-    """The reference and the teacher, as far as the config has them, by the field of a sequence that each fills."""
+    """The reference and the teacher, as far as the config has them, by the field of a sequence that each fills.
+
+    ``reference``: its parameters, where it is no longer what the run started from.
+    """
     found = {}
     if keeps_reference(config, inputs.objective.loss):
-        found["ref_logp"] = ScoringModel(score, inputs.setup.reference_params(mesh), config.kl.offload)
-    if inputs.teacher:
+        start = inputs.setup.reference_params(mesh) if reference is None else reference
+        found["ref_logp"] = ScoringModel(score, start, config.kl.offload)
+    if inputs.teacher and config.teacher.divergence is None:
         judge = compile_score(inputs.teacher.config, shapes, config.rollout.temperature, mesh)
         found["teacher_logp"] = ScoringModel(judge, inputs.teacher.params(mesh), config.teacher.offload)
     return found
 
 
-def update(train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop) -> tuple[TrainState, dict]:
-    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``."""
+def distilled_from(
+    config: cfg.GrpoConfig, inputs: Inputs, mesh: Mesh, others: dict[str, ScoringModel]
+) -> FrozenModel | None:
+    """The model whose whole distributions an update reads; None: none, or the policy itself.
+
+    ``others``: of :func:`scoring_models`; the starting weights are there only once.
+    """
+    if inputs.teacher is None or config.teacher.divergence is None:
+        return None
+    if config.teacher.weights == "start" and "ref_logp" in others:
+        return others["ref_logp"]
+    return FrozenModel(inputs.teacher.params(mesh), config.teacher.offload)
+
+
+def restored_reference(config: cfg.GrpoConfig, loop: Loop, model: ModelConfig, mesh: Mesh) -> dict | None:
+    """The parameters of a reference that is refreshed, as the checkpoint has them that the run goes on from."""
+    if config.kl.refresh_every is None:
+        return None
+    return loop.restore_more("reference", states.abstract_params(model, mesh, model.execution.compute_dtype))
+
+
+def refresh(config: cfg.GrpoConfig, others: dict[str, ScoringModel], state: TrainState, step: int) -> None:
+    """Moves the reference to the policy after every ``kl.refresh_every`` steps."""
+    if config.kl.refresh_every is not None and step % config.kl.refresh_every == 0:
+        reference = others["ref_logp"]
+        reference.put(moved(reference.params(), state.model_params, config.kl.refresh_weight))
+
+
+def kept_reference(config: cfg.GrpoConfig, others: dict[str, ScoringModel]) -> dict[str, dict]:
+    """What a checkpoint holds of a reference that is refreshed."""
+    return {} if config.kl.refresh_every is None else {"reference": others["ref_logp"].params()}
+
+
+def update(
+    train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop,
+    reselected: Callable[[Batch, dict], Batch] = lambda batch, _: batch, second: dict | None = None,
+) -> tuple[TrainState, dict]:  # fmt: skip
+    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``.
+
+    ``reselected`` gives a batch what a rule of the current policy picks; the first update's is that of the rollout's.
+    ``second``: parameters of the model that the loss compares with.
+    """
     merged: dict[str, float] = {}
     for number in range(updates):
-        state, metrics = train_step(state, batches[number % len(batches)])
+        batch = batches[number % len(batches)]
+        state, metrics = train_step(state, reselected(batch, state.model_params) if number else batch, second)
         for name, value in loop.fetch(metrics, state).items():
             value = value if name.endswith(("_max", "_min")) else value / updates
             merged[name] = float(combine_metrics(name, merged[name], value)) if name in merged else value
@@ -231,43 +318,13 @@ def update(train_step: Callable, state: TrainState, batches: list[Batch], update
 
 def speeds(seconds: float, times: dict[str, float], trained: float, sequences: list[Sequence]) -> dict[str, float]:
     """``seconds`` of the step and of its parts; supervised tokens and drawn tokens (trained or not) a second of the step."""
-    drawn = sum(len(s.completion.tokens) for s in sequences) * jax.process_count()
+    drawn = sum(len(s.completion.tokens) for s in sequences if not s.from_data) * jax.process_count()
     return {
         **{f"seconds_{name}": value for name, value in times.items()},
         "seconds": seconds,
         "trained_tokens_per_second": trained / seconds,
         "drawn_tokens_per_second": drawn / seconds,
     }
-
-
-class Bonus:
-    """The entropy bonus's coefficient from step to step (``losses.policy.adapt_entropy_coef``); None: not adaptive.
-
-    A step's own entropy is known once it has run, so the one before it decides.
-    """
-
-    def __init__(self, settings: cfg.Entropy):
-        self._settings, self._carried = settings, settings.coef
-        self.now = None if settings.target is None else settings.coef
-
-    def after(self, entropy: float | None) -> dict[str, float]:
-        """Takes this step's entropy; returns the coefficient that the step used, as a metric."""
-        used, target = self.now, self._settings.target
-        if used is None or target is None:
-            return {}
-        measured = present(entropy, "the metric entropy")
-        _, self._carried = adapt_entropy_coef(self._carried, measured, target, self._settings.delta)
-        self.now = self._carried if measured <= target else 0.0
-        return {"entropy_coef": used}
-
-    def state(self) -> dict[str, float]:
-        """For a checkpoint."""
-        return {} if self.now is None else {"entropy_now": self.now, "entropy_carried": self._carried}
-
-    def restore(self, state: dict) -> None:
-        """From a checkpoint."""
-        if self.now is not None:
-            self.now, self._carried = state["entropy_now"], state["entropy_carried"]
 
 
 class Samples:

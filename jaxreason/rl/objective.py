@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxreason import config as cfg
 from jaxreason import losses, plugins, rewards
 from jaxreason.errors import UserError
-from jaxreason.rl.shapes import OLD_ENTROPY
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, keeps_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Objective:
     graders: tuple[tuple[rewards.Reward, float], ...]  # with their weights
     hooks: tuple[tuple[str, Callable], ...]  # by name
     placement: str  # of the KL: ``loss`` or ``reward``
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the estimator compares with each prompt's greedy completion."""
+        return "greedy_P" in self.estimator.reads
 
     def kl_coef(self, config: cfg.GrpoConfig) -> float:
         """The config's, or what the loss has without one: its preset's."""
@@ -34,11 +39,28 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
         raise UserError(f"kl.placement=reward: advantage {name} reads each reward by itself; use kl.placement=loss")
     graders = tuple((rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions)
     hooks = tuple((name, plugins.load(name, "rollout.hooks")) for name in config.rollout.hooks)
-    fills = {OLD_ENTROPY: "the policy before its update"}
+    fills = {OLD_ENTROPY: "the policy before its update", POSITIVE: "the sign of the rewards"}
     fills |= {extra: f"reward {reward.name}" for reward, _ in graders for extra in reward.fills}
     fills |= {extra: f"advantage {name}" for extra in estimator.fills}
     fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}
     losses.check_filled(loss, fills)
+    if loss.reselects and config.train.minibatches > 1:
+        raise UserError(
+            f"loss.name {loss.name} compares the completions of a prompt with each other, and train.minibatches "
+            f"{config.train.minibatches} puts them into different updates; set train.minibatches=1"
+        )
+    for extra in sorted(estimator.needs - set(fills)):
+        raise UserError(
+            f"advantage.name {name} reads {extra} of every completion, and nothing fills it; a reward or a hook fills it that "
+            f"declares fills=({extra!r},)"
+        )
+    if "greedy_P" in estimator.reads and config.second_turn.samples and config.second_turn.compare == "prompt":
+        raise UserError(
+            f"advantage.name {name} compares with one greedy completion of a prompt, and second_turn.compare=prompt puts "
+            "corrections of several together; use second_turn.compare=completion"
+        )
+    if config.kl.refresh_every is not None and not keeps_reference(config, loss):
+        raise UserError("kl.refresh_every: there is no reference to refresh; set kl.coef, or use a loss that reads ref_logp")
     return Objective(loss, estimator, graders, hooks, placement)
 
 
@@ -61,7 +83,15 @@ def bind_loss(config: cfg.GrpoConfig) -> losses.Loss:
             f"kl.coef: {config.loss.name} is your own loss and adds its own KL; set kl.coef=0 (a loss that reads ref_logp gets "
             "it all the same), or kl.placement=reward"
         )
-    return losses.get(config.loss.name, kind="policy", preset=config.loss.preset, **options)
+    loss = losses.get(config.loss.name, kind="policy", preset=config.loss.preset, **options)
+    if config.teacher.divergence:
+        divergence = losses.divergence(config.teacher.divergence, **config.teacher.options)
+        loss = dataclasses.replace(loss, divergence=divergence)
+        if "teacher_divergence" not in loss.needs:
+            raise UserError(f"teacher.divergence: {loss.name} is your own loss and does not read inputs.teacher_divergence")
+    elif "teacher_divergence" in loss.needs:
+        raise UserError(f"loss {loss.name} distils: set teacher.weights and teacher.divergence, e.g. reverse_kl")
+    return loss
 
 
 def _options_from_sections(config: cfg.GrpoConfig) -> dict[str, float | str]:
@@ -70,9 +100,11 @@ def _options_from_sections(config: cfg.GrpoConfig) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     known = losses.defaults(config.loss.name)
     placement = config.kl.placement or losses.get(config.loss.name, preset=config.loss.preset).kl_placement
-    for name in ("kl_coef", "kl_estimator"):
+    for name, key in (("kl_coef", "kl.coef"), ("kl_estimator", "kl.estimator"), ("distill_coef", "teacher.coef")):
         if name in given:
-            raise UserError(f"loss.options.{name}: set kl.{name.removeprefix('kl_')} instead")
+            raise UserError(f"loss.options.{name}: set {key} instead")
+    if config.teacher.divergence:
+        found["distill_coef"] = config.teacher.coef
     if placement == "reward":
         found["kl_coef"] = 0.0  # a preset may have one
     elif config.kl.coef is not None:

@@ -26,6 +26,9 @@ class Sequence:
     ref_logp: np.ndarray | None = None  # [n] float32, log-probs of the reference model
     teacher_logp: np.ndarray | None = None  # [n] float32, log-probs of the teacher
     kept: bool = True  # false: measured, not trained
+    from_data: bool = False  # the row's own answer, which no policy drew and nobody graded
+    teacher_ids: tuple[int, ...] | None = None  # the prompt that a teacher reads in place of the policy's; None: the same
+    greedy: float | None = None  # reward of its prompt's greedy completion (NaN: no reward); None: none was drawn
     extras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [n] float32 each, for a loss of one's own
 
     @property
@@ -36,12 +39,17 @@ class Sequence:
     @property
     def trained(self) -> bool:
         """A sample without a reward teaches nothing, not even as part of a total."""
-        return self.kept and not math.isnan(self.reward)
+        return self.from_data or (self.kept and not math.isnan(self.reward))
 
     @property
     def length(self) -> int:
         """Positions that it takes in a row: of prompt and completion, less the last token, which predicts nothing."""
         return len(self.prompt.ids) + len(self.completion.tokens) - 1
+
+    @property
+    def room(self) -> int:
+        """Positions that are kept free for it: as many as the longer of the policy's and the teacher's view needs."""
+        return max(len(self.prompt.ids), len(self.teacher_ids or ())) + len(self.completion.tokens) - 1
 
 
 Groups = list[list[Sequence]]  # of one prompt each

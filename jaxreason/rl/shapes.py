@@ -28,6 +28,7 @@ class Shapes:
     longest_prompt: int  # tokens, of either turn
     fields: tuple[str, ...]  # optional float fields of the batch
     extras: tuple[str, ...]  # inputs that a loss of one's own reads by name
+    viewed: bool  # whether a teacher reads prompts of its own
 
     @property
     def microbatches(self) -> int:
@@ -35,13 +36,19 @@ class Shapes:
 
     def batch(self, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
         """The batch as shapes."""
-        return abstract_batch(self.rows, self.row_length, mesh, self.fields, self.extras, grouped=True)
+        return abstract_batch(self.rows, self.row_length, mesh, self.fields, self.extras, grouped=True, viewed=self.viewed)
 
 
 def shapes_of(
-    config: cfg.GrpoConfig, loss: Loss, longest_prompt: int, mesh: Mesh | AbstractMesh, processes: int = 1
+    config: cfg.GrpoConfig,
+    loss: Loss,
+    longest_prompt: int,
+    mesh: Mesh | AbstractMesh,
+    processes: int = 1,
+    context_tokens: int = 0,
 ) -> Shapes:
-    """The shapes of ``config``, whose longest prompt of either turn has ``longest_prompt`` tokens.
+    """The shapes of ``config``, whose longest prompt of either turn has ``longest_prompt`` tokens, and a teacher's at most
+    ``context_tokens`` more.
 
     Raises UserError where rows, microbatches, devices and processes do not divide.
     """
@@ -54,11 +61,12 @@ def shapes_of(
     return Shapes(
         rows=rows,
         microbatch=micro,
-        row_length=row_length(longest_prompt + config.rollout.max_completion_tokens),
+        row_length=row_length(longest_prompt + context_tokens + config.rollout.max_completion_tokens),
         minibatches=config.train.minibatches,
         longest_prompt=longest_prompt,
         fields=fields_of(config, loss),
         extras=tuple(sorted(loss.extras)),
+        viewed=config.teacher.context is not None,
     )
 
 
@@ -89,19 +97,23 @@ def longest_prompt(config: cfg.GrpoConfig, first: int, phrase_tokens: int) -> in
 
 
 def keeps_reference(config: cfg.GrpoConfig, loss: Loss) -> bool:
-    """Whether the reference scores every rollout: for a KL, or for a loss of one's own that reads it."""
-    return bool(config.kl.coef) or "ref_logp" in loss.needs
+    """Whether the reference scores every rollout: for a KL, a loss that reads it, or a teacher that is refreshed with it."""
+    moves = config.teacher.weights == "start" and config.kl.refresh_every is not None
+    return bool(config.kl.coef) or "ref_logp" in loss.needs or moves
 
 
 def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
     """Whether the policy scores every rollout before it is updated.
 
-    One update from a rollout has ratio 1 by definition, and the step itself takes its own log-probs as the old ones.
+    One update from a rollout has ratio 1 by definition, and the step itself takes its own log-probs as the old ones. Of a
+    row's own answer no sampler knows any.
     """
-    return config.train.updates_per_rollout > 1 or loss.select is not None or OLD_ENTROPY in loss.extras
+    more = loss.select is not None or OLD_ENTROPY in loss.extras or config.teacher.data_fraction > 0
+    return config.train.updates_per_rollout > 1 or more
 
 
 OLD_ENTROPY = "old_entropy"  # an input that a loss of one's own may declare; the scoring pass fills it
+POSITIVE = "positive"  # another, which the rewards fill: tokens of the update / those of its samples with reward > 0, on these
 
 
 def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
@@ -114,5 +126,6 @@ def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
         "old_logp": scores_old(config, loss),
         "selected": loss.select is not None,
         "entropy_coef": config.entropy.target is not None,
+        "kl_coef": config.kl.target is not None and (config.kl.placement or loss.kl_placement) == "loss",
     }
     return tuple(name for name, there in present.items() if there)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxreason.data.chat import Chat
-from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.rl.sequence import Sequence as Sampled
@@ -21,8 +20,8 @@ def again(prompt: Prompt, completion: str, phrase: str, chat: Chat, tokenizer: T
 
     Control tokens that the policy wrote are left out of it: they would end the user's turn.
     """
-    user = f"{prompt.user}\n{THINK_OPEN}\n{_without_control(without_marks(completion), tokenizer)}\n{THINK_CLOSE}\n{phrase}"
-    text = chat.render_prompt(Example(user))
+    user = f"{prompt.user}\n{THINK_OPEN}\n{without_control(completion, tokenizer)}\n{THINK_CLOSE}\n{phrase}"
+    text = chat.render_prompt(prompt.instead(user))
     return dataclasses.replace(prompt, ids=tuple(tokenizer.encode(text)), text=without_marks(text))
 
 
@@ -75,8 +74,9 @@ def _graded(sequence: Sampled) -> float:
     return next(iter(sequence.rewards.values()))
 
 
-def _without_control(text: str, tokenizer: Tokenizer) -> str:
-    """Without control tokens."""
+def without_control(text: str, tokenizer: Tokenizer) -> str:
+    """A text that a policy wrote, fit for a prompt: without control tokens, which would end the user's turn."""
+    text = without_marks(text)
     pattern = re.compile("|".join(map(re.escape, tokenizer.control)) or "(?!)")
     while (cut := pattern.sub("", text)) != text:  # taking one out may join the halves of another
         text = cut

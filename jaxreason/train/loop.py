@@ -13,7 +13,7 @@ A loop is then its own steps and nothing else:
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -135,10 +135,17 @@ class Loop:
             if not (name.endswith(("_max", "_min")) and math.isinf(value))
         }
 
-    def end(self, state: TrainState, record: dict[str, float], data: Any) -> None:
+    def restore_more(self, name: str, abstract: Any) -> Any | None:
+        """The tree ``more[name]`` of the checkpoint that the run goes on from; None for a new run. After :meth:`restore`."""
+        return None if self._folder.resume is None else self._checkpoints.restore_more(self._folder.resume, name, abstract)
+
+    def end(
+        self, state: TrainState, record: dict[str, float], data: Any, more: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
         """Ends a step: log, checkpoint, evaluation, in this order, so that an evaluation that fails loses nothing.
 
-        ``record``: of the step; its ``tokens`` are added up. ``data``: the loop's own part of a checkpoint, plain values.
+        ``record``: of the step; its ``tokens`` are added up. ``data``: the loop's own part of a checkpoint, plain values;
+        ``more``: gives further trees of arrays of it, where one is saved.
         """
         step, every = self._step, self._config.train
         self._trace.after(step)
@@ -151,11 +158,11 @@ class Loop:
         self._stopped = self._interrupt.agreed() or step == self._span.total
         saved = {"data": data, "counters": dict(self._counters)}
         if keep := self._stopped or bool(every.save_every and step % every.save_every == 0):
-            self._checkpoints.save(state, saved, self._model)
+            self._checkpoints.save(state, saved, self._model, more())
         if self._due(step):
             self._log.amend(self._measured(state))
         if self._unmeasured and not keep:
-            self._checkpoints.save(state, saved, self._model)
+            self._checkpoints.save(state, saved, self._model, more())
 
     def _due(self, step: int) -> bool:
         """Whether a step's state is evaluated."""

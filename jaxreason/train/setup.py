@@ -1,7 +1,8 @@
 """What a run starts from: the architecture, the tokenizer, where the weights come from, and a teacher."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxreason.sharding import batch_sharding, shardings
 from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.state import start_key
-from jaxreason.types import Batch, TrainState
+from jaxreason.types import Batch, TeacherView, TrainState
 from jaxreason.weights import WeightSource, locate
 
 _HELD_OUT_SEED = 0
@@ -141,34 +142,39 @@ def place(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def abstract_batch(
-    rows: int, length: int, mesh: Mesh, floats: Sequence[str] = (), extras: Sequence[str] = (), grouped: bool = False
-) -> Batch[jax.ShapeDtypeStruct]:
+    rows: int, length: int, mesh: Mesh, floats: Sequence[str] = (), extras: Sequence[str] = (), grouped: bool = False,
+    viewed: bool = False,
+) -> Batch[jax.ShapeDtypeStruct]:  # fmt: skip
     """A batch [rows, length] of shapes, as a step is compiled for.
 
     ``floats``: the optional float fields that it has in addition to the mask; ``extras``: names of a loss's own inputs;
-    ``grouped``: it has ``group_ids``.
+    ``grouped``: it has ``group_ids``; ``viewed``: a teacher has a view of its own.
     """
     where = batch_sharding(mesh)
     ints = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=where)
     real = jax.ShapeDtypeStruct((rows, length), np.float32, sharding=where)
     optional: dict[str, Any] = dict.fromkeys(floats, real) | ({"group_ids": ints} if grouped else {})
+    if viewed:
+        optional["teacher"] = TeacherView(ints, ints, ints, ints, real)
     return Batch(ints, ints, ints, ints, real, sequence_ids=ints, extras=dict.fromkeys(extras, real), **optional)
 
 
 @dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model that is learned from; its weights are read once they are used."""
+class Other:
+    """A model that the policy is compared with: a teacher, or what the run started from."""
 
-    name: str  # as the config says it
+    name: str
     config: ModelConfig
-    source: WeightSource
-
-    def params(self, mesh: Mesh) -> dict:
-        """Its weights, on the devices."""
-        return self.source.params(self.config, mesh)
+    params: Callable[[Mesh], dict]  # reads its weights onto the devices
 
 
-def open_teacher(weights: str, setup: Setup) -> tuple[Teacher, cfg.Resolved]:
+def starting_model(setup: Setup) -> Other:
+    """The run's true starting weights."""
+    half = setup.config.replace(param_dtype=setup.config.execution.compute_dtype)
+    return Other("the starting weights", half, setup.reference_params)
+
+
+def open_teacher(weights: str, setup: Setup) -> tuple[Other, cfg.Resolved]:
     """A teacher with the student's tokenizer, in the student's compute dtype, and where it was found; reads no weights.
 
     Of a resumed run it is the teacher that the run found when it started. Raises UserError.
@@ -188,4 +194,4 @@ def open_teacher(weights: str, setup: Setup) -> tuple[Teacher, cfg.Resolved]:
             f"({ours}); log-probs of tokens compare only where both have the same tokenizer: choose "
             "a teacher of the same family, or train on its text (SFT)"
         )
-    return Teacher(weights, config, source), resolved
+    return Other(f"teacher {weights}", config, functools.partial(source.params, config)), resolved

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: from config to summary.json."""
 
-import dataclasses
+import functools
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError, present
 from jaxreason.evaluate.accuracy import evaluate, grading_of
+from jaxreason.losses import distill
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.model.cudnn import segment_bound
 from jaxreason.sampler import EngineSampler, Job, Sampling
@@ -28,10 +28,23 @@ from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter, segment_lengths
-from jaxreason.train.setup import Setup, abstract_batch, held_out_problems, open_model, open_teacher, put, start_state
-from jaxreason.train.step import COMPARED, Noise, batch_loss, make_train_step
+from jaxreason.train.scoring import moved
+from jaxreason.train.setup import (
+    Other,
+    Setup,
+    abstract_batch,
+    held_out_problems,
+    open_model,
+    open_teacher,
+    put,
+    start_state,
+    starting_model,
+)
+from jaxreason.train.step import COMPARED, Noise, abstract_second, batch_loss, make_train_step
 from jaxreason.types import Batch, Totals, TrainState
 
+_DISTILLING = ", ".join(distill.DIVERGENCES)
+_OF_REFERENCE = frozenset({"ref_logp", "ref_kl"})
 SHOWN = ("loss", "eval_loss", "trained_tokens_per_second", "eval_accuracy")
 
 
@@ -79,14 +92,19 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         batches = loader(data.train, total, process_index=jax.process_index(), process_count=jax.process_count())
         if data_state is not None:
             batches.set_state(data_state)
-        second, meter = compared and compared.params(setup, mesh), Meter(model, jax.local_devices())
-        for _ in loop:
+        every, meter = config.reference.refresh_every, Meter(model, jax.local_devices())
+        second = None if every is None else loop.restore_more("reference", second_shape)
+        if second is None and compared is not None:
+            second = compared.params(mesh)
+        for step in loop:
             clock, batch = time.monotonic(), next(batches)
             state, metrics = step_of(state, put(batch, mesh), second)
             record = loop.fetch(metrics, state)
             seconds = time.monotonic() - clock
             record |= speeds(seconds, record["tokens"], batch) | meter(segment_lengths(batch.segment_ids), seconds)
-            loop.end(state, record, batches.get_state())
+            if every is not None and step % every == 0:
+                second = moved(present(second, "the reference"), state.model_params, 1.0)
+            loop.end(state, record, batches.get_state(), functools.partial(dict, {} if every is None else {"reference": second}))
         return loop.finish()
 
 
@@ -101,7 +119,7 @@ def speeds(seconds: float, trained: float, batch: Batch[np.ndarray]) -> dict[str
 
 
 def compile_step(
-    config: cfg.SftConfig, loss: losses.Loss, model: ModelConfig, data: Prepared, compared: "Compared | None",
+    config: cfg.SftConfig, loss: losses.Loss, model: ModelConfig, data: Prepared, compared: Other | None,
     abstract: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh, total: int,
 ) -> tuple[jax.stages.Compiled, dict | None]:  # fmt: skip
     """The compiled step, and the shapes of the parameters of the model that the loss compares with."""
@@ -113,7 +131,7 @@ def compile_step(
         model, loss, optimizer, opt.schedule(config.optimizer, total), rows // micro,
         second_config=None if compared is None else compared.config, noise=noise_of(config), seed=config.run.seed,
     )  # fmt: skip
-    second = states.abstract(compared.config, optimizer, mesh).params if compared else None
+    second = abstract_second(compared.config if compared else None, mesh)
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
     with jax.set_mesh(mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(abstract, batch, second).compile(), second
@@ -138,7 +156,7 @@ def _rows_of(config: cfg.SftConfig, data: Prepared, model: ModelConfig, mesh: Me
     ]
 
 
-def _compared_rows(compared: "Compared | None", shapes: dict | None) -> list[tuple[str, str]]:
+def _compared_rows(compared: Other | None, shapes: dict | None) -> list[tuple[str, str]]:
     return [("compared with", f"{compared.name}, {gib(_bytes(shapes))} kept on the devices")] if compared else []
 
 
@@ -149,35 +167,30 @@ def find_loss(config: cfg.SftConfig) -> losses.Loss:
     losses.check_filled(loss, {})
     name, teacher = config.loss.name, config.teacher.weights
     if "teacher_divergence" in loss.needs and loss.divergence is None:
-        raise UserError(f"loss.name {name} reads teacher_divergence, which belongs to forward_kl, reverse_kl and jsd")
+        raise UserError(f"loss.name {name} reads teacher_divergence, which belongs to {_DISTILLING}")
     if "teacher_divergence" in loss.needs and teacher is None:
         raise UserError(f"loss.name {name} distils a teacher: set teacher.weights")
     if teacher is not None and "teacher_divergence" not in loss.needs:
-        raise UserError(f"teacher.weights {teacher}: loss.name {name} reads no teacher; use forward_kl, reverse_kl or jsd")
+        raise UserError(f"teacher.weights {teacher}: loss.name {name} reads no teacher; use one of {_DISTILLING}")
+    compares = bool(loss.needs & _OF_REFERENCE)
+    if config.reference.refresh_every is not None and not compares:
+        raise UserError(f"reference.refresh_every: loss.name {name} compares with no reference; leave it null")
+    if name == "psft" and config.reference.refresh_every is None:
+        raise UserError(
+            "loss.name psft moves away from a reference that follows it: set reference.refresh_every (8 in its authors' code); "
+            "compared with the start of the run, every token that is learned would lose its gradient for good"
+        )
     weighted = (config.data.think_weight, config.data.answer_weight) != (1.0, 1.0)
     if weighted and ":" in name and "token_weights" not in loss.needs:
         raise UserError(f"data.think_weight, data.answer_weight: {name} does not read inputs.token_weights")
     return loss
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """The second model of a loss: a teacher, or the reference, which is what the run starts from."""
-
-    name: str
-    config: ModelConfig
-    params: Callable[[Setup, Mesh], dict]
-
-
-def compared_with(config: cfg.SftConfig, loss: losses.Loss, setup: Setup) -> tuple[Compared | None, cfg.Resolved]:
+def compared_with(config: cfg.SftConfig, loss: losses.Loss, setup: Setup) -> tuple[Other | None, cfg.Resolved]:
     """The second model that ``loss`` reads, and what the config's names mean. Raises UserError."""
     if "teacher_divergence" in loss.needs:
-        teacher, resolved = open_teacher(present(config.teacher.weights, "teacher.weights"), setup)
-        return Compared(f"teacher {teacher.name}", teacher.config, lambda _, mesh: teacher.params(mesh)), resolved
-    if loss.needs.isdisjoint(COMPARED):
-        return None, setup.resolved
-    half = setup.config.replace(param_dtype=setup.config.execution.compute_dtype)
-    return Compared("the starting weights", half, lambda setup, mesh: setup.reference_params(mesh)), setup.resolved
+        return open_teacher(present(config.teacher.weights, "teacher.weights"), setup)
+    return (None if loss.needs.isdisjoint(COMPARED) else starting_model(setup)), setup.resolved
 
 
 def _bytes(tree: object) -> int:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from jaxreason.errors import present
 from jaxreason.losses import Loss, PolicyInputs, SftInputs, distill
@@ -18,6 +19,7 @@ from jaxreason.model import ModelConfig, add_gradients, cast_layers, head_kernel
 from jaxreason.model.chunked import from_logits
 from jaxreason.model.vocab import HeadStats, dense_stats, head_stats, token_loss
 from jaxreason.train import optimizer as opt
+from jaxreason.train.state import abstract_params
 from jaxreason.types import Batch, Totals, TrainState, combine_metrics, count_unique, empty_metrics, merge
 
 
@@ -52,7 +54,9 @@ STATS = ("entropy", "logsumexp", "mean_logp")  # of the head's own pass
 COMPARED = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss compares with a second model
 _WHOLE_LOGITS = frozenset({*COMPARED, "topk_entropy"})
 
-Second = tuple[ModelConfig, dict]  # the model that a supervised loss compares with: its architecture and its parameters
+Second = tuple[ModelConfig, dict]  # the model that a loss compares with: its architecture and its parameters
+ITSELF: Literal["itself"] = "itself"
+Compared = ModelConfig | Literal["itself"]  # what a loss compares with: another model, or this one as it is, without a gradient
 
 
 def batch_loss(
@@ -67,18 +71,18 @@ def batch_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """This (micro)batch's part of the step's loss and of its metrics; parts add up to the whole.
 
-    ``params``: of the whole model. ``second``: the reference or teacher that a supervised loss compares with. ``noise``
-    [B, T, D] is added to the embeddings.
+    ``params``: of the whole model. ``second``: the reference or teacher that the loss compares with. ``noise`` [B, T, D] is
+    added to the embeddings.
     """
     x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids, noise)
     head = head_kernel(params, config)
     if loss.kind == "sft":
         return _supervised(x, head, loss, batch, _sequence_ids(batch), totals, second)
-    stats = head_stats(x, head, batch.targets, temperature, needs=loss.needs)
-    return loss(policy_inputs(stats, batch, totals))
+    stats, divergence = _policy_stats(x, head, loss, batch, temperature, second)
+    return loss(policy_inputs(stats, batch, totals, divergence))
 
 
-def policy_inputs(stats: HeadStats, batch: Batch, totals: Totals) -> PolicyInputs:
+def policy_inputs(stats: HeadStats, batch: Batch, totals: Totals, divergence: Array | None = None) -> PolicyInputs:
     """What a policy loss sees of a (micro)batch whose targets have the statistics ``stats``."""
     # Without stored log-probs the policy that sampled is the one being updated, and the ratio is exactly 1.
     old = lax.stop_gradient(stats.logp) if batch.old_logp is None else batch.old_logp
@@ -86,8 +90,25 @@ def policy_inputs(stats: HeadStats, batch: Batch, totals: Totals) -> PolicyInput
         stats.logp, old, present(batch.advantages, "Batch.advantages"), batch.loss_mask,
         ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp, entropy=stats.entropy, sequence_ids=_sequence_ids(batch),
         group_ids=batch.group_ids, totals=totals,
-        group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, extras=batch.extras,
+        group_tokens=batch.group_tokens, selected=batch.selected, entropy_coef=batch.entropy_coef, kl_coef=batch.kl_coef,
+        extras=batch.extras, teacher_divergence=divergence,
     )  # fmt: skip
+
+
+def _policy_stats(
+    x: Array, head: Array, loss: Loss, batch: Batch, temperature: float, second: Second | None
+) -> tuple[HeadStats, Array | None]:
+    """The head's statistics at the sampling temperature and, where the loss reads it, the divergence from the teacher."""
+    if "teacher_divergence" not in loss.needs:
+        return head_stats(x, head, batch.targets, temperature, needs=loss.needs), None
+    diverge = present(loss.divergence, f"the divergence of {loss.name}")
+
+    def found(targets: Array, logits: Array, theirs: Array) -> tuple[HeadStats, Array]:
+        return dense_stats(logits / temperature, targets), diverge(logits, theirs)
+
+    heads = ((x, head), *_second_head(present(second, f"the teacher of {loss.name}"), batch))
+    stats, divergence = from_logits(found, batch.targets, heads)
+    return stats, divergence if batch.teacher is None else divergence * batch.teacher.taught
 
 
 def _supervised(
@@ -116,7 +137,13 @@ def _second_head(second: Second | None, batch: Batch) -> tuple:
     if second is None:
         return ()
     config, params = second[0], lax.stop_gradient(second[1])
-    return ((hidden(params, config, batch.tokens, batch.positions, batch.segment_ids), head_kernel(params, config)),)
+    if batch.teacher is None:
+        x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids)
+    else:
+        view = batch.teacher
+        x = hidden(params, config, view.tokens, view.positions, view.segment_ids)
+        x = jnp.take_along_axis(x, view.source[..., None], axis=1)
+    return ((x, head_kernel(params, config)),)
 
 
 def _whole_logits(loss: Loss, wanted: list[str]) -> Callable:
@@ -162,14 +189,14 @@ def make_gradient(
     loss: Loss,
     count: int,
     temperature: float = 1.0,
-    second_config: ModelConfig | None = None,
+    second_config: Compared | None = None,
     noise: Noise | None = None,
 ) -> Callable:
     """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
 
     Accumulated over ``count`` microbatches by a loop, with layers cast to the compute dtype before it. ``second_config``: of
-    the model whose parameters are passed as ``second_params``; ``step`` decides the noise; ``frozen`` holds the parameters of
-    the model that get no gradient.
+    the model whose parameters are passed as ``second_params``, or ``ITSELF``, which needs none; ``step`` decides the noise;
+    ``frozen`` holds the parameters of the model that get no gradient.
     """
 
     def gradient(
@@ -179,8 +206,6 @@ def make_gradient(
         chex.assert_equal_shape(jax.tree.leaves(batch))  # at tracing: every field is [B, T]
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
-        second = None if second_config is None else (second_config, present(second_params, "second_params"))
-
         def one(micro: Batch) -> tuple[Array, dict[str, Array], dict]:
             added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
 
@@ -191,6 +216,11 @@ def make_gradient(
             return value, metrics, grads
 
         weights, rest = cast_layers(params, config), cast_layers(frozen or {}, config)
+        second: Second | None = None
+        if isinstance(second_config, ModelConfig):
+            second = second_config, present(second_params, "second_params")
+        elif second_config == ITSELF:
+            second = config, merge(weights, rest)
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
             value, metrics, grads = one(batch)
@@ -217,7 +247,7 @@ def make_train_step(
     schedule: Callable,
     count: int,
     temperature: float = 1.0,
-    second_config: ModelConfig | None = None,
+    second_config: Compared | None = None,
     noise: Noise | None = None,
     seed: int = 0,
 ) -> Callable:
@@ -246,6 +276,11 @@ def make_train_step(
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step
+
+
+def abstract_second(second: Compared | None, mesh: Mesh) -> dict | None:
+    """The parameters that a step with ``second_config`` is given, as shapes, in the compute dtype."""
+    return abstract_params(second, mesh, second.execution.compute_dtype) if isinstance(second, ModelConfig) else None
 
 
 def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
