@@ -644,7 +644,7 @@ def test_offline_sees_the_second_turn_and_the_teacher(tmp_path):
         found[name] = json.loads((tmp_path / name / "offline.json").read_text())
     assert found["alone"]["rollout"]["tokens"] == found["taught"]["rollout"]["tokens"] > 8 * 16
     norms = [f["points"]["start"]["rows"][0]["grad_norm"] for f in found.values()]
-    assert min(abs(a - b) for a, b in itertools.combinations(norms, 2)) > 1e-3 * norms[0]
+    assert min(abs(a - b) for a, b in itertools.combinations(norms, 2)) > 1e-4 * norms[0]
     # The weights of single tokens are measured where log-probs and entropies are all that a loss reads.
     assert [any(f["tokens"][0].values()) for f in found.values()] == [True, True, False]
 

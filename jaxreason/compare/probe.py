@@ -20,8 +20,8 @@ def weight_curve(loss: Loss, extras: Mapping[str, float]) -> dict[str, list[floa
 
     Divided by its size at ratio 1 and A = +1, so that 1 is the weight of REINFORCE; by its largest where that is 0. In a
     completion of one token the ratios of token and sequence are one, so the log-ratio is that of the loss's own level.
-    Reference and sampler are the old policy, a teacher agrees with it, a rule that picks tokens by entropy picks this one and one that picks by
-    covariance does not. None where it is not finite.
+    Reference and sampler are the old policy, and a teacher agrees with it. A rule that picks tokens by entropy picks this one,
+    one that picks by covariance does not. None where it is not finite.
 
     Args:
       extras: a value for every extra that the loss reads.
