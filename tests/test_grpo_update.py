@@ -284,7 +284,7 @@ def test_a_rule_of_the_current_policy_is_evaluated_before_every_update(settings)
     np.testing.assert_allclose(found(batcher.reselected(2, batch, 1))[:2] / scale, moved, rtol=1e-5)
 
     seen, states = [], [types.SimpleNamespace(model_params=k) for k in range(4)]
-    step = lambda state, batch: (states[state.model_params + 1], {"x": batch})  # noqa: E731
+    step = lambda state, batch, second: (states[state.model_params + 1], {"x": batch})  # noqa: E731
     fetch = types.SimpleNamespace(fetch=lambda metrics, state: seen.append(metrics["x"]) or {})
     grpo.update(step, states[0], ["a", "b"], 3, fetch, lambda batch, params: f"{batch}{params}")
     assert seen == ["a", "b1", "a2"]
