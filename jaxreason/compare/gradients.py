@@ -26,7 +26,7 @@ from jaxreason.rewards.pool import RewardPool
 from jaxreason.rl.adaptive import Adaptive
 from jaxreason.rl.batch import Batcher, selected
 from jaxreason.rl.collect import Collector, Rollout
-from jaxreason.rl.grpo import Inputs, compile_score, open_inputs, scoring_models, with_slots
+from jaxreason.rl.grpo import Inputs, compile_score, compile_squares, open_inputs, scoring_models, with_slots
 from jaxreason.rl.objective import objective_of
 from jaxreason.rl.sequence import metrics_of
 from jaxreason.rl.shapes import shapes_of
@@ -130,7 +130,8 @@ def _batch(config: cfg.GrpoConfig, inputs: Inputs, rollout: Rollout, state: Trai
     shapes = shapes_of(config, objective.loss, inputs.longest_prompt, mesh)
     score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
     others = scoring_models(config, dataclasses.replace(inputs, objective=objective), score, shapes, mesh)
-    batcher = Batcher(config, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others)
+    squares = compile_squares(inputs.setup.config, shapes, config.rollout.temperature, mesh) if objective.squares else None
+    batcher = Batcher(config, objective, shapes, mesh, inputs.setup.tokenizer.pad_id, score, others, squares)
     _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, Adaptive(config).now)
     return batch
 

@@ -24,7 +24,7 @@ from jaxreason.model.vocab import HeadStats
 from jaxreason.rl.advantages import advantages_of, fill
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence
-from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, Shapes
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, SUM_PI_SQUARED, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
@@ -119,7 +119,8 @@ class Packed:
 @dataclasses.dataclass(frozen=True)
 class Batcher:
     """Makes a step's batches. ``score``: jitted ``(params, batch) -> HeadStats`` of the policy; ``others``: what else scores,
-    by the field of a sequence that it fills (``ref_logp``, ``teacher_logp``)."""
+    by the field of a sequence that it fills (``ref_logp``, ``teacher_logp``). ``squares``: jitted ``(params, batch) -> [B, T]``
+    of the policy's sums of squared probabilities; None: nothing reads them."""
 
     config: cfg.GrpoConfig
     objective: Objective
@@ -128,6 +129,7 @@ class Batcher:
     pad_id: int
     score: Callable
     others: Mapping[str, ScoringModel]
+    squares: Callable | None = None
 
     def __call__(
         self, groups: Groups, second: Groups, params: dict, step: int, coefs: Mapping[str, float] = _FIXED
@@ -147,6 +149,10 @@ class Batcher:
         masked, first = self.config.train.truncated == "mask", jax.process_index() * rows
         batches = [put(p.batch(self.pad_id, masked, first), self.mesh) for p in packed]
         batches, scored = self._scored(batches, packed, parts, sequences)
+        if self.squares is not None:
+            for batch, p, part in zip(batches, packed, parts):
+                for i, values in zip(part, p.read(self.squares(params, batch))):
+                    scored[i] = dataclasses.replace(scored[i], extras=scored[i].extras | {SUM_PI_SQUARED: values})
         finished = self._decided(scored, groups, second, coefs)
         done = [
             self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, coefs)

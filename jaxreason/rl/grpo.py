@@ -43,7 +43,7 @@ from jaxreason.train.measure import Meter
 from jaxreason.train.offload import Shelf
 from jaxreason.train.scoring import ScoringModel, moved
 from jaxreason.train.setup import Setup, Teacher, held_out_problems, open_model, open_teacher, start_state
-from jaxreason.train.step import make_score, make_train_step
+from jaxreason.train.step import make_score, make_sum_of_squares, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
 SHOWN = ("reward", "eval_accuracy", "completion_tokens", "entropy", "sampler_gap_max", "drawn_tokens_per_second")
@@ -97,7 +97,8 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         others = scoring_models(config, inputs, score, shapes, mesh, reference)
         stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
         collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt, objective.greedy)
-        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others)
+        squares = compile_squares(model, shapes, config.rollout.temperature, mesh) if objective.squares else None
+        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others, squares)
         shelf = Shelf(abstract, config.rollout.offload_state)
         cursor, coefs, watch, meter = 0, Adaptive(config), Watch(config), Meter(model, jax.local_devices())
         if carried is not None:
@@ -206,6 +207,12 @@ def compile_step(
 def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
     """The jitted ``(params, batch) -> HeadStats`` of a model."""
     return within(mesh, jax.jit(make_score(model, shapes.microbatches, temperature), out_shardings=batch_sharding(mesh)))
+
+
+def compile_squares(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
+    """The jitted ``(params, batch) -> [B, T]`` of a model's sums of squared probabilities."""
+    squares = make_sum_of_squares(model, shapes.microbatches, temperature)
+    return within(mesh, jax.jit(squares, out_shardings=batch_sharding(mesh)))
 
 
 def scoring_models(
