@@ -290,3 +290,21 @@ def test_a_rule_of_the_current_policy_is_evaluated_before_every_update(settings)
     assert seen == ["a", "b1", "a2"]
     with pytest.raises(UserError, match=r"set train\.minibatches=1"):
         objective_of(config.model_copy(update={"train": settings.train}))
+
+
+def test_sums_of_squared_probabilities_reach_the_estimator(settings):
+    """Of packed rows in microbatches, against the softmax of full logits of one sequence at a time."""
+    config = settings.model_copy(update={"advantage": cfg.Advantage(name="otb"), "kl": cfg.Kl()})
+    mesh, objective = make_mesh(cfg.Mesh(), jax.devices()[:1]), objective_of(config)
+    model = models.preset(config.model.preset, config.model.overrides)
+    shapes, params = shapes_of(config, objective.loss, LONGEST, mesh), models.init(model, jax.random.key(3))
+    assert objective.squares and not objective_of(settings).squares
+    score = types.SimpleNamespace(logp=jnp.zeros((shapes.rows, shapes.row_length)), entropy=None)
+    squares = grpo.compile_squares(model, shapes, TEMPERATURE, mesh)
+    batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch: score, {}, squares)
+    done, _ = batcher(sequences(), [], params, 2)
+    ids, answer = rows_of(done)
+    pi = jax.nn.softmax(jax.jit(models.logits, static_argnums=1)(params, model, ids)[:, :-1] / TEMPERATURE)
+    for s, expected, where in zip(done, np.square(pi).sum(-1), answer):
+        np.testing.assert_allclose(s.extras["sum_pi_squared"], expected[where], rtol=1e-4)
+    assert any(np.ptp(s.advantage) > 0 for s in done)  # not one number for all tokens

@@ -160,7 +160,9 @@ def sequences_with_steps(rewards):
         row = []
         for n in lengths:
             end = np.array([t in (n // 2, n - 1) for t in range(n)], float)
-            row.append(SimpleNamespace(tokens=range(n), extras={"step_end": end, "step_reward": rng.normal(size=n) * end}))
+            extras = {"step_end": end, "step_reward": rng.normal(size=n) * end, "sum_pi_squared": rng.random(n)}
+            drawn = SimpleNamespace(policy_logp=-rng.random(n))
+            row.append(SimpleNamespace(tokens=range(n), extras=extras, completion=drawn))
         groups.append(row)
     return groups
 
@@ -175,6 +177,28 @@ def process(rewards):
         spread = std(every, 1) + 1e-4
         found.append([[sum((r - mean(every)) / spread for end, r in mine if end >= t) for t in s.tokens]
                       for s, mine in zip(group, steps)])  # fmt: skip
+    return found
+
+
+def otb(rewards):
+    """Loops over tokens: the rewards of those that are still there, weighted by what they gathered so far."""
+    found = []
+    for row, group in zip(rewards.tolist(), sequences_with_steps(rewards)):
+        there = [(r, s) for r, s in zip(row, group) if not math.isnan(r)]
+
+        def gathered(s, t):
+            pi = np.exp(s.completion.policy_logp)
+            return sum(1 - 2 * pi[k] + s.extras["sum_pi_squared"][k] for k in range(t + 1))
+
+        def one(r, s, there=there, gathered=gathered):
+            out = []
+            for t in s.tokens:
+                left = [(x, gathered(y, t)) for x, y in there if t < len(y.tokens)]
+                base = sum(x * w for x, w in left) / (sum(w for _, w in left) + 1e-8) if len(left) > 1 else 0.0
+                out.append(r - base if len(there) > 1 else 0.0)
+            return out
+
+        found.append([[0.0] * len(s.tokens) if math.isnan(r) else one(r, s) for r, s in zip(row, group)])
     return found
 
 
@@ -198,6 +222,7 @@ TWINS = {
     "passk_training": passk_training,
     "remax": remax,
     "process": process,
+    "otb": otb,
     "reinforce_pp": by_token,
     "reinforce_pp_baseline": lambda x: whitened(masked(by_sample(lambda r, g, a: r - mean(g), x), x), 1e-8),
     "maxrl": lambda x: by_sample(lambda r, g, a: (r - mean(g)) / (mean(g) + 1e-6), x),
@@ -218,7 +243,7 @@ def test_twin_on_uneven_groups(name):
     if name == "reinforce_pp":  # [P][G] of [n], all tokens alike without a discount
         assert [[len(a) for a in row] for row in found] == np.where(np.isnan(rewards), 1, LENGTHS).tolist()
         found = np.array([[a[0] for a in row] for row in found])
-    if name == "process":  # [P][G] of [n]
+    if name in ("process", "otb"):  # [P][G] of [n]
         for one, other in zip(itertools.chain(*found), itertools.chain(*TWINS[name](rewards)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
         assert not any(np.any(a) for row, group in zip(np.isnan(rewards), found) for a, none in zip(group, row) if none)
@@ -230,7 +255,11 @@ def test_twin_on_uneven_groups(name):
 def one_function(rewards):
     """What estimators read where there is one reward function and every completion is one token long."""
     lengths = np.ones(rewards.shape)
-    one = [[SimpleNamespace(tokens=(0,), extras={"step_end": [1.0], "step_reward": [r]}) for r in row] for row in rewards]
+    drawn = SimpleNamespace(policy_logp=[-0.5])
+    one = [
+        [SimpleNamespace(tokens=(0,), extras={"step_end": [1.0], "step_reward": [r], "sum_pi_squared": [0.6]}, completion=drawn)
+         for r in row] for row in rewards
+    ]  # fmt: skip
     return {
         "rewards_F_P_G": rewards[None], "weights_F": np.ones(1), "lengths_P_G": lengths, "sequences_P_G": one,
         "greedy_P": np.nan_to_num(rewards[:, 0]),
@@ -320,8 +349,26 @@ def test_process_supervision_by_hand():
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+def test_the_optimal_token_baseline_by_hand():
+    """pi .5 and sum pi^2 .5 give .5 a token. A right answer of two tokens, a wrong one of three: W is .5 | 1 at t = 0 | 1 of
+    both, so B is 1/2 where both are; pi 1 of the first token of a third weighs nothing, so B there is not moved by it."""
+    def sequence(pis, squares):
+        drawn = SimpleNamespace(policy_logp=np.log(pis))
+        return SimpleNamespace(tokens=range(len(pis)), extras={"sum_pi_squared": squares}, completion=drawn)
+
+    group = [sequence([0.5] * 2, [0.5] * 2), sequence([0.5] * 3, [0.5] * 3), sequence([1.0], [1.0])]
+    rewards = np.array([[1.0, 0.0, 1.0]])
+    found = advantage.get("otb", eps=0.0)(rewards, sequences_P_G=[group])[0][0]
+    for one, other in zip(found, ([0.5, 0.5], [-0.5, -0.5, 0.0], [0.5]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-7)
+    found = advantage.get("otb", eps=0.0)(rewards - 1, sequences_P_G=[group])[0][0]
+    np.testing.assert_allclose(found[1], [-0.5, -0.5, -1.0], atol=1e-7)  # alone at its third token, with nothing to compare
+    found = advantage.get("otb", tail="baseline")(rewards - 1, sequences_P_G=[group])[0][0]
+    assert found[1][2] == 0.0
+
+
 def test_an_infinite_reward_is_named():
-    for name in set(advantage.ESTIMATORS) - {"tic_lc", "gdpo", "process"}:
+    for name in set(advantage.ESTIMATORS) - {"tic_lc", "gdpo", "process", "otb"}:
         with pytest.raises(UserError, match="the reward of sample 1 of group 0 is infinite"):
             advantage.get(name)(np.array([[0.0, np.inf]]), lengths_P_G=np.ones((1, 2)), greedy_P=np.zeros(1))
 

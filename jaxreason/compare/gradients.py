@@ -39,6 +39,7 @@ from jaxreason.rl.grpo import (
     Inputs,
     compared_with,
     compile_score,
+    compile_squares,
     distilled_from,
     open_inputs,
     scoring_models,
@@ -334,10 +335,12 @@ def _batches(
 
     Packing follows lengths alone, so every loss's batch holds the same tokens at the same places.
     """
-    found, pad_id = [], inputs.setup.tokenizer.pad_id
+    found, pad_id, model = [], inputs.setup.tokenizer.pad_id, inputs.setup.config
     for m in members:
-        shapes = _shapes(m, inputs, mesh)
-        batcher = Batcher(m.config, m.objective, shapes, mesh, pad_id, score, others, inputs.teacher_prompts)
+        shapes, squares = _shapes(m, inputs, mesh), None
+        if m.objective.squares:
+            squares = compile_squares(model, shapes, m.config.rollout.temperature, mesh)
+        batcher = Batcher(m.config, m.objective, shapes, mesh, pad_id, score, others, inputs.teacher_prompts, squares)
         _, (batch,) = batcher(rollout.groups, rollout.second, state.model_params, 1, Adaptive(m.config).now)
         found.append(batch)
     return found

@@ -5,7 +5,7 @@ is 0. Where frameworks differ (degrees of freedom and epsilon of the standard de
 an option. Axes: P prompts, G group, F reward functions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
@@ -17,8 +17,8 @@ from pydantic import Field
 
 from jaxreason import plugins
 from jaxreason.errors import UserError
-from jaxreason.losses import presets, tokens
-from jaxreason.losses.estimator import GIVEN, Estimator, PerToken
+from jaxreason.losses import by_token, presets, tokens
+from jaxreason.losses.estimator import GIVEN, Estimator
 
 Singleton = Literal["zero", "raw"]
 
@@ -125,37 +125,6 @@ def remax(rewards_P_G: ArrayLike, greedy_P: ArrayLike) -> Array:
     values, valid = _graded(rewards_P_G)
     baseline = jnp.asarray(greedy_P, jnp.float32)[:, None]
     return jnp.where(valid & ~jnp.isnan(baseline), values - jnp.nan_to_num(baseline), 0.0)
-
-
-def process(rewards_P_G: ArrayLike, sequences_P_G: Sequence[Sequence[Any]], *, ddof: int = 1, eps: float = 1e-4) -> PerToken:
-    """[P][G] of [n]: at every token the sum of the normalized rewards of the steps that end there or later. Process supervision,
-    DeepSeekMath (2402.03300, 4.1.3).
-
-    A sequence's extras hold ``step_reward`` [n] and ``step_end`` [n]: at the last token of each step its reward and 1. All step
-    rewards of a group are normalized together, (r - mean) / (std + eps), 0 where they are equal. With ``step_end`` 1 at every
-    token these are rewards of tokens. What has no reward counts in no statistic and gets 0.
-    """
-    found: PerToken = []
-    for rewards, group in zip(np.asarray(rewards_P_G, np.float64), sequences_P_G):
-        graded = ~np.isnan(rewards)
-        ends = [np.asarray(s.extras["step_end"]) > 0 if there else np.zeros(len(s.tokens), bool)
-                for s, there in zip(group, graded)]  # fmt: skip
-        steps = [np.asarray(s.extras["step_reward"], np.float64)[end] if there else np.zeros(0)
-                 for s, end, there in zip(group, ends, graded)]  # fmt: skip
-        every = np.concatenate([*steps, np.zeros(0)])
-        if len(every) and np.ptp(every):
-            std = np.sqrt(np.sum(np.square(every - every.mean())) / max(len(every) - ddof, 1))
-            steps = [(step - every.mean()) / (std + eps) for step in steps]
-        else:
-            steps = [np.zeros(len(step)) for step in steps]
-        row = [np.zeros(len(end)) for end in ends]
-        for values, end, step in zip(row, ends, steps):
-            values[end] = step
-        found.append([np.cumsum(values[::-1])[::-1].astype(np.float32) for values in row])
-    return found
-
-
-plugins.mark(process, needs=("step_reward", "step_end"), by_group=True)
 
 
 def lite_ppo(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-4) -> Array:
@@ -280,8 +249,8 @@ def gdpo(
 ESTIMATORS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        grpo, center, raw, zero, rloo, grpo_loo, opo, passk, passk_training, remax, process, lite_ppo, reinforce_pp,
-        reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
+        grpo, center, raw, zero, rloo, grpo_loo, opo, passk, passk_training, remax, by_token.process, by_token.otb, lite_ppo,
+        reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
     )
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
         return [[] for _ in groups]
     if estimator.by_group:
         width = max(map(len, groups), default=0)
-        return estimator(_rows(groups, width, lambda s: s.reward), sequences_P_G=groups)[0]
+        return estimator(_rows(groups, width, lambda s: _total(s, config, objective)), sequences_P_G=groups)[0]
     if estimator.name == "reinforce_pp":  # with KL in its token rewards, or without
         return _reinforce_pp(groups, objective, config)
     given: dict[str, object] = {"lengths_P_G": _table(groups, lambda s: len(s.completion.tokens))}

@@ -26,7 +26,7 @@ from jaxreason.model.vocab import HeadStats
 from jaxreason.rl.advantages import advantages_of, fill
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence
-from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, Shapes
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, SUM_PI_SQUARED, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
@@ -137,7 +137,9 @@ class Packed:
 @dataclasses.dataclass(frozen=True)
 class Batcher:
     """Makes a step's batches. ``score``: jitted ``(params, batch) -> HeadStats`` of the policy; ``others``: what else scores,
-    by the field of a sequence that it fills (``ref_logp``, ``teacher_logp``)."""
+    by the field of a sequence that it fills (``ref_logp``, ``teacher_logp``). ``squares``: jitted ``(params, batch) -> [B, T]``
+    of the policy's sums of squared probabilities; None: nothing reads them. ``teacher_prompts`` gives sequences the prompts
+    that a teacher reads; None: it reads the policy's."""
 
     config: cfg.GrpoConfig
     objective: Objective
@@ -147,6 +149,7 @@ class Batcher:
     score: Callable
     others: Mapping[str, ScoringModel]
     teacher_prompts: Callable[[Groups], Groups] | None = None
+    squares: Callable | None = None
 
     def __call__(
         self, groups: Groups, second: Groups, params: dict, step: int, coefs: Mapping[str, float] = _FIXED
@@ -168,6 +171,10 @@ class Batcher:
         first = jax.process_index() * rows
         batches = [put(self._known(p, first), self.mesh) for p in packed]
         batches, scored = self._scored(batches, packed, parts, sequences)
+        if self.squares is not None:
+            for batch, p, part in zip(batches, packed, parts):
+                for i, values in zip(part, p.read(self.squares(params, batch))):
+                    scored[i] = dataclasses.replace(scored[i], extras=scored[i].extras | {SUM_PI_SQUARED: values})
         finished = self._decided(scored, groups, second, coefs)
         done = [
             self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, coefs)

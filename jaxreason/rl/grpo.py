@@ -44,7 +44,7 @@ from jaxreason.train.measure import Meter
 from jaxreason.train.offload import Shelf
 from jaxreason.train.scoring import FrozenModel, ScoringModel, moved
 from jaxreason.train.setup import Other, Setup, held_out_problems, open_model, open_teacher, start_state, starting_model
-from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_train_step
+from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_sum_of_squares, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
 SHOWN = ("reward", "eval_accuracy", "completion_tokens", "entropy", "sampler_gap_max", "drawn_tokens_per_second")
@@ -101,7 +101,9 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         teacher = distilled_from(config, inputs, mesh, others)
         stream = PromptStream(inputs.prompts, config.run.seed, config.data.shuffle)
         collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt, objective.greedy)
-        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others, inputs.teacher_prompts)
+        squares = compile_squares(model, shapes, config.rollout.temperature, mesh) if objective.squares else None
+        told = inputs.teacher_prompts
+        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others, told, squares)
         shelf = Shelf(abstract, config.rollout.offload_state)
         cursor, coefs, watch, meter = 0, Adaptive(config), Watch(config), Meter(model, jax.local_devices())
         if carried is not None:
@@ -245,6 +247,12 @@ def compile_step(
 def compile_score(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
     """The jitted ``(params, batch) -> HeadStats`` of a model."""
     return within(mesh, jax.jit(make_score(model, shapes.microbatches, temperature), out_shardings=batch_sharding(mesh)))
+
+
+def compile_squares(model: ModelConfig, shapes: Shapes, temperature: float, mesh: Mesh) -> Callable:
+    """The jitted ``(params, batch) -> [B, T]`` of a model's sums of squared probabilities."""
+    squares = make_sum_of_squares(model, shapes.microbatches, temperature)
+    return within(mesh, jax.jit(squares, out_shardings=batch_sharding(mesh)))
 
 
 def scoring_models(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxreason import config as cfg
 from jaxreason import losses, plugins, rewards
 from jaxreason.errors import UserError
-from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, keeps_reference
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, SUM_PI_SQUARED, keeps_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Objective:
         """Whether the estimator compares with each prompt's greedy completion."""
         return "greedy_P" in self.estimator.reads
 
+    @property
+    def squares(self) -> bool:
+        """Whether the sums of squared probabilities are read, by the estimator or the loss."""
+        return SUM_PI_SQUARED in self.estimator.needs | self.loss.extras
+
     def kl_coef(self, config: cfg.GrpoConfig) -> float:
         """The config's, or what the loss has without one: its preset's."""
         return float(self.loss.options.get("kl_coef", 0.0)) if config.kl.coef is None else config.kl.coef
@@ -39,7 +44,7 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
         raise UserError(f"kl.placement=reward: advantage {name} reads each reward by itself; use kl.placement=loss")
     graders = tuple((rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions)
     hooks = tuple((name, plugins.load(name, "rollout.hooks")) for name in config.rollout.hooks)
-    fills = {OLD_ENTROPY: "the policy before its update", POSITIVE: "the sign of the rewards"}
+    fills = dict.fromkeys((OLD_ENTROPY, SUM_PI_SQUARED), "the policy before its update") | {POSITIVE: "the sign of the rewards"}
     fills |= {extra: f"reward {reward.name}" for reward, _ in graders for extra in reward.fills}
     fills |= {extra: f"advantage {name}" for extra in estimator.fills}
     fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}

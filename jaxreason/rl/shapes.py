@@ -113,6 +113,7 @@ def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
 
 
 OLD_ENTROPY = "old_entropy"  # an input that a loss of one's own may declare; the scoring pass fills it
+SUM_PI_SQUARED = "sum_pi_squared"  # another: sum_v pi_v^2 of the policy that sampled, which a pass of its own fills
 POSITIVE = "positive"  # another, which the rewards fill: tokens of the update / those of its samples with reward > 0, on these
 
 

@@ -305,3 +305,22 @@ def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.tokens.shape), stats)
 
     return score
+
+
+def make_sum_of_squares(config: ModelConfig, count: int, temperature: float) -> Callable:
+    """``squares(params, batch) -> [B, T]``, sum_v pi_v^2 of the next-token distribution at ``temperature``: how sure it is."""
+
+    def one(params: dict, micro: Batch) -> Array:
+        x = hidden(params, config, micro.tokens, micro.positions, micro.segment_ids)
+
+        def squares(_: Array, logits: Array) -> Array:
+            return jnp.exp(jax.nn.logsumexp(2.0 * logits / temperature, -1) - 2.0 * jax.nn.logsumexp(logits / temperature, -1))
+
+        return from_logits(squares, micro.targets, ((x, head_kernel(params, config)),))
+
+    def squares(params: dict, batch: Batch) -> Array:
+        params = cast_layers(params, config)
+        found = lax.map(lambda micro: one(params, micro), microbatches(batch, count))
+        return found.swapaxes(0, 1).reshape(batch.tokens.shape)
+
+    return squares
