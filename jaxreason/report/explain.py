@@ -58,7 +58,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "resampled_groups": ("Resampled groups", "Groups drawn again because the first ones taught nothing."),
     "uncorrected": ("Uncorrected completions", "Completions too long for a second turn."),
     "rejected_fraction": ("Rejected tokens, fraction", "Share of tokens in sequences that the loss rejects for their drift."),
-    "teacher_divergence": ("Divergence from the teacher, nats a token", "What distillation lowers, by the config's divergence."),
+    "teacher_divergence": ("Divergence from the teacher, nats a token", "What distillation lowers."),
     "kl_coef": ("KL coefficient", "Of the adaptive KL in this step."),
     "entropy_coef": ("Entropy coefficient", "Of the adaptive entropy bonus in this step."),
     "drawn_reward": ("Reward of all that was drawn", "With the groups that were not kept."),
