@@ -636,7 +636,8 @@ def test_adaptive_entropy_coefficient():
 def test_the_coefficient_of_the_kl_may_be_given_with_the_inputs():
     """k3 with pi_ref = pi e^-1 is e^-1 at every token."""
     inputs = hand_inputs(ref_logp=hand_inputs().logp - 1.0, kl_coef=jnp.full((4, 7), 0.5))
-    np.testing.assert_allclose(cases.evaluate_one(losses.get("grpo", kl_coef=0.1), inputs)[0], -0.2 + 0.5 * exp(-1), atol=1e-6)
+    value, _, _ = cases.evaluate_one(losses.get("grpo", kl_coef=0.1), inputs)
+    np.testing.assert_allclose(value, -0.2 + 0.5 * exp(-1), atol=1e-7)  # terms of .2 in float32 all but cancel
     np.testing.assert_allclose(cases.evaluate_one(losses.get("grpo"), inputs)[0], -0.2, rtol=1e-6)  # there is no KL to weigh
 
 
