@@ -26,7 +26,7 @@ from jaxreason.rl.context import CONTEXTS, TeacherPrompts
 from jaxreason.rl.sequence import Sequence
 from jaxreason.sampler import Completion
 from jaxreason.sharding import batch_sharding, make_mesh, replicated, shardings
-from jaxreason.train.step import ITSELF, make_gradient
+from jaxreason.train.step import ITSELF, batch_loss, make_gradient, totals_of
 
 PARAMS = model.init(CONFIG, jax.random.key(1))
 OTHER = CONFIG.replace(embed_dim=16, num_heads=2, num_layers=1)
@@ -121,7 +121,13 @@ def test_the_step_equals_full_logits_however_it_is_packed_and_split(which, diver
 def test_the_policy_as_its_own_teacher_is_a_copy_of_it_without_a_gradient():
     items = sequences(True)
     batch = batch_of(items, 16, 6, 2)
-    close(measured(batch, "itself", "jsd", 2), measured(batch, "a copy", "jsd", 2))
+    found = measured(batch, "itself", "jsd", 2)
+    close(found, measured(batch, "a copy", "jsd", 2))
+    loss = dataclasses.replace(losses.get("distill"), divergence=losses.divergence("jsd"))
+    direct = jax.jit(
+        jax.value_and_grad(lambda p: batch_loss(p, CONFIG, loss, batch, totals_of(batch), 0.7, (CONFIG, p))[0])
+    )(PARAMS)
+    close(found, direct)  # what is differentiated are the policy's parameters, not the teacher's
     same = batch_of(sequences(False), 16, 6, 1)
     value, _, gradient = measured(same, "itself", "forward_kl")
     assert abs(value) < 1e-6 and all(np.all(np.abs(g) < 1e-6) for g in jax.tree.leaves(gradient))
