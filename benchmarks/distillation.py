@@ -133,7 +133,7 @@ def main() -> int:
 
 def report(args: argparse.Namespace, results: dict, chosen: dict[str, float], seconds: float) -> None:
     """Prints the table and writes the figures."""
-    rows, figures = [], {"seconds": seconds, "device": jax.devices()[0].device_kind, "rates": chosen, **vars(args)}
+    rows, figures = [], {**vars(args), "seconds": seconds, "device": jax.devices()[0].device_kind, "rates": chosen}
     for name, rates in results.items():
         mean, gain = stats.accuracy(list(rates.values())), stats.accuracy_difference(rates, results["sft"])
         figures[name] = {"accuracy": [r.value for r in rates.values()], "mean": mean.mean, "low": mean.low, "high": mean.high}
