@@ -259,6 +259,24 @@ def planned_of(name: str, *words: str, **asked) -> tuple[programs.Shape, program
 TINY = ["model.compute_dtype=bfloat16", "model.overrides={num_layers: 1}", "eval.slots=8"]
 
 
+@pytest.mark.parametrize(
+    ("words", "kept", "scored"),
+    [
+        (["teacher.weights=start"], {"teacher model"}, set()),
+        (["teacher.weights=start", "teacher.offload=true"], set(), set()),
+        (["teacher.weights=start", "kl.refresh_every=1"], {"reference model"}, {"reference"}),  # one copy serves both
+        (["teacher.weights=self", "teacher.context=answer"], set(), set()),
+        (["teacher.weights=start", "teacher.divergence=null", "loss.name=importance_sampling"], {"teacher model"}, {"teacher"}),
+    ],
+)  # fmt: skip
+def test_a_teacher_whose_distributions_an_update_reads_is_its_argument(words, kept, scored):
+    words = ["model.weights=null", "model.preset=embedded-tiny", "loss.name=distill", "teacher.divergence=jsd", *words]
+    _, found = planned_of("grpo", *TINY, *words)
+    assert set(found.frozen) == kept and scored == {"reference", "teacher"} & set(found.planned)
+    beside = {name for name in found.planned["update"].beside if name.endswith("model")}
+    assert beside == (kept if "teacher.divergence=null" in words else set())
+
+
 def test_what_stands_beside_each_program_of_grpo():
     words = ["model.weights=null", "model.preset=embedded-tiny", "kl.coef=0.01", "train.updates_per_rollout=2"]
     words += ["rollout.slots=8", "rollout.max_completion_tokens=192", "eval.max_completion_tokens=448"]

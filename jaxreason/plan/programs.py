@@ -144,24 +144,20 @@ def _sft(s: Shape, c: cfg.SftConfig) -> Programs:
 
 def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
     batch, temperature = rl.batch(s.place.mesh), c.rollout.temperature
-    models = {"reference": s.model} if keeps_reference(c, loss) else {}
-    if c.teacher.weights and c.teacher.weights != "self":
-        models["teacher"] = s.model if c.teacher.weights == "start" else architecture.teacher(c.model, c.teacher.weights)
-    read: Compared | None = None if c.teacher.divergence is None else models.get("teacher", ITSELF)  # by the update
-    offloaded = {"reference": c.kl.offload, "teacher": c.teacher.offload}
-    sizes = {f"{name} model": _bytes_of(s, model) for name, model in models.items()}
-    frozen = {f"{name} model": sizes[f"{name} model"] for name in models if not offloaded[name]}
+    models, offloaded, read = _untrained(s, c, loss)
+    second: Compared | None = None if c.teacher.divergence is None else ITSELF if read is None else models[read]
+    frozen = {f"{name} model": _bytes_of(s, model) for name, model in models.items() if not offloaded[name]}
     state, moments = _state(s)
 
     def update() -> Program:
         return phases.update(
-            s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature, second=read, freeze=c.train.freeze
+            s.place, s.model, c.optimizer, loss, batch, s.microbatches, temperature, second=second, freeze=c.train.freeze
         )
 
     def scored(name: str, model: ModelConfig, dtype: str) -> Callable[[], Program]:
         return lambda: phases.score(s.place, name, model, dtype, batch, s.microbatches, temperature)
 
-    beside_update = {key: size for key, size in frozen.items() if not (read and key == "teacher model")}  # an argument of it
+    beside_update = {key: size for key, size in frozen.items() if key != f"{read} model"}  # which is an argument of it
     planned = {"update": Planned(update, beside_update | _workspace(s)), "decoding weights": _weights(s, moments | frozen)}
     resident = frozen if c.rollout.offload_state else state | frozen
     room = Room(s.place.target.limit_bytes, sum(resident.values()), s.devices // s.hosts, s.hosts)
@@ -169,7 +165,7 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
     found, decoding = _decoding(s, "", slots, rl.longest_prompt, sampling_of(c.rollout), resident)
     planned |= found
     for name, model in models.items():
-        if read and name == "teacher":
+        if name == read == "teacher":  # no pass of its own scores it
             continue
         beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
         planned[name] = Planned(scored(name, model, model.execution.compute_dtype), state | beside)
@@ -181,6 +177,21 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
         kept = sum(state.values()) if c.rollout.offload_state else 0  # an evaluation keeps the state on the devices
         planned |= found if graded.cache_bytes + kept > decoding.cache_bytes else {}
     return Programs(planned, frozen, decoding, head_again=True)
+
+
+def _untrained(s: Shape, c: cfg.GrpoConfig, loss: Loss) -> tuple[dict[str, ModelConfig], dict[str, bool], str | None]:
+    """The models that are not trained, by name; which of them wait in host memory; and the name of the one whose distributions an
+    update reads."""
+    models, offloaded = {}, {}
+    if keeps_reference(c, loss):
+        models["reference"], offloaded["reference"] = s.model, c.kl.offload
+    start, whole = c.teacher.weights == "start", c.teacher.divergence is not None
+    shared = start and whole and bool(models)
+    if c.teacher.weights not in (None, "self") and not shared:
+        models["teacher"] = s.model if start else architecture.teacher(c.model, present(c.teacher.weights, "teacher.weights"))
+        offloaded["teacher"] = c.teacher.offload
+    read = None if not whole or c.teacher.weights == "self" else "reference" if shared else "teacher"
+    return models, offloaded, read
 
 
 def _weights(s: Shape, beside: dict[str, int]) -> Planned:

@@ -223,7 +223,8 @@ def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract:
     """The config with a number in place of ``rollout.slots: auto``. Raises UserError where nothing fits."""
     kept: list = [] if config.rollout.offload_state else [abstract]
     others = [inputs.setup.config] if keeps_reference(config, inputs.objective.loss) and not config.kl.offload else []
-    others += [inputs.teacher.config] if inputs.teacher and not config.teacher.offload else []
+    shared = config.teacher.weights == "start" and config.teacher.divergence and keeps_reference(config, inputs.objective.loss)
+    others += [inputs.teacher.config] if inputs.teacher and not (config.teacher.offload or shared) else []
     kept += [states.abstract_params(model, mesh, model.execution.compute_dtype) for model in others]
     found = slots_of(config, inputs.setup.config, shapes.longest_prompt, room_here(sum(map(device_bytes, kept))))
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"slots": found})})
