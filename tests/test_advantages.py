@@ -1,5 +1,6 @@
 """Advantages of rollouts: KL in the reward, a teacher's part by token, corrections, against numbers by hand."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -63,6 +64,19 @@ def test_rloo_takes_its_kl_off_the_reward():
     assert find_loss(config).options["kl_coef"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "lite_ppo", "remax", "gdpo", "gpg"])
+def test_a_row_that_answers_its_own_prompt_changes_no_other_advantage(name):
+    """It is in no mean, no spread and no whitening, whatever its tokens, and its own advantage is 0."""
+    groups = [[sequence(r, [-1.0] * n) for r, n in pairs] for pairs in (((1.0, 2), (0.0, 3)), ((0.5, 1), (1.0, 4)))]
+    groups = [[dataclasses.replace(s, greedy=0.25) for s in group] for group in groups]
+    row = [dataclasses.replace(sequence(math.nan, [0.0] * 9), from_data=True)]
+    config = settings(advantage={"name": name})
+    *others, own = found(config, [*groups, row])
+    for a, b in zip([s for group in others for s in group], [s for group in found(config, groups) for s in group]):
+        np.testing.assert_array_equal(a, b)
+    assert own == [0.0]
+
+
 def test_kl_stays_in_the_loss_of_grpo_and_moves_on_request():
     in_loss = settings(kl={"coef": 0.5})
     assert find_loss(in_loss).options["kl_coef"] == 0.5
@@ -117,7 +131,7 @@ def test_a_loss_that_adds_tokens_up_says_so_at_the_start():
     for name, words in (("tic_grpo", "about as many times grpo's as completions have tokens"), ("luspo", "adds"), ("grpo", None)):
         config = settings(loss={"name": name})
         prompts = Fake(dropped={}, rows=1)
-        inputs = grpo.Inputs(Fake(config=preset("embedded-tiny")), objective_of(config), None, prompts, 8, None)
+        inputs = grpo.Inputs(Fake(config=preset("embedded-tiny")), objective_of(config), None, prompts, 8, None, None)
         notes = dict(inputs.rows(config, Fake(rows=8, row_length=16, microbatch=8), None, 1)).get("note")
         assert (notes is None) == (words is None) and (words is None or words in notes), name
 

@@ -31,7 +31,8 @@ def advantages_of(groups: Groups, second: Groups, objective: Objective, config: 
     tokens (arXiv 2501.03262). With a teacher, c (log π_teacher − log π_policy) of every token is added, whomever a correction
     is compared with.
     """
-    first = _estimate(groups, objective, config)
+    drawn = iter(_estimate([group for group in groups if not _given(group)], objective, config))
+    first: Estimated = [[0.0] * len(group) if _given(group) else next(drawn) for group in groups]
     corrected: Estimated = []
     if second and config.second_turn.compare == "first":
         flat = [s for group in groups for s in group]
@@ -47,6 +48,11 @@ def advantages_of(groups: Groups, second: Groups, objective: Objective, config: 
         rows = iter([a for row in _estimate(merged, objective, config) for a in row])
         corrected = [[next(rows) for _ in group] for group in second]
     return _with(groups, first, config), _with(second, corrected, config)
+
+
+def _given(group: list[Sequence]) -> bool:
+    """Whether a row answered its own prompt: nothing is estimated of it."""
+    return bool(group) and group[0].from_data
 
 
 def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> Estimated:
