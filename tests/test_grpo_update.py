@@ -301,7 +301,7 @@ def test_sums_of_squared_probabilities_reach_the_estimator(settings):
     assert objective.squares and not objective_of(settings).squares
     score = types.SimpleNamespace(logp=jnp.zeros((shapes.rows, shapes.row_length)), entropy=None)
     squares = grpo.compile_squares(model, shapes, TEMPERATURE, mesh)
-    batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch: score, {}, squares)
+    batcher = Batcher(config, objective, shapes, mesh, PAD, lambda params, batch: score, {}, squares=squares)
     done, _ = batcher(sequences(), [], params, 2)
     ids, answer = rows_of(done)
     pi = jax.nn.softmax(jax.jit(models.logits, static_argnums=1)(params, model, ids)[:, :-1] / TEMPERATURE)

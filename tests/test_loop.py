@@ -207,7 +207,6 @@ def test_frozen_parameters_stay_take_no_moments_and_resume_bitwise(tmp_path, cap
     assert train("sft", sft_words(tmp_path, *words)) == 0
     run = tmp_path / "sft"
     whole = final_params(run)
-    stored = {p.name.split(".")[-1] for p in (run / "checkpoints" / "00000008" / "optimizer").iterdir() if p.is_dir()}
     assert train("sft", sft_words(tmp_path, "run.name=all", "train.save_every=4", "optimizer.learning_rate=0.01")) == 0
     everything = final_params(tmp_path / "all")
     start = final_params_at_start(tmp_path)
@@ -217,10 +216,11 @@ def test_frozen_parameters_stay_take_no_moments_and_resume_bitwise(tmp_path, cap
     jax.tree.map(np.testing.assert_array_equal, whole["layers"]["mlp"], start["layers"]["mlp"])
     assert all(np.abs(a - b).max() > 0 for a, b in zip(jax.tree.leaves(whole["layers"]["attention"]),
                                                       jax.tree.leaves(start["layers"]["attention"])))  # fmt: skip
-    assert stored is not None
-    size = {name: sum(p.stat().st_size for p in (tmp_path / name / "checkpoints" / "00000008" / "optimizer").rglob("*"))
-            for name in ("sft", "all")}  # fmt: skip
-    assert size["sft"] < 0.6 * size["all"]
+    # Not the bytes of the files: how much of its own past a store keeps depends on when its writes met.
+    kept = {name: " ".join(json.loads((tmp_path / name / "checkpoints" / "00000008" / "optimizer" / "_METADATA").read_text())
+                           ["tree_metadata"]) for name in ("sft", "all")}  # fmt: skip
+    assert all(word in kept["all"] for word in ("'embedding'", "'mlp'", "'attention'"))
+    assert "'attention'" in kept["sft"] and "'embedding'" not in kept["sft"] and "'mlp'" not in kept["sft"]
     cut(run, 4)
     assert train("sft", sft_words(tmp_path, *words)) == 0
     jax.tree.map(np.testing.assert_array_equal, final_params(run), whole)

@@ -43,8 +43,10 @@ def step_inputs(loss, inputs):
 
 @pytest.mark.parametrize("kind", ["policy", "sft"])
 def test_every_loss_is_the_same_over_eight_devices(kind):
-    # Those that distil read the log-probs for their nll alone; the rest of their gradient is tests/test_frozen.py's.
+    # Those that distil read the log-probs for an nll or a KL alone; the rest of their gradient is tests/test_frozen.py's and
+    # tests/test_distillation.py's.
     named = {name: (name, {"nll_coef": 0.5} if "nll_coef" in losses.defaults(name) else {}) for name in losses.names(kind)}
+    named |= {"distill": ("distill", {"kl_coef": 0.1})} if kind == "policy" else {}
     found = {label: losses.get(name, **options) for label, (name, options) in (named | EXTRA).items()
              if name in losses.names(kind)}  # fmt: skip
     inputs = eight_rows(kind)

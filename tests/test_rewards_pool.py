@@ -363,7 +363,7 @@ def test_pools_that_cannot_be(arguments, message):
     ("name", "options", "message"),
     [
         ("acuracy", {}, "'acuracy' is unknown; did you mean accuracy"),
-        ("zzz", {}, "known: accuracy, countdown, .*, length, repetition, exact_answer, or package"),
+        ("zzz", {}, "known: accuracy, countdown, .*, length, repetition, language, exact_answer, or package"),
         ("accuracy", {"multiple_box": "last"}, r"options\.multiple_box: accuracy has no option.*mean multiple_boxed"),
         ("soft_overlong", {"cache_tokens": True}, "cache_tokens is True: a number is expected"),
         ("accuracy", {"multiple_boxed": "first"}, "multiple_boxed is 'first': Input should be 'wrong' or 'last'"),
