@@ -274,7 +274,9 @@ class Checkpoints:
         try:
             trees = {"params": state.model_params, "optimizer": {"opt_state": state.opt_state}, **more}
             for name, tree in trees.items():
-                self._savers.setdefault(name, ocp.StandardCheckpointer()).save(path / name, tree)
+                if name not in self._savers:  # each has threads of its own, and is used for every step
+                    self._savers[name] = ocp.StandardCheckpointer()
+                self._savers[name].save(path / name, tree)
         except OSError as error:
             raise _failed(step, error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, path, data_state, model), daemon=True)

@@ -21,10 +21,11 @@ FILE = "origin.json"  # of a run
 ORIGIN = ("command", "commit", "versions", "hardware")
 
 
-def origin(words: str) -> dict[str, Any]:
-    """``command`` (``words``), ``commit``, ``versions``, ``hardware`` and ``time`` (UTC) of this process, ready for JSON."""
+def origin(words: str | None = None) -> dict[str, Any]:
+    """``command`` (``words``; None: what this process was started with), ``commit``, ``versions``, ``hardware`` and ``time``
+    (UTC), ready for JSON."""
     return {
-        "command": words,
+        "command": shlex.join(["python", *sys.argv]) if words is None else words,
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "hardware": hardware(),
@@ -35,14 +36,6 @@ def origin(words: str) -> dict[str, Any]:
 def command(script: str, argv: Sequence[str]) -> str:
     """A line for a shell."""
     return shlex.join(["python", f"scripts/{script}.py", *argv])
-
-
-def add_origin(run: Path) -> None:
-    """Adds to ``run``/origin.json what this process was started with and runs on."""
-    found = [*read_origins(run), origin(shlex.join(["python", *sys.argv]))]
-    temporary = run / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(found, indent=1), "utf-8", "replace")
-    os.replace(temporary, run / FILE)
 
 
 def read_origins(run: Path) -> list[dict[str, Any]]:

@@ -43,6 +43,17 @@ def test_round_trip_is_bitwise_and_old_steps_go(saved):
     assert data == {"next": 3}
 
 
+def test_savers_are_made_once(tmp_path, monkeypatch):
+    """Each of Orbax's keeps threads: one for each directory of a step, however many steps are saved."""
+    made, real = [], checkpoint.ocp.StandardCheckpointer
+    monkeypatch.setattr(checkpoint.ocp, "StandardCheckpointer", lambda: made.append(real()) or made[-1])
+    store = checkpoint.Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        store.save(fresh(step), {}, CONFIG, {"reference": fresh(step).params})
+        store.wait()
+    assert len(made) == 3 and checkpoint.steps(tmp_path) == [3]
+
+
 def test_a_deletion_cut_short_leaves_no_finished_step(saved, monkeypatch):
     """Killed while the files of step 2 go: what is left of it must not pass for a checkpoint."""
 

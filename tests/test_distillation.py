@@ -21,9 +21,11 @@ from jaxreason.data import chat as chats
 from jaxreason.data.prompts import Prompt
 from jaxreason.data.tokenizer import load
 from jaxreason.errors import UserError
+from jaxreason.rl import grpo
 from jaxreason.rl.batch import Packed
 from jaxreason.rl.context import CONTEXTS, TeacherPrompts
 from jaxreason.rl.sequence import Sequence
+from jaxreason.rl.shapes import shapes_of
 from jaxreason.sampler import Completion
 from jaxreason.sharding import batch_sharding, make_mesh, replicated, shardings
 from jaxreason.train.step import ITSELF, batch_loss, make_gradient, totals_of
@@ -221,6 +223,21 @@ def teacher(tmp_path_factory):
 DISTILL = ["loss.name=distill", "teacher.divergence=reverse_kl", "rollout.group_size=2", "model.compute_dtype=float32"]
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "null"])
+def test_a_teacher_that_is_the_reference_is_one_model_with_it(divergence, tmp_path):
+    """And is refreshed with it; without a reference, it is a model of its own."""
+    for coef in (0.1, 0.0):
+        words = [f"teacher.divergence={divergence}", "teacher.weights=start", f"kl.coef={coef}"]
+        config = cfg.load("grpo", grpo_words(tmp_path, *words))
+        inputs, mesh = grpo.open_inputs(config), make_mesh(cfg.Mesh(), jax.devices()[:1])
+        shapes = shapes_of(config, inputs.objective.loss, inputs.longest_prompt, mesh)
+        others = grpo.scoring_models(config, inputs, None, shapes, mesh)
+        distilled = grpo.distilled_from(config, inputs, mesh, others)
+        teacher = distilled if divergence != "null" else others["teacher_logp"]
+        assert (teacher is others.get("ref_logp")) == (coef > 0) and (distilled is None) == (divergence == "null")
+        assert ("ref_logp" in others, "teacher_logp" in others) == (coef > 0, divergence == "null")
+
+
 def test_distilling_moves_the_policy_to_the_teacher(teacher, tmp_path):
     words = [*DISTILL, f"teacher.weights={teacher}", "train.steps=12", "optimizer.learning_rate=3e-3", "teacher.offload=true"]
     assert cli.train(["--config", "grpo", *grpo_words(tmp_path, *words)]) == 0
@@ -273,6 +290,9 @@ def test_the_policy_told_the_answer_teaches_itself_and_resumes(teacher, tmp_path
          "teacher.prompt lacks {question}"),
         (["teacher.weights=start", "teacher.divergence=jsd", "teacher.data_fraction=0.5", "second_turn.samples=2"],
          "does not combine"),
+        (["teacher.weights=start", "teacher.divergence=jsd", "kl.coef=0.1", "teacher.offload=true"], "give both one value"),
+        (["loss.name=distill", "teacher.weights=start", "teacher.divergence=jsd", "teacher.data_fraction=0.1"],
+         "of 4 prompts of a process and step it is 0"),
         (["loss.name=distill"], "set teacher.weights and teacher.divergence"),
         (["loss.options={distill_coef: 1}"], "set teacher.coef instead"),
         (["teacher.weights=start", "teacher.divergence=jsd", "teacher.context=graders.py:raises"], "teacher.max_context_tokens"),

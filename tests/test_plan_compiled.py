@@ -267,6 +267,7 @@ TINY = ["model.compute_dtype=bfloat16", "model.overrides={num_layers: 1}", "eval
         (["teacher.weights=start", "kl.refresh_every=1"], {"reference model"}, {"reference"}),  # one copy serves both
         (["teacher.weights=self", "teacher.context=answer"], set(), set()),
         (["teacher.weights=start", "teacher.divergence=null", "loss.name=importance_sampling"], {"teacher model"}, {"teacher"}),
+        (["teacher.weights=start", "teacher.divergence=null", "loss.name=grpo", "kl.coef=1"], {"reference model"}, {"reference"}),
     ],
 )  # fmt: skip
 def test_a_teacher_whose_distributions_an_update_reads_is_its_argument(words, kept, scored):

@@ -14,7 +14,7 @@ from jaxreason.plan import architecture, phases, workspace
 from jaxreason.plan.compile import Program
 from jaxreason.plan.phases import Place
 from jaxreason.rl.collect import slots_of
-from jaxreason.rl.shapes import Shapes, keeps_reference, scores_old
+from jaxreason.rl.shapes import Shapes, keeps_reference, scores_old, shares_reference
 from jaxreason.sampler import Engine, Sampling, sampling_of
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.generation import prefill_rows
@@ -185,13 +185,11 @@ def _untrained(s: Shape, c: cfg.GrpoConfig, loss: Loss) -> tuple[dict[str, Model
     models, offloaded = {}, {}
     if keeps_reference(c, loss):
         models["reference"], offloaded["reference"] = s.model, c.kl.offload
-    start, whole = c.teacher.weights == "start", c.teacher.divergence is not None
-    shared = start and whole and bool(models)
-    if c.teacher.weights not in (None, "self") and not shared:
-        models["teacher"] = s.model if start else architecture.teacher(c.model, present(c.teacher.weights, "teacher.weights"))
-        offloaded["teacher"] = c.teacher.offload
-    read = None if not whole or c.teacher.weights == "self" else "reference" if shared else "teacher"
-    return models, offloaded, read
+    weights, name = c.teacher.weights, "reference" if shares_reference(c, loss) else "teacher"
+    if weights not in (None, "self") and name == "teacher":
+        models[name] = s.model if weights == "start" else architecture.teacher(c.model, present(weights, "teacher.weights"))
+        offloaded[name] = c.teacher.offload
+    return models, offloaded, None if c.teacher.divergence is None or weights == "self" else name
 
 
 def _weights(s: Shape, beside: dict[str, int]) -> Planned:

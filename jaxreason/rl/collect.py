@@ -20,6 +20,7 @@ from jaxreason.rewards.pool import Graded, RewardPool
 from jaxreason.rewards.sample import Sample
 from jaxreason.rl import turns
 from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, metrics_of
+from jaxreason.rl.shapes import data_prompts
 from jaxreason.sampler import ROUNDS, Completion, Job, Sampler, Sampling, sampling_of
 from jaxreason.sampler.engine.slots import Room, that_fit
 from jaxreason.terminal import console
@@ -122,7 +123,7 @@ class Collector:
 
     def _given(self, wanted: int, cursor: int, params_step: int) -> tuple[Groups, int]:
         """Groups of one, the answers that rows give themselves (``teacher.data_fraction``), and how many over all processes."""
-        count = min(round(self.config.teacher.data_fraction * wanted), wanted - 1)
+        count = data_prompts(self.config.teacher.data_fraction, wanted)
         if count == 0:  # in every process, or in none
             return [], 0
         first, together = _numbers(count)

@@ -39,7 +39,6 @@ def peer(sequence: Sequence, group: list[Sequence]) -> str | None:
 
 
 CONTEXTS: dict[str, Context] = {"answer": answer, "solution": solution, "peer": peer}
-_SPARE = 32  # tokens by which a completion's text may grow when it is tokenized again as part of a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class TeacherPrompts:
     max_more: int  # tokens by which it may be longer than the policy's
 
     def __call__(self, groups: Groups) -> Groups:
-        """The groups with ``teacher_ids``: [] where the teacher has nothing to say, or too much."""
+        """The groups with ``teacher_ids``: () where the teacher has nothing to say, or too much."""
         return [[dataclasses.replace(s, teacher_ids=self._ids(s, group)) for s in group] for group in groups]
 
     def _ids(self, sequence: Sequence, group: list[Sequence]) -> tuple[int, ...]:
@@ -106,6 +105,6 @@ def teacher_prompts(config: cfg.GrpoConfig, prompts: Prompts, chat: Chat, tokeni
 def _longest(found: TeacherPrompts, prompts: Many[Prompt], max_completion_tokens: int) -> int:
     """Most tokens by which a teacher's prompt is longer than the policy's."""
     if found.settings.context == "peer":
-        return max(len(found.of(p, "")) - len(p.ids) for p in prompts[:64]) + max_completion_tokens + _SPARE
+        return max(len(found.of(p, "")) - len(p.ids) for p in prompts[:64]) + max_completion_tokens + turns.SPARE
     told = {"answer": lambda p: p.gold, "solution": lambda p: p.reply or ""}[found.settings.context or ""]
     return max(0, *(len(found.of(p, told(p))) - len(p.ids) for p in prompts))

@@ -31,7 +31,7 @@ from jaxreason.rl.context import TeacherPrompts, teacher_prompts
 from jaxreason.rl.held_out import HeldOut
 from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.rl.sequence import Sequence
-from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, shapes_of
+from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, shapes_of, shares_reference
 from jaxreason.sampler.engine.slots import room_here
 from jaxreason.sharding import batch_sharding, device_bytes, make_mesh, replicated, within
 from jaxreason.terminal import console, gib, show_table
@@ -223,8 +223,8 @@ def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract:
     """The config with a number in place of ``rollout.slots: auto``. Raises UserError where nothing fits."""
     kept: list = [] if config.rollout.offload_state else [abstract]
     others = [inputs.setup.config] if keeps_reference(config, inputs.objective.loss) and not config.kl.offload else []
-    shared = config.teacher.weights == "start" and config.teacher.divergence and keeps_reference(config, inputs.objective.loss)
-    others += [inputs.teacher.config] if inputs.teacher and not (config.teacher.offload or shared) else []
+    apart = not (config.teacher.offload or shares_reference(config, inputs.objective.loss))
+    others += [inputs.teacher.config] if inputs.teacher and apart else []
     kept += [states.abstract_params(model, mesh, model.execution.compute_dtype) for model in others]
     found = slots_of(config, inputs.setup.config, shapes.longest_prompt, room_here(sum(map(device_bytes, kept))))
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"slots": found})})
@@ -267,7 +267,9 @@ def scoring_models(
     if keeps_reference(config, inputs.objective.loss):
         start = inputs.setup.reference_params(mesh) if reference is None else reference
         found["ref_logp"] = ScoringModel(score, start, config.kl.offload)
-    if inputs.teacher and config.teacher.divergence is None:
+    if config.teacher.divergence is None and shares_reference(config, inputs.objective.loss):
+        found["teacher_logp"] = found["ref_logp"]
+    elif config.teacher.divergence is None and inputs.teacher:
         judge = compile_score(inputs.teacher.config, shapes, config.rollout.temperature, mesh)
         found["teacher_logp"] = ScoringModel(judge, inputs.teacher.params(mesh), config.teacher.offload)
     return found
@@ -278,11 +280,11 @@ def distilled_from(
 ) -> FrozenModel | None:
     """The model whose whole distributions an update reads; None: none, or the policy itself.
 
-    ``others``: of :func:`scoring_models`; the starting weights are there only once.
+    ``others``: of :func:`scoring_models`.
     """
     if inputs.teacher is None or config.teacher.divergence is None:
         return None
-    if config.teacher.weights == "start" and "ref_logp" in others:
+    if shares_reference(config, inputs.objective.loss):
         return others["ref_logp"]
     return FrozenModel(inputs.teacher.params(mesh), config.teacher.offload)
 

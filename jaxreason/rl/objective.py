@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxreason import config as cfg
 from jaxreason import losses, plugins, rewards
 from jaxreason.errors import UserError
-from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, SUM_PI_SQUARED, keeps_reference
+from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, SUM_PI_SQUARED, keeps_reference, shares_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,11 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
         raise UserError(
             f"advantage.name {name} compares with one greedy completion of a prompt, and second_turn.compare=prompt puts "
             "corrections of several together; use second_turn.compare=completion"
+        )
+    if shares_reference(config, loss) and config.teacher.offload != config.kl.offload:
+        raise UserError(
+            f"teacher.offload {config.teacher.offload}: the teacher is the reference, and kl.offload is {config.kl.offload}; "
+            "give both one value"
         )
     if config.kl.refresh_every is not None and not keeps_reference(config, loss):
         raise UserError("kl.refresh_every: there is no reference to refresh; set kl.coef, or use a loss that reads ref_logp")

@@ -27,7 +27,7 @@ class Sequence:
     teacher_logp: np.ndarray | None = None  # [n] float32, log-probs of the teacher
     kept: bool = True  # false: measured, not trained
     from_data: bool = False  # the row's own answer, which no policy drew and nobody graded
-    teacher_ids: tuple[int, ...] | None = None  # the prompt that a teacher reads in place of the policy's; None: the same
+    teacher_ids: tuple[int, ...] | None = None  # a teacher's own prompt; (): it has nothing to say; None: it reads the policy's
     greedy: float | None = None  # reward of its prompt's greedy completion (NaN: no reward); None: none was drawn
     extras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [n] float32 each, for a loss of one's own
 

@@ -50,7 +50,8 @@ def shapes_of(
     """The shapes of ``config``, whose longest prompt of either turn has ``longest_prompt`` tokens, and a teacher's at most
     ``context_tokens`` more.
 
-    Raises UserError where rows, microbatches, devices and processes do not divide.
+    Raises UserError where rows, microbatches, devices and processes do not divide, and for a ``teacher.data_fraction`` that is
+    no prompt, or all.
     """
     rows = rows_of(config)
     micro = config.train.microbatch_size or default_microbatch(rows, mesh)
@@ -58,6 +59,12 @@ def shapes_of(
     if config.rollout.prompts_per_step % processes:
         prompts = config.rollout.prompts_per_step
         raise UserError(f"rollout.prompts_per_step {prompts} is not a multiple of the {processes} processes")
+    share, mine = config.teacher.data_fraction, config.rollout.prompts_per_step // processes
+    if share and not 0 < data_prompts(share, mine) < mine:
+        raise UserError(
+            f"teacher.data_fraction {share}: of {mine} prompts of a process and step it is {data_prompts(share, mine)}; at least "
+            "one has to be the policy's and one the data's: raise rollout.prompts_per_step, or change the fraction"
+        )
     return Shapes(
         rows=rows,
         microbatch=micro,
@@ -68,6 +75,11 @@ def shapes_of(
         extras=tuple(sorted(loss.extras)),
         viewed=config.teacher.context is not None,
     )
+
+
+def data_prompts(fraction: float, prompts: int) -> int:
+    """How many of ``prompts`` the rows answer themselves (``teacher.data_fraction``)."""
+    return round(fraction * prompts)
 
 
 def rows_of(config: cfg.GrpoConfig) -> int:
@@ -100,6 +112,11 @@ def keeps_reference(config: cfg.GrpoConfig, loss: Loss) -> bool:
     """Whether the reference scores every rollout: for a KL, a loss that reads it, or a teacher that is refreshed with it."""
     moves = config.teacher.weights == "start" and config.kl.refresh_every is not None
     return bool(config.kl.coef) or "ref_logp" in loss.needs or moves
+
+
+def shares_reference(config: cfg.GrpoConfig, loss: Loss) -> bool:
+    """Whether the teacher is the reference that the run keeps anyway: one copy of its parameters serves both."""
+    return config.teacher.weights == "start" and keeps_reference(config, loss)
 
 
 def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:

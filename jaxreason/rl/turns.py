@@ -12,7 +12,7 @@ from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.rl.sequence import Sequence as Sampled
 from jaxreason.text import THINK_CLOSE, THINK_OPEN, without_marks
 
-_SPARE = 32  # tokens by which a completion's text may grow when it is tokenized again as part of a prompt
+SPARE = 32  # tokens by which a completion's text may grow when it is tokenized again as part of a prompt
 
 
 def again(prompt: Prompt, completion: str, phrase: str, chat: Chat, tokenizer: Tokenizer) -> Prompt:
@@ -28,7 +28,7 @@ def again(prompt: Prompt, completion: str, phrase: str, chat: Chat, tokenizer: T
 def phrase_tokens(phrases: Sequence[str], chat: Chat, tokenizer: Tokenizer) -> int:
     """Most tokens by which the second turn's prompt is longer than the first turn's and its completion together."""
     blank = Prompt((), "", "", "", 0)
-    return max(len(again(blank, "", phrase, chat, tokenizer).ids) for phrase in phrases) + _SPARE
+    return max(len(again(blank, "", phrase, chat, tokenizer).ids) for phrase in phrases) + SPARE
 
 
 def phrase_of(phrases: Sequence[str], seed: int, step: int, index: int) -> str:

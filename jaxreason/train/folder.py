@@ -10,11 +10,11 @@ import numpy as np
 import yaml
 
 from jaxreason import config as cfg
+from jaxreason import origin
 from jaxreason.checkpoint import steps as checkpoint_steps
 from jaxreason.checkpoint import write_json
 from jaxreason.errors import UserError
 from jaxreason.locks import Owner
-from jaxreason.origin import add_origin
 from jaxreason.terminal import console
 from jaxreason.train import hosts
 
@@ -118,7 +118,7 @@ class RunFolder:
             temporary = self.path / "config.yaml.tmp"
             temporary.write_text(cfg.dump(self._config.model_copy(update={"resolved": self.resolved})))
             os.replace(temporary, self.path / "config.yaml")
-            add_origin(self.path)
+            write_json(self.path / origin.FILE, [*origin.read_origins(self.path), origin.origin()])
             (self.path / "summary.json").unlink(missing_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 keep_lines(self.path / name, -1 if step is None else step)
