@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from helpers import grpo_words
 from test_grpo import batch_of, sequence
 
@@ -211,13 +212,36 @@ def test_runs_group_and_are_named_by_what_differs(tmp_path):
     paths = [
         make_run(tmp_path, "a", 0, one, "loss.name=grpo", rate),
         make_run(tmp_path, "b", 3, one, "loss.name=my/file.py:mine", "loss.options.width=0.3", rate),
-        make_run(tmp_path, "c", 1, one, "loss.name=grpo", "train.save_every=7", rate),  # not a matter of what is computed
+        make_run(tmp_path, "c", 1, one, "loss.name=grpo", "train.save_every=7", "mesh.fsdp=2", rate),  # not a matter of what is computed
         make_run(tmp_path, "d", 0, one, "loss.name=grpo", "optimizer.learning_rate=0.0001"),
     ]
     found = read.read_variants(paths)
     assert [v.label for v in found] == [f"grpo {rate}", f"mine width=0.3 {rate}", "grpo optimizer.learning_rate=0.0001"]
     assert [v.label for v in read.read_variants(paths[:2])] == ["grpo", "mine width=0.3"]
     assert [[r.seed for r in v.runs] for v in found] == [[0, 1], [3], [0]]
+
+
+def resolved(path: Path, **found: str | None) -> Path:
+    """The run's record of what it found at its start, filled in."""
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump({**config, "resolved": {**config["resolved"], **found}}))
+    return path
+
+
+def test_seeds_of_a_source_that_writes_its_rows_are_one_loss(tmp_path):
+    """Every seed has rows of its own, and the weights may have lain elsewhere: neither is another loss."""
+    one = [{"step": 1, "reward": 0.0}]
+    paths = [
+        resolved(make_run(tmp_path, f"{loss}{seed}", seed, one, f"loss.name={loss}"),
+                 data=f"rows{seed}", weights=f"/machine{seed}/a", weights_digest="w")
+        for loss in ("grpo", "gspo") for seed in range(3)
+    ]  # fmt: skip
+    assert [(v.label, len(v.runs)) for v in read.read_variants(paths)] == [("grpo", 3), ("gspo", 3)]
+    resolved(paths[5], weights_digest="other")
+    assert [len(v.runs) for v in read.read_variants(paths)] == [3, 2, 1]
+    resolved(paths[4], data="changed")
+    with pytest.raises(UserError, match="grpo1 and .*gspo1 name the same data.source embedded:arithmetic and seed 1 but"):
+        read.read_variants(paths)
 
 
 def test_files_that_cannot_be_reported_are_named(tmp_path):

@@ -21,7 +21,8 @@ def read_variants(paths: Sequence[Path]) -> list[Variant]:
     """Runs grouped by what differs between them beside seed, name and place, in the order given.
 
     Raises:
-      UserError: a folder that is no run, runs of different algorithms, the same config and seed twice.
+      UserError: a folder that is no run, runs of different algorithms, the same config and seed twice, a source whose rows
+        changed between two of the runs.
     """
     runs = [read_run(path) for path in paths]
     algorithms = {run.config["algorithm"]: run.path for run in runs}
@@ -30,6 +31,7 @@ def read_variants(paths: Sequence[Path]) -> list[Variant]:
             "runs of different algorithms have no metrics in common: "
             + ", ".join(f"{path} is {name}" for name, path in algorithms.items())
         )
+    _of_the_same_rows(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         group = groups.setdefault(json.dumps(_compared(run.config), sort_keys=True), [])
@@ -41,9 +43,31 @@ def read_variants(paths: Sequence[Path]) -> list[Variant]:
     return [Variant(n, sorted(group, key=lambda run: run.seed)) for n, group in zip(names, members)]
 
 
+OF_PLACE = {"resolved.weights", "resolved.teacher"}  # where they lay; their digests say what they were
+ROWS = "resolved.data"  # a digest of the rows; a program that writes rows writes others for every seed
+
+
 def _compared(config: dict) -> dict[str, Any]:
-    """The config as dotted keys, without seed, name and place, nor where and how fast it ran."""
-    return {k: v for k, v in _flat(config).items() if not k.startswith("run.") and k not in cfg.RESUMABLE}
+    """The config as dotted keys, without seed, name and place, nor where and how fast it ran, nor the seed's rows."""
+    apart = OF_PLACE | {ROWS} | cfg.RESUMABLE
+    return {k: v for k, v in _flat(config).items() if not k.startswith(("run.", "mesh.")) and k not in apart}
+
+
+def _of_the_same_rows(runs: Sequence[Run]) -> None:
+    """Raises UserError where runs with the same seed and settings of data and model were trained on different rows."""
+    first: dict[str, tuple[Run, str]] = {}
+    for run in runs:
+        values = _compared(run.config)
+        key = json.dumps([run.seed, {k: v for k, v in values.items() if k.startswith(("data.", "model.", "rollout."))}])
+        rows = _flat(run.config).get(ROWS)
+        if rows is None:  # of a run from before it was written
+            continue
+        other, seen = first.setdefault(key, (run, rows))
+        if rows != seen:
+            raise UserError(
+                f"{other.path} and {run.path} name the same data.source {run.config['data']['source']} and seed {run.seed} but "
+                "were trained on different rows: the source changed between them. Compare runs of the same rows"
+            )
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
