@@ -256,6 +256,7 @@ ROWS: dict[str, tuple] = {
     "teacher.prompt": (told, "'{{question}} ({{context}})'", *TOLD),
     "teacher.max_context_tokens": (told, 3, *TOLD),
     "teacher.data_fraction": (shapes, 0.5, *TAUGHT),
+    "rollout.expert": (shapes, "true"),
     "second_turn.compare": (earned, "first", "second_turn.samples=2"),
     "entropy.target": (bonus, 1.0),
     "entropy.coef": (bonus, 0.1, "entropy.target=1.0"),

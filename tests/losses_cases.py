@@ -27,6 +27,8 @@ def make(kind: str, data: dict, mask=twin.MASK, ids=twin.IDS, groups=twin.GROUPS
     values["sequence_ids"] = None if ids is None else jnp.asarray(ids, jnp.int32)
     if kind == "policy" and groups is not None:
         values["group_ids"] = jnp.asarray(groups, jnp.int32)
+    if kind == "policy":
+        values["extras"] = {k: jnp.asarray(data[k], jnp.float32) for k in twin.EXTRAS if k in keys}
     return cls(mask=jnp.asarray(mask, jnp.float32), **values)
 
 
@@ -102,4 +104,5 @@ def poisoned(inputs, poison):
     dead = inputs.mask <= 0
     fixed = {"mask", "sequence_ids", "group_ids", "totals", "extras"}
     values = {k: v for k, v in vars(inputs).items() if v is not None and k not in fixed}
-    return dataclasses.replace(inputs, **{k: jnp.where(dead, poison, v) for k, v in values.items()})
+    extras = {k: jnp.where(dead, poison, v) for k, v in inputs.extras.items()}
+    return dataclasses.replace(inputs, extras=extras, **{k: jnp.where(dead, poison, v) for k, v in values.items()})

@@ -7,6 +7,8 @@ MASK = np.array(
 )
 IDS = np.array([[7, 7, 7, 7, 2, 2, 2], [5, 5, 5, 5, 5, 9, 9], [-3] * 7, [1] * 7])
 GROUPS = np.array([[0, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7, [0] * 7])
+EXPERT = np.isin(IDS, (9, 1))  # the data's own answers, where a test has some: 6 of the 16 tokens
+EXTRAS = {"expert": np.where(EXPERT, 16 / 6, 0.0), "sampled": np.where(EXPERT, 0.0, 16 / 10)}
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray]:
@@ -28,6 +30,7 @@ def arrays(seed: int = 0) -> dict[str, np.ndarray]:
         "teacher_divergence": np.abs(rng.normal(size=shape)),
         "topk_entropy": np.abs(rng.normal(size=shape)),
         "token_weights": np.abs(rng.normal(size=shape)),
+        **EXTRAS,
     }
 
 

@@ -945,8 +945,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "rl/collect.py",
-        "for group in rollout.groups for s in group if not s.from_data]",
-        "for group in rollout.groups for s in group]",
+        "metrics_of([s for s in sequences if s.drawn],",
+        "metrics_of(sequences,",
         "tests/test_distillation.py::test_the_starting_weights_told_the_answer_teach_and_their_own_answers_are_mixed_in",
         "distillation: rows' answers are in the rollout's metrics",
     ),
@@ -959,8 +959,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "rl/context.py",
-        "if s is not sequence and not s.from_data",
-        "if not s.from_data",
+        "if s is not sequence and s.drawn",
+        "if s.drawn",
         "tests/test_distillation.py::test_contexts",
         "distillation: a completion is its own peer",
     ),

@@ -69,7 +69,7 @@ def test_a_row_that_answers_its_own_prompt_changes_no_other_advantage(name):
     """It is in no mean, no spread and no whitening, whatever its tokens, and its own advantage is 0."""
     groups = [[sequence(r, [-1.0] * n) for r, n in pairs] for pairs in (((1.0, 2), (0.0, 3)), ((0.5, 1), (1.0, 4)))]
     groups = [[dataclasses.replace(s, greedy=0.25) for s in group] for group in groups]
-    row = [dataclasses.replace(sequence(math.nan, [0.0] * 9), from_data=True)]
+    row = [dataclasses.replace(sequence(math.nan, [0.0] * 9), source="data")]
     config = settings(advantage={"name": name})
     *others, own = found(config, [*groups, row])
     for a, b in zip([s for group in others for s in group], [s for group in found(config, groups) for s in group]):

@@ -212,7 +212,7 @@ def test_runs_group_and_are_named_by_what_differs(tmp_path):
     paths = [
         make_run(tmp_path, "a", 0, one, "loss.name=grpo", rate),
         make_run(tmp_path, "b", 3, one, "loss.name=my/file.py:mine", "loss.options.width=0.3", rate),
-        make_run(tmp_path, "c", 1, one, "loss.name=grpo", "train.save_every=7", "mesh.fsdp=2", rate),  # not a matter of what is computed
+        make_run(tmp_path, "c", 1, one, "loss.name=grpo", "train.save_every=7", "mesh.fsdp=2", rate),  # not what is computed
         make_run(tmp_path, "d", 0, one, "loss.name=grpo", "optimizer.learning_rate=0.0001"),
     ]
     found = read.read_variants(paths)

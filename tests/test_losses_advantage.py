@@ -208,6 +208,19 @@ def by_token(rewards):
     return by_sample(lambda r, g, a: (r - mean(flat)) / std(flat, 1), rewards)
 
 
+EXPERTS = np.arange(30).reshape(6, 5) % 5 == 1  # the second sample of every group, where there is one
+
+
+def luffy(rewards):
+    """Less the mean of what was drawn; a sample that is all there is gets 0."""
+    found = []
+    for row, own in zip(rewards.tolist(), EXPERTS.tolist()):
+        drawn = [r for r, data in zip(row, own) if not data and not math.isnan(r)]
+        alone = sum(not math.isnan(r) for r in row) == 1
+        found.append([0.0 if math.isnan(r) or alone else r - (mean(drawn) if drawn else 0.0) for r in row])
+    return found
+
+
 SECOND = np.where(np.isnan(UNEVEN), NAN, np.sin(np.arange(30)).reshape(6, 5))  # another reward of the same samples
 TWINS = {
     "grpo": lambda x: z_score(x, 1e-4),
@@ -221,6 +234,7 @@ TWINS = {
     "passk": passk,
     "passk_training": passk_training,
     "remax": remax,
+    "luffy": luffy,
     "process": process,
     "otb": otb,
     "reinforce_pp": by_token,
@@ -237,7 +251,7 @@ def test_twin_on_uneven_groups(name):
     rewards = np.abs(UNEVEN) if name == "maxrl" else UNEVEN
     rewards = np.where(np.isnan(UNEVEN), NAN, UNEVEN > 0.5) if name == "passk_training" else rewards
     given = {"lengths_P_G": LENGTHS, "rewards_F_P_G": np.stack([rewards, SECOND]), "weights_F": np.array([2.0, 0.5])}
-    given |= {"greedy_P": GREEDY, "sequences_P_G": sequences_with_steps(rewards)}
+    given |= {"greedy_P": GREEDY, "expert_P_G": EXPERTS, "sequences_P_G": sequences_with_steps(rewards)}
     found, extras = advantage.get(name)(rewards, **given)  # each takes what it reads of it
     assert extras == {}
     if name == "reinforce_pp":  # [P][G] of [n], all tokens alike without a discount
@@ -262,7 +276,7 @@ def one_function(rewards):
     ]  # fmt: skip
     return {
         "rewards_F_P_G": rewards[None], "weights_F": np.ones(1), "lengths_P_G": lengths, "sequences_P_G": one,
-        "greedy_P": np.nan_to_num(rewards[:, 0]),
+        "greedy_P": np.nan_to_num(rewards[:, 0]), "expert_P_G": np.zeros(rewards.shape, bool),
     }  # fmt: skip
 
 
@@ -289,7 +303,7 @@ def test_equal_rewards_give_exactly_zero_at_any_epsilon():
     """The mean of eight 0.1 is not 0.1 in float32; divided by a tiny eps it would be a signal."""
     rewards = np.full((2, 8), 0.1, np.float32)
     for name in set(advantage.ESTIMATORS) - {"raw", "tic_lc", "zero", "passk_training"}:
-        options = {"eps": 0.0} if name not in ("center", "rloo", "gpg", "opo", "remax") else {}
+        options = {"eps": 0.0} if name not in ("center", "rloo", "gpg", "opo", "remax", "luffy") else {}
         assert not np.any(np.asarray(advantage.get(name, **options)(rewards, **one_function(rewards))[0])), name
     assert not np.any(advantage.tic_lc(rewards, np.full((2, 8), 7), eps=0.0))
     assert not np.any(advantage.passk_training(np.array([[1.0] * 8, [0.0] * 8]), eps=0.0))
@@ -370,7 +384,8 @@ def test_the_optimal_token_baseline_by_hand():
 def test_an_infinite_reward_is_named():
     for name in set(advantage.ESTIMATORS) - {"tic_lc", "gdpo", "process", "otb"}:
         with pytest.raises(UserError, match="the reward of sample 1 of group 0 is infinite"):
-            advantage.get(name)(np.array([[0.0, np.inf]]), lengths_P_G=np.ones((1, 2)), greedy_P=np.zeros(1))
+            given = {"lengths_P_G": np.ones((1, 2)), "greedy_P": np.zeros(1), "expert_P_G": np.zeros((1, 2))}
+            advantage.get(name)(np.array([[0.0, np.inf]]), **given)
 
 
 def test_length_correction():

@@ -158,7 +158,9 @@ def test_needs_of_built_in_losses_are_exact(name, options):
         everything = dataclasses.replace(everything, token_weights=None)
     else:
         everything = dataclasses.replace(everything, selected=loss.select(everything) if loss.select else everything.mask)
-    assert loss.extras == frozenset() and loss.needs <= set(OPTIONAL_INPUTS[loss.kind])
+        everything = dataclasses.replace(everything, extras=dict.fromkeys(loss.extras, everything.mask))
+    assert loss.extras == {"luffy": {"expert"}, "chord": {"expert", "sampled"}}.get(name, set())
+    assert loss.needs - loss.extras <= set(OPTIONAL_INPUTS[loss.kind])
     assert loss(only(everything, loss.needs))[0] == loss(everything)[0]
     for missing in loss.needs:
         less = only(everything, loss.needs - {missing})

@@ -198,6 +198,23 @@ def k2(s, t):
 
 GRPO = token_ppo(0.2, 0.2)
 SEQ, TOK, SUM, CONST = "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum/const"
+def luffy(s, t):
+    """p / (p + 0.3) in place of the ratio where the data answered."""
+    p = exp(s.logp[t])
+    return -(p / (p + 0.3) if s.expert[t] else s.ratio(t)) * s.advantages[t]
+
+
+def chord(phi):
+    """0.7 of the mean over the 10 tokens that were drawn, and 0.3 of that over the 6 of the data, each as a share of 16."""
+    def token_loss(s, t):
+        if not s.expert[t]:
+            return 0.7 * 16 / 10 * token_ppo(0.1, 0.2)(s, t)
+        p = exp(s.logp0[t])
+        return -0.3 * 16 / 6 * (p * (1 - p) if phi else 1) * s.logp[t]
+
+    return token_loss
+
+
 CASES = [
     ("grpo", {}, GRPO, SEQ),
     ("dr_grpo", {"max_completion_tokens": 5}, GRPO, CONST),
@@ -243,6 +260,9 @@ CASES = [
       for form in ("k2", "k3")
       for level, bound in (("token", 0.01), ("seq_sum", 0.04), ("seq_mean", 0.015), ("seq_max", 0.03))),
     ("grpo", {"reject": "seq_tv", "reject_max": 0.13}, vaco, SEQ),
+    ("luffy", {"shape": 0.3, "max_completion_tokens": 5}, luffy, "token-sum/const"),
+    ("chord", {"mu": 0.3, "clip_low": 0.1}, chord(True), TOK),
+    ("chord", {"mu": 0.3, "clip_low": 0.1, "phi": False}, chord(False), TOK),
     ("ipo", {"behaviour": "old", "max_rise": 0.05, "max_fall": 0.05}, ipo, TOK),
     ("topr", {"positive_weight": 0.5, "negative_weight": 2.0}, topr, SUM),
     ("dro", {"beta": 0.7}, dro, TOK),
@@ -388,6 +408,9 @@ HAND = {
     "importance_sampling": ({}, 0.0),  # (-1.5 + 3 * .5) / 4
     "dr_grpo": ({"max_completion_tokens": 10}, 0.06),  # (-1.2 + 3 * .8) / (2 * 10)
     "distill": ({}, 0.25),  # 1 nat on one of four tokens
+    # the second sequence is the data's: (-1.5 + 3 * .2 / .3) / (2 * 10); .9 * -1.2 - .1 * .2 * .8 ln .2
+    "luffy": ({"max_completion_tokens": 10}, 0.025),
+    "chord": ({}, -1.0542490),
     "dapo": ({}, 0.28),  # (-1.28 + 3 * .8) / 4
     "bnpo": ({}, 0.3),  # (-1.2 + 3 * .8) / 4
     "gspo": ({}, -0.00035),  # (-1.0004 + .9997) / 2
@@ -456,6 +479,8 @@ def test_hand_number(name):
     loss = losses.get(name, **options)
     one = jnp.zeros((4, 7)).at[0, 0].set(1.0)
     more = {name: one for name in ("selected", "teacher_divergence") if name in loss.needs}
+    if loss.extras:
+        more["extras"] = {"sampled": 4 * one, "expert": jnp.zeros((4, 7)).at[1, :3].set(4 / 3)}
     value, _, _ = cases.evaluate_one(loss, hand_inputs(**more))
     np.testing.assert_allclose(value, expected, atol=2e-6)
 

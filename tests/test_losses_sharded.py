@@ -32,7 +32,7 @@ def eight_rows(kind: str):
     mask = np.concatenate([twin.MASK, twin.MASK[:, ::-1]])
     ids = np.concatenate([twin.IDS, twin.IDS[:, ::-1] + 100])
     groups = np.concatenate([twin.GROUPS, twin.GROUPS[:, ::-1] + 2])
-    return whole_step(cases.make(kind, data, mask, ids, groups, keys=OPTIONAL_INPUTS[kind]))
+    return whole_step(cases.make(kind, data, mask, ids, groups, keys={*OPTIONAL_INPUTS[kind], *twin.EXTRAS}))
 
 
 def step_inputs(loss, inputs):

@@ -47,7 +47,7 @@ from jaxreason.rl.grpo import (
 )
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import metrics_of
-from jaxreason.rl.shapes import Shapes, keeps_reference, shapes_of
+from jaxreason.rl.shapes import EXPERT, SAMPLED, Shapes, keeps_reference, shapes_of
 from jaxreason.sharding import make_mesh, within
 from jaxreason.terminal import console
 from jaxreason.train import hosts
@@ -290,9 +290,10 @@ def _tokens(batch: Batch, logp: Array, by_logp: Array | None, scale: float | Non
 
 
 def _means(loss: losses.Loss, batch: Batch) -> dict[str, float]:
-    """The mean over trained tokens of every extra that the loss reads."""
+    """The mean over trained tokens of every extra that the loss reads; the token that is asked about is the policy's own."""
     live = hosts.rows(batch.loss_mask) > 0
-    return {name: float(hosts.rows(batch.extras[name])[live].mean()) for name in loss.extras}
+    known = {EXPERT: 0.0, SAMPLED: 1.0}
+    return {name: known.get(name, float(hosts.rows(batch.extras[name])[live].mean())) for name in loss.extras}
 
 
 # ---- the rollout

@@ -49,6 +49,9 @@ class Rollout(Draw):
     """What draws completions: ``engine``, or a sampler of your own, ``package.module:function`` (``jaxreason.sampler``)."""
     hooks: list[str] = Field([])
     """Functions of your own that see a step's graded groups and fill the inputs that a loss of your own declares."""
+    expert: bool = False
+    """The last of each group's completions is the row's own answer: it is graded like the policy's, and trained by a loss that
+    tells it from them (``luffy``, ``chord``, or one of your own that reads the extra ``expert``)."""
     resample_rounds: int = Field(0, ge=0, le=62)
     """DAPO's dynamic sampling: replace groups whose rewards are all equal by new prompts, at most this often a step. A step
     has 64 keys to draw with: of its rollout, of 62 further rounds and of the second turn."""
@@ -253,6 +256,13 @@ class GrpoConfig(Section):
                 "teacher.data_fraction takes the place of completions; it does not combine with second_turn.samples or "
                 "rollout.resample_rounds"
             )
+        if self.rollout.expert and self.rollout.group_size < 2:
+            raise ValueError("rollout.expert: a group of one is the row's answer alone; use rollout.group_size 2 or more")
+        by_token = self.teacher.weights is not None and self.teacher.divergence is None
+        others = {"second_turn.samples": self.second_turn.samples, "teacher.data_fraction": self.teacher.data_fraction,
+                  "teacher.weights without teacher.divergence": by_token}  # fmt: skip
+        if self.rollout.expert and (found := [name for name, there in others.items() if there]):
+            raise ValueError(f"rollout.expert puts answers into the groups that the policy never drew; {found[0]} needs its own")
         return self
 
     @model_validator(mode="after")

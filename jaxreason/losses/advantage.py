@@ -127,6 +127,14 @@ def remax(rewards_P_G: ArrayLike, greedy_P: ArrayLike) -> Array:
     return jnp.where(valid & ~jnp.isnan(baseline), values - jnp.nan_to_num(baseline), 0.0)
 
 
+def luffy(rewards_P_G: ArrayLike, expert_P_G: ArrayLike) -> Array:
+    """R - the mean over what the policy drew for the prompt, for the expert's answer too. LUFFY (2504.14945), as its code has
+    it; the paper's mean is over all."""
+    values, valid = _graded(rewards_P_G)
+    drawn = jnp.where(valid & ~jnp.asarray(expert_P_G, bool), 1.0, 0.0)
+    return _less_group_mean(values, valid, "zero", drawn)
+
+
 def lite_ppo(rewards_P_G: ArrayLike, *, ddof: int = 1, eps: float = 1e-4) -> Array:
     """(R - mean_g) / (std of all rewards + eps): group mean, batch std. LitePPO (2508.08221)."""
     values, valid = _graded(rewards_P_G)
@@ -249,8 +257,8 @@ def gdpo(
 ESTIMATORS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        grpo, center, raw, zero, rloo, grpo_loo, opo, passk, passk_training, remax, by_token.process, by_token.otb, lite_ppo,
-        reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
+        grpo, center, raw, zero, rloo, grpo_loo, opo, passk, passk_training, remax, luffy, by_token.process, by_token.otb,
+        lite_ppo, reinforce_pp, reinforce_pp_baseline, maxrl, gpg, tic_lc, gdpo,
     )
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxreason import plugins
 from jaxreason.errors import UserError
 
-GIVEN = ("lengths_P_G", "rewards_F_P_G", "weights_F", "sequences_P_G", "greedy_P")
+GIVEN = ("lengths_P_G", "rewards_F_P_G", "weights_F", "sequences_P_G", "greedy_P", "expert_P_G")
 """What an estimator may ask for, by the name of a parameter, in addition to ``rewards_P_G``, its first."""
 
 PerToken = list[list[np.ndarray]]  # [P][G], each [n] float32
@@ -31,7 +31,8 @@ class Estimator:
     The function takes ``rewards_P_G`` [P, G] (NaN: no reward), its options, and by the names of its parameters what it
     ``reads``: ``lengths_P_G`` (completion tokens), ``rewards_F_P_G`` (each reward function's) with ``weights_F``,
     ``sequences_P_G`` (nested lists of records with ``tokens``, ``text``, ``reward``, ``rewards``, ``prompt``, ``extras``),
-    ``greedy_P`` (the reward of each prompt's greedy completion, which is then drawn in addition; NaN: none).
+    ``greedy_P`` (the reward of each prompt's greedy completion, which is then drawn in addition; NaN: none), ``expert_P_G``
+    (True: the row's own answer; an estimator that does not ask for it does not see these answers either).
     It returns advantages, or (advantages, extras) where it fills extras.
 
     Advantages: [P, G], or nested lists [P][G] of a number, or of an array [n] with one for every token. Extras: by name,

@@ -44,7 +44,7 @@ def policy_loss(
     rho = _rho(inputs, axes.correction, sequences)
     if rho is not None and axes.correction.correction_normalize == "step":
         rho = rho * present(selected, "PolicyInputs.selected (correction_normalize)")
-    tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho)
+    tokens = Tokens(inputs.logp, behaviour_logp, inputs.advantages, log_w, sequences, selected, rho, inputs.extras)
     loss, clipped_low, clipped_high, corrected = surrogate(tokens)
     # By token whatever the loss's own ratio is, so that losses can be compared: a sequence's mean is calmer than its tokens.
     watched = inputs.old_logp if axes.ratio.behaviour == "policy" else behaviour_logp

@@ -14,7 +14,7 @@ from jaxreason.errors import UserError
 from jaxreason.losses import distill, presets, sampler_correction, sft, variants
 from jaxreason.losses.axes import Axes
 from jaxreason.losses.check import reads_of
-from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs, check_shapes, only
+from jaxreason.losses.inputs import OPTIONAL_INPUTS, Inputs, PolicyInputs, SftInputs, check_shapes, need_extra, only
 from jaxreason.losses.policy import policy_loss, shared_metrics
 from jaxreason.losses.reads import unnoted
 from jaxreason.losses.reduce import whole_step
@@ -195,6 +195,8 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         )
     if name == "real" and options["ratio"] != "sequence_mean":
         raise UserError("loss real is of a completion's mean log-ratio; leave its option ratio at sequence_mean")
+    if name == "chord" and options["reduce"] != "token-mean":
+        raise UserError("loss chord is two means over tokens of their own; leave its option reduce at token-mean")
     rule = variants.step_rule(variant, options)
     needs = {
         "ref_logp": options["kl_coef"] != 0,
@@ -211,6 +213,8 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
     }
 
     def function(inputs: PolicyInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
+        for extra in sorted(variant.extras):
+            need_extra(inputs, extra, f"loss {name}")
         return policy_loss(inputs, Axes.of(bound), variant.bound(bound), rule)
 
     return Loss(
@@ -218,7 +222,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         options=options,
         kind="policy",
         tokenwise=False,
-        needs=frozenset(key for key, needed in needs.items() if needed),
+        needs=frozenset(key for key, needed in needs.items() if needed) | variant.extras,
         function=function,
         advantage=variant.advantage if framework is None else framework.advantage.get(name, variant.advantage),
         advantage_preset=preset,

@@ -5,6 +5,8 @@ token was clipped from below or above) that become the clip fractions.
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ class Tokens(NamedTuple):
     sequences: Sequences
     selected: Array | None  # > 0 where the step-wide rule picked the token
     rho: Array | None = None  # weights that correct for the sampler, detached; None: no correction
+    extras: Mapping[str, Array] = MappingProxyType({})  # those that ``Variant.extras`` names
 
 
 class Surrogate(NamedTuple):
@@ -232,6 +235,31 @@ def topr(x: Tokens, *, positive_weight: float = 1.0, negative_weight: float = 1.
 def dro(x: Tokens, *, beta: float = 0.1) -> Surrogate:
     """-A log pi + beta / 2 l^2: REINFORCE held to the behaviour. DRO (2405.19107); Kimi k1.5 (2501.12599)."""
     return _unclipped(-x.advantages * x.logp + 0.5 * beta * jnp.square(x.log_w))
+
+
+def luffy(x: Tokens, *, shape: Annotated[float, Field(gt=0)] = 0.1) -> Surrogate:
+    """-w A of what the policy drew, -p / (p + shape) A of the expert's tokens, whose probabilities are taken as 1; p = pi itself.
+    LUFFY (2504.14945, its code without a clip): what is unlikely to the policy moves it most."""
+    p = jnp.exp(x.logp)
+    gain = jnp.where(x.extras["expert"] > 0, p / (p + shape), jnp.exp(x.log_w))
+    return _unclipped(-gain * x.advantages)
+
+
+def chord(
+    x: Tokens,
+    *,
+    mu: Fraction = 0.1,
+    phi: bool = True,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Surrogate:
+    """(1 - mu) ``ppo_clip`` over what the policy drew + mu (-sg[p (1 - p)] log p) over the expert's tokens, each a mean over its
+    own tokens; without ``phi`` -log p. CHORD (2508.11408); mu is constant, as in CHORD-phi."""
+    drawn, low, high, _ = ppo_clip(x, clip_low=clip_low, clip_high=clip_high)
+    p = stop_gradient(jnp.exp(x.logp))
+    taught = -(p * (1.0 - p) if phi else 1.0) * x.logp
+    expert, sampled = x.extras["expert"], x.extras["sampled"]
+    return Surrogate((1.0 - mu) * sampled * drawn + mu * expert * taught, low & (sampled > 0), high & (sampled > 0))
 
 
 def nothing(x: Tokens) -> Surrogate:

@@ -33,6 +33,7 @@ class Variant:
     select: Callable[..., Callable[..., Array]] | None = None  # options of the rule -> rule(inputs, key)
     reselects: bool = False  # the rule is of the current policy: it runs before every update, not once a rollout
     kl_placement: str = "loss"  # where the paper has its KL: ``loss`` or ``reward``
+    extras: frozenset[str] = frozenset()  # inputs of the surrogate beside those of every policy loss
 
     def bound(self, options: Mapping[str, Any]) -> Callable[[s.Tokens], s.Surrogate]:
         """The surrogate with its own of ``options``."""
@@ -165,6 +166,11 @@ VARIANTS: dict[str, Variant] = {
     "fipo": Variant(s.fipo, {"reduce": "token-mean"}),
     # 2602.05630
     "real": Variant(s.real, {"ratio": "sequence_mean"}, select=_real_rule, reselects=True),
+    # 2504.14945 and 2508.11408: with the row's own answer in each group (``rollout.expert``)
+    "luffy": Variant(
+        s.luffy, {"reduce": "token-sum/const", "max_completion_tokens": 8192}, "luffy", extras=frozenset({"expert"})
+    ),
+    "chord": Variant(s.chord, {"reduce": "token-mean"}, extras=frozenset({"expert", "sampled"})),
     # 2505.22617
     "clip_cov": Variant(s.clip_cov, {"reduce": "token-mean"}, select=_clip_cov_rule),
     "kl_cov": Variant(s.kl_cov, {"reduce": "token-mean"}, select=_kl_cov_rule),

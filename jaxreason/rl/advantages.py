@@ -31,8 +31,7 @@ def advantages_of(groups: Groups, second: Groups, objective: Objective, config: 
     tokens (arXiv 2501.03262). With a teacher, c (log π_teacher − log π_policy) of every token is added, whomever a correction
     is compared with.
     """
-    drawn = iter(_estimate([group for group in groups if not _given(group)], objective, config))
-    first: Estimated = [[0.0] * len(group) if _given(group) else next(drawn) for group in groups]
+    first = _first(groups, objective, config)
     corrected: Estimated = []
     if second and config.second_turn.compare == "first":
         flat = [s for group in groups for s in group]
@@ -50,9 +49,16 @@ def advantages_of(groups: Groups, second: Groups, objective: Objective, config: 
     return _with(groups, first, config), _with(second, corrected, config)
 
 
-def _given(group: list[Sequence]) -> bool:
-    """Whether a row answered its own prompt: nothing is estimated of it."""
-    return bool(group) and group[0].from_data
+def _first(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> Estimated:
+    """Of the first turn. What a row answers itself is in no estimate and gets 0, unless the estimator asks for it."""
+    sources = {"policy", "expert"} if "expert_P_G" in objective.estimator.reads else {"policy"}
+    judged = [[s for s in group if s.source in sources] for group in groups]
+    rows = iter(_estimate([group for group in judged if group], objective, config))
+    found: Estimated = []
+    for group, some in zip(groups, judged):
+        row = iter(next(rows) if some else [])
+        found.append([next(row) if s.source in sources else 0.0 for s in group])
+    return found
 
 
 def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> Estimated:
@@ -71,6 +77,8 @@ def _estimate(groups: Groups, objective: Objective, config: cfg.GrpoConfig) -> E
         names = labels(tuple(reward.name for reward, _ in objective.graders))
         given["rewards_F_P_G"] = np.stack([_table(groups, functools.partial(_reward, name)) for name in names])
         given["weights_F"] = np.array([weight for _, weight in objective.graders])
+    if "expert_P_G" in estimator.reads:
+        given["expert_P_G"] = _table(groups, lambda s: float(s.source == "expert")) == 1
     if "greedy_P" in estimator.reads:
         greedy = [present(group[0].greedy, "Sequence.greedy") if group else np.nan for group in groups]
         given["greedy_P"] = hosts.gather(np.array(greedy, np.float64))

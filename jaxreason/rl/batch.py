@@ -26,7 +26,7 @@ from jaxreason.model.vocab import HeadStats
 from jaxreason.rl.advantages import advantages_of, fill
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence
-from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, SUM_PI_SQUARED, Shapes
+from jaxreason.rl.shapes import EXPERT, OLD_ENTROPY, POSITIVE, SAMPLED, SUM_PI_SQUARED, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
@@ -234,18 +234,17 @@ class Batcher:
         added = {"advantages": packed.field(lambda s: s.advantage)}
         for name in sorted(coefs.keys() & set(self.shapes.fields)):
             added[name] = np.full((packed.rows, packed.row_length), coefs[name], np.float32)
-        given = loss.extras - {OLD_ENTROPY, POSITIVE}
-        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in given}
-        if POSITIVE in loss.extras:
-            extras[POSITIVE] = _positive(packed, self.config.train.truncated == "mask")
+        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in loss.extras - {OLD_ENTROPY, *SHARES}}
+        for name in loss.extras & set(SHARES):
+            extras[name] = _share(packed, SHARES[name], self.config.train.truncated == "mask")
         placed, more = ({name: place(x, self.mesh) for name, x in fields.items()} for fields in (added, extras))
         batch = dataclasses.replace(batch, extras=more, **cast(dict[str, Any], placed))
         if "old_logp" in self.shapes.fields:
             stats = self.score(params, batch)
             old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}
             batch = dataclasses.replace(batch, old_logp=stats.logp, extras=batch.extras | old)
-            if self.config.teacher.data_fraction:  # what no sampler drew has no gap to one
-                unknown = place(packed.field(lambda s: float(s.from_data)), self.mesh)
+            if self.config.teacher.data_fraction or self.config.rollout.expert:  # what no sampler drew has no gap to one
+                unknown = place(packed.field(lambda s: float(not s.drawn)), self.mesh)
                 drawn = present(batch.sampler_logp, "Batch.sampler_logp")
                 batch = dataclasses.replace(batch, sampler_logp=jnp.where(unknown > 0, stats.logp, drawn))
             if loss.select is not None:
@@ -263,14 +262,21 @@ def selected(select: Callable[..., Array], stats: HeadStats, batch: Batch, seed:
     return select(inputs, jax.random.fold_in(jax.random.key(seed), step))
 
 
-def _positive(packed: Packed, mask_truncated: bool) -> np.ndarray:
-    """[rows, row_length] 1 / the share of the update's trained tokens that samples with a reward above 0 have, on their tokens,
-    0 elsewhere: times it, a sum over all tokens / their number is the mean over those."""
+SHARES: Mapping[str, Callable[[Sequence], bool]] = MappingProxyType({
+    POSITIVE: lambda s: s.drawn and s.reward > 0,
+    EXPERT: lambda s: s.source == "expert",
+    SAMPLED: lambda s: s.drawn,
+})  # fmt: skip
+
+
+def _share(packed: Packed, belongs: Callable[[Sequence], bool], mask_truncated: bool) -> np.ndarray:
+    """[rows, row_length] 1 / the share of the update's trained tokens that the sequences which belong have, on their tokens, 0
+    elsewhere: times it, a sum over all tokens / their number is the mean over those."""
     live = [s for s in packed.sequences if is_live(s, mask_truncated)]
-    right = {id(s) for s in live if s.reward > 0}
-    counts = [sum(len(s.completion.tokens) for s in live if id(s) in some) for some in (set(map(id, live)), right)]
-    tokens, positive = hosts.gather(np.array([counts], np.float64)).sum(axis=0)
-    return packed.field(lambda s: tokens / positive if id(s) in right else 0.0)
+    some = {id(s) for s in live if belongs(s)}
+    counts = [sum(len(s.completion.tokens) for s in live if id(s) in of) for of in (set(map(id, live)), some)]
+    tokens, theirs = hosts.gather(np.array([counts], np.float64)).sum(axis=0)
+    return packed.field(lambda s: tokens / theirs if id(s) in some else 0.0)
 
 
 def is_live(sequence: Sequence, mask_truncated: bool) -> bool:

@@ -19,7 +19,7 @@ from jaxreason.model import ModelConfig
 from jaxreason.rewards.pool import Graded, RewardPool
 from jaxreason.rewards.sample import Sample
 from jaxreason.rl import turns
-from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, metrics_of
+from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, mean, metrics_of
 from jaxreason.rl.shapes import data_prompts
 from jaxreason.sampler import ROUNDS, Completion, Job, Sampler, Sampling, sampling_of
 from jaxreason.sampler.engine.slots import Room, that_fit
@@ -57,7 +57,8 @@ def slots_of(config: cfg.GrpoConfig, model: ModelConfig, longest_prompt: int, ro
 def rollout_job(config: cfg.GrpoConfig) -> Job:
     """How completions are drawn; every process decodes its share of the slots, which are settled."""
     slots = math.ceil(int(config.rollout.slots) / jax.process_count())
-    return Job(sampling_of(config.rollout), config.rollout.group_size, config.run.seed, slots=slots)
+    drawn = config.rollout.group_size - config.rollout.expert
+    return Job(sampling_of(config.rollout), drawn, config.run.seed, slots=slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,11 @@ class Collector:
     def __call__(self, step: int, cursor: int, params_step: int) -> Rollout:
         """Both turns of one step, from the sampler's weights, which are those of optimizer step ``params_step``."""
         rollout = self._first_turn(step, cursor, params_step)
-        drawn = [s for group in rollout.groups for s in group if not s.from_data]
-        rollout.metrics |= metrics_of(drawn, labels(self.pool.names))
+        sequences = [s for group in rollout.groups for s in group]
+        rollout.metrics |= metrics_of([s for s in sequences if s.drawn], labels(self.pool.names))
+        if self.config.rollout.expert:
+            experts = [s.reward for s in sequences if s.source == "expert"]
+            rollout.metrics["expert_reward"] = mean(hosts.gather(np.array(experts, np.float64)))
         if self.config.second_turn.samples:
             self._second_turn(rollout, step, params_step)
             rollout.metrics |= turns.metrics([s for group in rollout.groups for s in group], rollout.second)
@@ -130,11 +134,8 @@ class Collector:
         names = labels(self.pool.names)
         groups: Groups = []
         for prompt in (self.prompts.at(cursor + first + i) for i in range(count)):
-            tokens = np.array(prompt.reply_ids, np.int32)
-            unknown = np.zeros(len(tokens), np.float32)
-            completion = Completion(0, 0, tokens, unknown, unknown, False, params_step)
             reply, rewards = present(prompt.reply, "Prompt.reply"), dict.fromkeys(names, math.nan)
-            groups.append([Sequence(prompt, completion, reply, 0, rewards, math.nan, from_data=True)])
+            groups.append([Sequence(prompt, _own(prompt, 0, 0, params_step), reply, 0, rewards, math.nan, source="data")])
         return groups, together
 
     def _second_turn(self, rollout: Rollout, step: int, params_step: int) -> None:
@@ -180,6 +181,10 @@ class Collector:
         if any(c.params_step != params_step for c in completions):
             raise RuntimeError("the rollout used weights of another step")
         seconds["rollout"] += time.monotonic() - clock
+        size = job.samples + self.config.rollout.expert
+        if self.config.rollout.expert:
+            own = [_own(prompt, i, job.samples, params_step) for i, prompt in enumerate(prompts)]
+            completions = sorted([*completions, *own], key=lambda c: (c.prompt_index, c.sample_index))
         inputs, graded = self._grade(prompts, completions, job, step, seconds)
         greedy: list[float | None] = [None] * len(prompts)
         if self.greedy:
@@ -194,11 +199,11 @@ class Collector:
             Sequence(
                 prompts[c.prompt_index], c, sample.completion, offset + c.prompt_index, dict(zip(names, map(float, row))),
                 math.nan if total is None else float(total), greedy=greedy[c.prompt_index], extras=dict(extras),
+                source="policy" if c.sample_index < job.samples else "expert",
             )
             for c, sample, row, total, extras in zip(completions, inputs, graded.rewards, graded.total, graded.extras)
         ]  # fmt: skip
-        return [sequences[i : i + job.samples] for i in range(0, len(sequences), job.samples)], len(graded.errors)
-
+        return [sequences[i : i + size] for i in range(0, len(sequences), size)], len(graded.errors)
 
     def _grade(
         self, prompts: Many[Prompt], completions: list[Completion], job: Job, step: int, seconds: dict[str, float]
@@ -211,6 +216,13 @@ class Collector:
             console.print(f"step {step}: {error}", markup=False)
         seconds["reward"] += time.monotonic() - clock
         return inputs, graded
+
+
+def _own(prompt: Prompt, prompt_index: int, sample_index: int, params_step: int) -> Completion:
+    """A row's own answer as a completion, whose log-probs no sampler knows (0)."""
+    tokens = np.array(prompt.reply_ids, np.int32)
+    unknown = np.zeros(len(tokens), np.float32)
+    return Completion(prompt_index, sample_index, tokens, unknown, unknown, False, params_step)
 
 
 def _numbers(count: int) -> tuple[int, int]:

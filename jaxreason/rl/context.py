@@ -34,7 +34,7 @@ def solution(sequence: Sequence, group: list[Sequence]) -> str | None:
 
 def peer(sequence: Sequence, group: list[Sequence]) -> str | None:
     """The first other completion of the prompt that is right by the first reward function; None: there is none."""
-    right = (s for s in group if s is not sequence and not s.from_data and turns.is_right(s))
+    right = (s for s in group if s is not sequence and s.drawn and turns.is_right(s))
     return next((s.text for s in right), None)
 
 

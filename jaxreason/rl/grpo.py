@@ -205,7 +205,7 @@ def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inpu
 
 def reply_tokens(config: cfg.GrpoConfig) -> int | None:
     """Most tokens of a row's own answer, where the config uses it; None: it does not."""
-    if config.teacher.data_fraction:
+    if config.teacher.data_fraction or config.rollout.expert:
         return config.rollout.max_completion_tokens
     if config.teacher.context == "solution":
         return config.teacher.max_context_tokens or config.rollout.max_completion_tokens
@@ -329,7 +329,7 @@ def update(
 
 def speeds(seconds: float, times: dict[str, float], trained: float, sequences: list[Sequence]) -> dict[str, float]:
     """``seconds`` of the step and of its parts; supervised tokens and drawn tokens (trained or not) a second of the step."""
-    drawn = sum(len(s.completion.tokens) for s in sequences if not s.from_data) * jax.process_count()
+    drawn = sum(len(s.completion.tokens) for s in sequences if s.drawn) * jax.process_count()
     return {
         **{f"seconds_{name}": value for name, value in times.items()},
         "seconds": seconds,
@@ -360,7 +360,7 @@ class Samples:
         for s in sequences:
             line = {
                 "step": step, "group": s.group, "prompt": s.prompt.user, "gold": s.prompt.gold, "completion": s.text,
-                "tokens": len(s.completion.tokens), "truncated": s.completion.truncated,
+                "source": s.source, "tokens": len(s.completion.tokens), "truncated": s.completion.truncated,
                 "advantage": float(np.mean(s.advantage)), "reward": None if math.isnan(s.reward) else s.reward,
                 "rewards": {k: None if math.isnan(v) else v for k, v in s.rewards.items()},
             }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxreason import config as cfg
 from jaxreason import losses, plugins, rewards
 from jaxreason.errors import UserError
-from jaxreason.rl.shapes import OLD_ENTROPY, POSITIVE, SUM_PI_SQUARED, keeps_reference, shares_reference
+from jaxreason.rl.shapes import EXPERT, OLD_ENTROPY, POSITIVE, SAMPLED, SUM_PI_SQUARED, keeps_reference, shares_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,14 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
     graders = tuple((rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions)
     hooks = tuple((name, plugins.load(name, "rollout.hooks")) for name in config.rollout.hooks)
     fills = dict.fromkeys((OLD_ENTROPY, SUM_PI_SQUARED), "the policy before its update") | {POSITIVE: "the sign of the rewards"}
+    if config.rollout.expert:
+        fills |= dict.fromkeys((EXPERT, SAMPLED), "who answered")
+    elif EXPERT in loss.extras:
+        raise UserError(f"loss.name {loss.name} learns from the rows' own answers beside the policy's: set rollout.expert=true")
+    if config.rollout.expert and (EXPERT not in loss.extras or placement == "reward"):
+        reads = f"loss.name {loss.name} does not tell it from the policy's; use luffy, chord, or a loss that reads {EXPERT}"
+        known = "the policy drew it with no log-probs, which kl.placement=reward needs; use kl.placement=loss"
+        raise UserError(f"rollout.expert puts the row's own answer into each group: {known if EXPERT in loss.extras else reads}")
     fills |= {extra: f"reward {reward.name}" for reward, _ in graders for extra in reward.fills}
     fills |= {extra: f"advantage {name}" for extra in estimator.fills}
     fills |= {extra: f"hook {name}" for name, hook in hooks for extra in plugins.fills(hook)}

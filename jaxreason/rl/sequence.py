@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence as Many
+from typing import Literal
 
 import jax
 import numpy as np
@@ -26,7 +27,8 @@ class Sequence:
     ref_logp: np.ndarray | None = None  # [n] float32, log-probs of the reference model
     teacher_logp: np.ndarray | None = None  # [n] float32, log-probs of the teacher
     kept: bool = True  # false: measured, not trained
-    from_data: bool = False  # the row's own answer, which no policy drew and nobody graded
+    # data and expert: the row's own answer, which no policy drew; in place of a group, ungraded, and as one of a group, graded
+    source: Literal["policy", "data", "expert"] = "policy"
     teacher_ids: tuple[int, ...] | None = None  # a teacher's own prompt; (): it has nothing to say; None: it reads the policy's
     greedy: float | None = None  # reward of its prompt's greedy completion (NaN: no reward); None: none was drawn
     extras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [n] float32 each, for a loss of one's own
@@ -39,7 +41,12 @@ class Sequence:
     @property
     def trained(self) -> bool:
         """A sample without a reward teaches nothing, not even as part of a total."""
-        return self.from_data or (self.kept and not math.isnan(self.reward))
+        return self.source == "data" or (self.kept and not math.isnan(self.reward))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the policy drew it."""
+        return self.source == "policy"
 
     @property
     def length(self) -> int:
@@ -70,7 +77,7 @@ def metrics_of(sequences: Many[Sequence], names: tuple[str, ...]) -> dict[str, f
     graded = [reward[(groups == g) & ~np.isnan(reward)] for g in np.unique(groups)]
     flat = [np.ptp(g) == 0 for g in graded if len(g)]
     found = {
-        "reward": _mean(reward),
+        "reward": mean(reward),
         "reward_std": _std(reward),
         "zero_std_fraction": float(np.mean(flat)) if flat else 1.0,
         "no_reward_fraction": float(np.isnan(reward).mean()),
@@ -79,7 +86,7 @@ def metrics_of(sequences: Many[Sequence], names: tuple[str, ...]) -> dict[str, f
         "truncated_fraction": float(truncated.mean()),
     }
     for name, values in zip(names, by_name):
-        found[f"reward_{name}"], found[f"reward_{name}_std"] = _mean(values), _std(values)
+        found[f"reward_{name}"], found[f"reward_{name}_std"] = mean(values), _std(values)
     return found
 
 
@@ -101,7 +108,7 @@ def drawn_metrics(groups: Groups) -> dict[str, float]:
     }
 
 
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
 
 

@@ -125,13 +125,16 @@ def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
     One update from a rollout has ratio 1 by definition, and the step itself takes its own log-probs as the old ones. Of a
     row's own answer no sampler knows any.
     """
-    more = loss.select is not None or OLD_ENTROPY in loss.extras or config.teacher.data_fraction > 0
+    more = loss.select is not None or OLD_ENTROPY in loss.extras or config.teacher.data_fraction > 0 or config.rollout.expert
     return config.train.updates_per_rollout > 1 or more
 
 
 OLD_ENTROPY = "old_entropy"  # an input that a loss of one's own may declare; the scoring pass fills it
 SUM_PI_SQUARED = "sum_pi_squared"  # another: sum_v pi_v^2 of the policy that sampled, which a pass of its own fills
-POSITIVE = "positive"  # another, which the rewards fill: tokens of the update / those of its samples with reward > 0, on these
+# Others are tokens of the update / those of some of its sequences, on these, 0 elsewhere:
+POSITIVE = "positive"  # of the samples with a reward above 0
+EXPERT = "expert"  # of the rows' own answers (``rollout.expert``)
+SAMPLED = "sampled"  # of what the policy drew
 
 
 def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
