@@ -15,6 +15,7 @@ from jaxreason.data.encode import Encoder, Fit, fit
 from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report
 from jaxreason.data.sources import held_out_split, open_source, parts
 from jaxreason.data.store import Store
+from jaxreason.data.tally import reasons
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.data.tokenizing import cache_root, tokenize
 from jaxreason.errors import UserError
@@ -116,12 +117,9 @@ def _source(
     kept = fit(store.lengths, store.starts, data.max_length, data.over_length, name)
     report = source_report(name, store, kept)
     if not report.trained_tokens:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.dropped.items())
-        first = next(iter(report.first_dropped.values()), None)
         raise UserError(
-            f"data.source {name}: no trained token in {report.rows} rows (dropped by reason: {reasons}"
-            + (f"; first: {first}" if first else "")
-            + "); check data.schema, data.max_length and data.template"
+            f"data.source {name}: no trained token in {report.rows} rows, dropped by reason "
+            f"{reasons(report.dropped, report.first_dropped)}; check data.schema, data.max_length and data.template"
         )
     return store, kept, report
 

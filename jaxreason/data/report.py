@@ -19,12 +19,12 @@ class SourceReport:
     """One source's rows: read = kept + the dropped, by reason."""
 
     source: str
-    schemas: tuple[str, ...]
+    formats: dict[str, int]  # rows of each
     rows: int
     kept: int
     truncated: int
     dropped: dict[str, int]
-    first_dropped: dict[str, str]  # where the first row of a reason is
+    first_dropped: dict[str, str]  # where the first row of a reason is, and what it holds
     tokens: int
     trained_tokens: int
     length_percentiles: dict[str, int]  # of all encoded examples, before data.over_length
@@ -63,7 +63,7 @@ def source_report(name: str, store: Store, fit: Fit) -> SourceReport:
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
     return SourceReport(
         source=name,
-        schemas=tuple(store.meta["schemas"]),
+        formats=store.meta["formats"],
         rows=store.meta["rows"],
         kept=len(fit.index),
         truncated=fit.truncated,
@@ -73,6 +73,13 @@ def source_report(name: str, store: Store, fit: Fit) -> SourceReport:
         trained_tokens=int((fit.lengths - store.starts[fit.index]).sum()),
         length_percentiles={f"p{p}": int(value) for p, value in zip(PERCENTILES, percentiles)},
     )
+
+
+def formats_line(formats: dict[str, int]) -> str:
+    """``messages``, or ``messages 10, example 3`` where the rows are of several formats."""
+    if len(formats) < 2:
+        return ", ".join(formats) or "no known row format"
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(formats.items(), key=lambda item: -item[1]))
 
 
 def preview(store: Store, index: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer, count: int) -> list[Text]:
@@ -87,7 +94,7 @@ def preview(store: Store, index: np.ndarray, lengths: np.ndarray, tokenizer: Tok
 
 
 def _source_table(report: SourceReport) -> Table:
-    table = Table(title=f"{report.source} ({', '.join(report.schemas)})", title_justify="left", show_header=False)
+    table = Table(title=f"{report.source} ({formats_line(report.formats)})", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxreason.data import files, hub
+from jaxreason.data.chunks import CHUNK_ROWS, Chunk, Inline
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
 
@@ -18,7 +19,7 @@ from jaxreason.errors import UserError
 class Source:
     name: str
     total: int  # sum of the chunks' weights
-    chunks: Callable[[], Iterator[files.Chunk]]
+    chunks: Callable[[], Iterator[Chunk]]
     fingerprint: str  # changes with the rows; for files by path, size and times, so it may also change without them
 
 
@@ -118,10 +119,10 @@ def _hub(name: str, config: str | None, split: str | None) -> Source:
     if not isinstance(table, datasets.Dataset):
         raise UserError(f"data.source {name}: data.split {split} is not one split; known: {', '.join(table)}")
 
-    def chunks() -> Iterator[files.Chunk]:
-        for start in range(0, len(table), files.CHUNK_ROWS):
-            rows = tuple(table.select(range(start, min(start + files.CHUNK_ROWS, len(table)))))
-            yield files.Inline(f"{name} ({split})", start, rows, len(rows))
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(table), CHUNK_ROWS):
+            rows = tuple(table.select(range(start, min(start + CHUNK_ROWS, len(table)))))
+            yield Inline(f"{name} ({split})", start, rows, len(rows))
 
     stamp = [name, config, split, len(table), sorted(file["filename"] for file in table.cache_files)]
     return Source(name, len(table), chunks, _digest(stamp))
@@ -143,10 +144,10 @@ def _without_network(offline: bool) -> Iterator[None]:
 
 
 def _inline(source: str, examples: Sequence[Example]) -> Source:
-    def chunks() -> Iterator[files.Chunk]:
-        for start in range(0, len(examples), files.CHUNK_ROWS):
-            items = tuple(examples[start : start + files.CHUNK_ROWS])
-            yield files.Inline(source, start, items, len(items))
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(examples), CHUNK_ROWS):
+            items = tuple(examples[start : start + CHUNK_ROWS])
+            yield Inline(source, start, items, len(items))
 
     return Source(source, len(examples), chunks, _digest([repr(example) for example in examples]))
 
