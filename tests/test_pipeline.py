@@ -113,11 +113,11 @@ def test_sources_that_are_not_there(tmp_path, config, monkeypatch):
         run(config("open-r1/Mixture-of-Thoughts:all"))
     with pytest.raises(UserError, match="no such file or directory"):
         run(config("data/none.jsonl"))
-    with pytest.raises(UserError, match=r"holds no \.jsonl"):
+    with pytest.raises(UserError, match=r"it holds no \.jsonl"):
         run(config(tmp_path))
-    (tmp_path / "rows.csv").write_text("a")
+    (tmp_path / "rows.xml").write_text("a")
     with pytest.raises(UserError, match="unknown kind of file"):
-        run(config(tmp_path / "rows.csv"))
+        run(config(tmp_path / "rows.xml"))
     with pytest.raises(UserError, match=r"data\.schema nope: no such row format; known: auto, openr1"):
         run(config(helpers.write_jsonl(tmp_path / "a.jsonl", TRACES), schema="nope"))
 

@@ -105,8 +105,9 @@ def held_out_source(data: Problems) -> tuple[str, str | None]:
 def _source(
     data: Data, name: str, split: str | None, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
 ) -> tuple[Store, Fit, SourceReport]:
+    source = open_source(name, split, max_rows, seed)
     store = tokenize(
-        open_source(name, split, max_rows, seed),
+        source,
         Encoder(tokenizer, chat, data.keep_only_correct, spans=_weights(data) is not None),
         schema=data.row_schema,
         max_rows=max_rows,
@@ -115,7 +116,7 @@ def _source(
         progress=progress,
     )
     kept = fit(store.lengths, store.starts, data.max_length, data.over_length, name)
-    report = source_report(name, store, kept)
+    report = source_report(source, store, kept)
     if not report.trained_tokens:
         raise UserError(
             f"data.source {name}: no trained token in {report.rows} rows, dropped by reason "

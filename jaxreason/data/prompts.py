@@ -50,6 +50,7 @@ class Prompts:
 
     prompts: tuple[Prompt, ...]
     tally: Tally
+    unread: tuple[str, ...] = ()  # files of the source that are not read, with why
 
     @property
     def rows(self) -> int:
@@ -66,7 +67,8 @@ class Prompts:
         """JSON-able, for data_report.json: what became of the rows of ``source``."""
         tally = self.tally
         rows = {"source": source, "formats": dict(tally.formats), "rows": tally.rows, "kept": len(self)}
-        return {"sources": [rows | {"dropped": tally.dropped, "first_dropped": tally.first_dropped}]}
+        dropped = {"dropped": tally.dropped, "first_dropped": tally.first_dropped}
+        return {"sources": [rows | dropped | {"unread": list(self.unread)}]}
 
     def __getitem__(self, at: int) -> Prompt:
         return self.prompts[at]
@@ -139,7 +141,7 @@ def load_prompts(
     if not prompts:
         told = reasons(tally.dropped, tally.first_dropped)
         raise UserError(f"data.source {data.source}: no usable prompt in {tally.rows} rows {told}; check data.schema")
-    return Prompts(tuple(prompts), tally)
+    return Prompts(tuple(prompts), tally, source.unread)
 
 
 class _Found(NamedTuple):

@@ -20,7 +20,7 @@ from jaxreason.checkpoint import write_json
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
-from jaxreason.data.report import formats_line
+from jaxreason.data.report import formats_line, unread_line
 from jaxreason.errors import present
 from jaxreason.evaluate.accuracy import grading_of
 from jaxreason.model import ModelConfig, param_count
@@ -164,6 +164,7 @@ class Inputs:
             ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
             ("problems", f"{len(self.prompts):,} of {tally.rows:,} rows ({formats_line(tally.formats)})"),
             *((f"dropped: {reason}", f"{n:,}, first: {tally.first_dropped[reason]}") for reason, n in tally.dropped.items()),
+            *([("files not read", unread_line(self.prompts.unread))] if self.prompts.unread else []),
             ("held out", f"{len(problems)} problems" if problems else "none"),
             ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most "
                         f"{rollout.max_completion_tokens} tokens, {rollout.slots} slots"),
