@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from jaxreason import cli
 from jaxreason.config import Data
 from jaxreason.data import chunks, files
-from jaxreason.data.pipeline import prepare
+from jaxreason.data.pipeline import prepare, too_few_rows
 from jaxreason.data.prompts import load_prompts
 from jaxreason.errors import UserError
 
@@ -172,3 +173,27 @@ def test_what_is_not_read_is_listed(tmp_path, config):
     console = Console(width=250, record=True, file=open(os.devnull, "w"))
     console.print(report.table())
     assert f"files not read │ 3 │ {unread[0]}" in " ".join(console.export_text().replace("┃", "│").split())
+
+
+# ---- what a stock config lacks for one's own data
+
+
+@pytest.mark.parametrize("rows", [3, 256])
+def test_all_that_a_stock_config_lacks_is_said_at_once(rows, tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", *range(rows))
+    words = ["--config", "sft", f"data.source={path}", f"run.dir={tmp_path / 'runs'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert cli.train(words) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "eval.problems=256 needs problems with answers that are not trained on: set data.eval_source to them" in error
+    assert f"; and data.eval_rows=256 leaves nothing to train: {rows} rows of {path}; set data.eval_rows=0 or a smaller" in error
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "runs" / "sft").exists()  # nothing was tokenized for it
+
+
+def test_rows_are_counted_only_as_far_as_needed(tmp_path, config):
+    path = write(tmp_path / "mine.jsonl", 1, 2, 3)
+    with open(path, "a") as file:
+        file.write("{damaged")
+    assert too_few_rows(config(path, eval_rows=2)) is None and too_few_rows(config(path, eval_rows=0)) is None
+    assert "2 rows" in too_few_rows(config(path, eval_rows=2, max_rows=2))
+    for other in (config(path, eval_rows=9, eval_source="x"), config("embedded:arithmetic", eval_rows=9)):
+        assert too_few_rows(other) is None

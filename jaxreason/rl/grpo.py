@@ -45,7 +45,16 @@ from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter
 from jaxreason.train.offload import Shelf
 from jaxreason.train.scoring import FrozenModel, ScoringModel, moved
-from jaxreason.train.setup import Other, Setup, held_out_problems, open_model, open_teacher, start_state, starting_model
+from jaxreason.train.setup import (
+    Other,
+    Setup,
+    check_held_out,
+    held_out_problems,
+    open_model,
+    open_teacher,
+    start_state,
+    starting_model,
+)
 from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_sum_of_squares, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
@@ -57,6 +66,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     """Runs the config, or resumes it, and returns its summary; None where it was stopped. Raises UserError."""
     # ---- inputs: nothing here starts a device
     folder = RunFolder(config)
+    check_held_out(config)
     inputs = open_inputs(config, folder)
     setup, objective, model = inputs.setup, inputs.objective, inputs.setup.config
     problems = held_out_problems(config, setup, inputs.chat)
