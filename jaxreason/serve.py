@@ -44,6 +44,8 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
     chat = chats.resolve(opened.tokenizer, options.template, options.system_prompt)
     try:
         prompt = opened.tokenizer.encode(chat.render_prompt(Example(message)))
+    except chats.Refused:
+        raise
     except Reject as reject:
         raise UserError(f"--prompt holds {reject.reason}; leave it out") from None
     stops, written = opened.stop_ids, ""

@@ -12,7 +12,12 @@ LITERAL_OPEN, LITERAL_CLOSE = "\ufdd0", "\ufdd1"
 MAX_ANSWER_CHARS = 2000
 """A longer text is not an answer: it is not read, so that 100 kB in a box cost nothing."""
 
-_BOX_TOKEN = re.compile(r"(?P<box>\\f?boxed\s*\{)|\\.|[{}]", re.DOTALL)
+# What TeX calls \boxed 5: a number, a letter or a fraction without braces.
+_BARE = (
+    r"[+-]?[0-9]+(?:[.,/][0-9]+)*|\\[dt]?frac\s*(?:\{[^{}]*\}|[0-9])\s*(?:\{[^{}]*\}|[0-9])|\\pi(?![A-Za-z])"
+    r"|(?<=\s)[A-Za-z](?![A-Za-z])"
+)
+_BOX_TOKEN = re.compile(rf"(?P<box>\\f?boxed\s*\{{)|\\f?boxed\s*(?P<bare>{_BARE})|\\.|[{{}}]", re.DOTALL)
 _BOX = re.compile(r"\\f?boxed(?![A-Za-z])")
 _WHOLE_BOX = re.compile(r"\\f?boxed\s*\{(.*)\}", re.DOTALL)
 
@@ -30,6 +35,7 @@ def has_box(text: str) -> bool:
 def boxed(text: str) -> list[str] | None:
     r"""Contents of the outermost ``\boxed{...}`` in order, braces balanced; None if any box is left open.
 
+    ``\boxed 5`` is read, too: a number, a letter or a fraction without braces.
     One pass, so nothing is quadratic. Escaped braces do not count, unmatched braces outside of boxes are ignored.
     """
     found, stack, boxes_open = [], [], 0
@@ -37,6 +43,9 @@ def boxed(text: str) -> list[str] | None:
         if token["box"] or token[0] == "{":
             stack.append((bool(token["box"]), token.end()))
             boxes_open += bool(token["box"])
+        elif token["bare"]:
+            if not boxes_open:
+                found.append(token["bare"])
         elif token[0] == "}" and stack:
             is_box, start = stack.pop()
             boxes_open -= is_box
@@ -53,6 +62,24 @@ def unwrap(content: str) -> str:
             break
         content = match[1].strip()
     return content
+
+
+_EMPHASIS = [
+    (re.compile(pattern), r"\1")
+    for pattern in (
+        r"(?<![\w)*])\*\*(?=[^\s*])([^*]{1,500}?)(?<=\S)\*\*(?![\w(*])",
+        r"(?<![\w)*])\*(?=[^\s*])([^*]{1,500}?)(?<=\S)\*(?![\w(*])",
+        r"(?<!\w)__(?=[^\s_])([^_]{1,500}?)(?<=\S)__(?!\w)",
+        r"`([^`]{1,500})`",
+    )
+]
+
+
+def without_emphasis(text: str) -> str:
+    """A short text without Markdown's marks of emphasis and code; ``2**10`` keeps its stars."""
+    for pattern, replacement in _EMPHASIS:
+        text = pattern.sub(replacement, text)
+    return text.strip()
 
 
 def last_boxed(text: str) -> str | None:

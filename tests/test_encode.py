@@ -75,7 +75,7 @@ def test_what_follows_the_stop_token_is_not_trained():
 
 def test_a_control_token_inside_the_answer_is_rejected():
     encoded = encode(helpers.llama(), Example("q", "a"), Example("q", "a <|eot_id|> b"))
-    assert encoded.rejects == [(1, "control token inside the answer", 1)]
+    assert encoded.rejects == [(1, "control token inside the answer", 1, "")]
     assert encoded.ordinals.tolist() == [0] and encoded.rows == 2
 
 
@@ -97,7 +97,7 @@ def test_plain_text_is_trained_from_its_first_predictable_token():
 
 
 def test_a_question_without_answer_is_counted():
-    assert encode(helpers.llama(), Example("q", gold="4")).rejects == [(0, "no answer to train on", 0)]
+    assert encode(helpers.llama(), Example("q", gold="4")).rejects == [(0, "no answer to train on", 0, "")]
 
 
 def test_sentencepiece_continuations_get_no_extra_space():

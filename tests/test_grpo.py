@@ -54,6 +54,8 @@ def test_a_run_records_metrics_and_samples(straight):
     for line in lines:
         assert line["clip_fraction"] == 0.0 and line["ratio_max"] == 1.0  # one update: the ratio is exactly 1
         assert line["sampler_gap_max"] < 1e-4 and line["entropy"] > 0 and line["grad_norm"] > 0
+    [rows] = json.loads((straight / "data_report.json").read_text())["sources"]
+    assert rows["rows"] == rows["kept"] > 0 and rows["formats"] == {"example": rows["rows"]} and rows["dropped"] == {}
     samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 6 * 16
     group = [s for s in samples if s["step"] == 3 and s["group"] == 2]

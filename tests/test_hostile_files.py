@@ -235,12 +235,12 @@ def test_an_answer_with_a_control_token_inside_is_dropped_and_counted():
         Example(None, "text <|eom_id|> text"), Example("\ufdd0<|eot_id|>\ufdd1", "fine"),
     ]  # fmt: skip
     encoded = Encoder(tokenizer, chats.resolve(tokenizer), False).chunk(Inline("here", 0, tuple(rows), 1), "example")
-    assert [reason for _, reason, _ in encoded.rejects] == ["control token inside the answer"] * 3 + [
+    assert [reason for _, reason, _, _ in encoded.rejects] == ["control token inside the answer"] * 3 + [
         "a character that Unicode keeps out of texts (U+FDD0, U+FDD1)"
     ]
     trusting = Encoder(tokenizer, chats.resolve(tokenizer, trust=True), False)
     encoded = trusting.chunk(Inline("here", 0, tuple(rows[:3]), 1), "example")
-    assert encoded.rejects == [(2, "stop token inside the text", 2)]  # the rest of it would follow the end
+    assert encoded.rejects == [(2, "stop token inside the text", 2, "")]  # the rest of it would follow the end
     assert tokenizer.hf.convert_tokens_to_ids("<|start_header_id|>") in encoded.ids
 
 

@@ -166,8 +166,8 @@ def test_five_hundred_flipped_bits_are_all_found(made, tmp_path, capsys):
     run, cache = made / "run", tmp_path / "tokens" / "key"
     step = run / "checkpoints" / "00000000"
     writer = Writer(cache, 300)
-    writer.add(Encoded(*(np.arange(1, 9, dtype=np.int32) for _ in range(5)), rows=8, rejects=[]), 0)
-    writer.commit({"rows": 8, "rejects": {}, "schemas": ["text"]})
+    writer.add(Encoded(*(np.arange(1, 9, dtype=np.int32) for _ in range(5)), rows=8, rejects=[], formats=[]), 0)
+    writer.commit({"rows": 8, "rejects": {}, "formats": {"text": 8}})
     kept = {path.name: path.read_bytes() for path in cache.iterdir()}
     found = {"tokenizer": 0, "checkpoint": 0, "cache": 0}
 

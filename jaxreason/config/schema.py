@@ -78,7 +78,8 @@ class Model(Section):
 
 class Problems(Section):
     source: str
-    """``embedded:NAME``, ``reasoning-gym:NAME``, a .jsonl/.json/.parquet file, a directory of them, or a hub id."""
+    """``embedded:NAME``, ``reasoning-gym:NAME``, a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also
+    packed as .gz or .zst), a directory of them, a pattern such as ``data/*.jsonl``, or a hub id."""
     split: str = "train"
     """Split of a hub data set, or of a directory whose files are named after splits; a file has none."""
     row_schema: str = Field("auto", alias="schema")

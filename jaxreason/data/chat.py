@@ -23,11 +23,23 @@ DATE_STRING = f"{render.DATE:%d %b %Y}"
 _PROBE = "\u2402probe\u2403"  # stands for the assistant's text where a template rewrites it
 
 
+class Refused(UserError, Reject):
+    """The template does not render this conversation: a message where it is the only one, a reject where it is one of many."""
+
+    def __init__(self, message: str, words: str):
+        Reject.__init__(self, "the chat template refuses the row", words)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @dataclasses.dataclass(frozen=True)
 class Chat:
     """A chat template with the tokenizer's special tokens, ready to render.
 
-    Raises UserError from every method for a template that cannot be rendered.
+    Every method raises Refused for a conversation that the template does not render, and UserError where rendering takes too
+    long or too much memory.
     """
 
     template: str
@@ -75,11 +87,12 @@ class Chat:
         whole = self._render([*self._messages(example), {"role": "assistant", "content": _PROBE}], False)
         before, found, after = whole.partition(_PROBE)
         if not found or not prompt.startswith(before):
-            raise UserError(
-                f"chat template {self.origin}: the generation prompt is not how the rendered conversation begins: "
-                f"prompt ends with {prompt[-60:]!r}, conversation continues {before[-60:]!r}; set data.template to a "
-                f"Jinja file, or to one of {', '.join(shipped())}"
+            words = (
+                "the generation prompt is not how the rendered conversation begins: prompt ends with "
+                f"{prompt[-60:]!r}, conversation continues {before[-60:]!r}"
             )
+            fix = f"set data.template to a Jinja file, or to one of {', '.join(shipped())}"
+            raise Refused(f"chat template {self.origin}: {words}; {fix}", words)
         opened = prompt[len(before) :]
         if not reply.startswith(opened):
             raise Reject("template opens a thought that the row does not have")
@@ -98,7 +111,8 @@ class Chat:
             render_in = render.here if self.template in _ours() else render.apart
             return render_in(self.template, values | {"date_string": DATE_STRING} | dict(self.tokens))
         except render.TemplateFailed as error:
-            raise UserError(f"chat template {self.origin}: {error}; set data.template to one that fits") from None
+            message = f"chat template {self.origin}: {error}; set data.template to one that fits"
+            raise (UserError(message) if isinstance(error, render.TemplateKilled) else Refused(message, str(error))) from None
 
 
 def of_data(data: Problems, tokenizer: Tokenizer) -> Chat:

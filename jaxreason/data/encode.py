@@ -5,16 +5,24 @@ example's by construction and equal what generation feeds the model.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxreason.data.chat import Chat
+from jaxreason.data.chunks import Chunk
 from jaxreason.data.example import Example, Reject
-from jaxreason.data.files import Chunk
-from jaxreason.data.schema import parse
+from jaxreason.data.schema import format_of, parse
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.errors import UserError
 from jaxreason.text import THINK_CLOSE
+
+
+class Rejected(NamedTuple):
+    ordinal: int
+    reason: str
+    key: int
+    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +35,8 @@ class Encoded:
     answers: np.ndarray  # [n] int32, first token after the thought; the first trained one where spans are not wanted
     ordinals: np.ndarray  # [n] int64
     rows: int
-    rejects: list[tuple[int, str, int]]  # (ordinal, reason, key)
+    rejects: list[Rejected]
+    formats: list[str]  # of each row; empty where it has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +48,20 @@ class Encoder:
 
     def chunk(self, chunk: Chunk, schema: str) -> Encoded:
         """Reads, parses and encodes the rows of ``chunk``. Raises UserError for a file that cannot be read."""
-        texts, plain, ordinals, keys, rejects, rows = [], [], [], [], [], 0
+        texts, plain, ordinals, keys, rejects, formats, rows = [], [], [], [], [], [], 0
         for key, row in chunk.rows():
+            name = None
             try:
-                example = row if isinstance(row, Example) else parse(row, schema, self.keep_only_correct)
+                name = format_of(row, schema)
+                example = parse(row, name, self.keep_only_correct)
                 texts.append(self._texts(example))
             except Reject as reject:
-                rejects.append((rows, reject.reason, key))
+                rejects.append(Rejected(rows, reject.reason, key, reject.detail))
             else:
                 plain.append(example.user is None)
                 ordinals.append(rows)
                 keys.append(key)
+            formats.append(name or "")
             rows += 1
         prompts = self.tokenizer.encode_batch([prompt for prompt, _ in texts])
         completions = self._completions([completion for _, completion in texts], plain)
@@ -59,7 +71,7 @@ class Encoder:
             try:
                 ids.append(np.array(prompt + end_at_stop(completion, self.tokenizer), np.int32))
             except Reject as reject:
-                rejects.append((ordinals[at], reject.reason, keys[at]))
+                rejects.append(Rejected(ordinals[at], reject.reason, keys[at], reject.detail))
             else:
                 # The very first token has nothing before it that could predict it.
                 starts.append(max(len(prompt), 1))
@@ -73,6 +85,7 @@ class Encoder:
             np.array(kept, np.int64),
             rows,
             sorted(rejects),
+            formats,
         )
 
     def _texts(self, example: Example) -> tuple[str, str]:

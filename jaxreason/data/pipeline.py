@@ -3,18 +3,21 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 
 import numpy as np
 from rich.text import Text
 
 from jaxreason.config import Data, Problems
 from jaxreason.data import chat as chats
+from jaxreason.data import files
 from jaxreason.data.batches import Order, Rows
 from jaxreason.data.chat import Chat
 from jaxreason.data.encode import Encoder, Fit, fit
 from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report
-from jaxreason.data.sources import held_out_split, open_source, parts
+from jaxreason.data.sources import held_out_split, open_source, parts, splits_itself
 from jaxreason.data.store import Store
+from jaxreason.data.tally import reasons
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.data.tokenizing import cache_root, tokenize
 from jaxreason.errors import UserError
@@ -101,11 +104,29 @@ def held_out_source(data: Problems) -> tuple[str, str | None]:
     return source, split
 
 
+def too_few_rows(data: Data) -> str | None:
+    """What is wrong where ``data.eval_rows`` are to be held out of a file that has no more; only so many rows are read."""
+    if not data.eval_rows or data.eval_source or data.eval_split or splits_itself(data.source) or not files.exists(data.source):
+        return None
+    rows = (1 for chunk in open_source(data.source, data.split, None, 0).chunks() for _ in chunk.rows())
+    most = data.eval_rows + 1 if data.max_rows is None else min(data.max_rows, data.eval_rows + 1)
+    count = sum(itertools.islice(rows, most))
+    return None if count > data.eval_rows else _nothing_left(data, f"{count} rows")
+
+
+def _nothing_left(data: Data, found: str) -> str:
+    return (
+        f"data.eval_rows={data.eval_rows} leaves nothing to train: {found} of {data.source}; set data.eval_rows=0 or a smaller "
+        "number, or data.eval_source to rows of their own"
+    )
+
+
 def _source(
     data: Data, name: str, split: str | None, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
 ) -> tuple[Store, Fit, SourceReport]:
+    source = open_source(name, split, max_rows, seed)
     store = tokenize(
-        open_source(name, split, max_rows, seed),
+        source,
         Encoder(tokenizer, chat, data.keep_only_correct, spans=_weights(data) is not None),
         schema=data.row_schema,
         max_rows=max_rows,
@@ -114,14 +135,11 @@ def _source(
         progress=progress,
     )
     kept = fit(store.lengths, store.starts, data.max_length, data.over_length, name)
-    report = source_report(name, store, kept)
+    report = source_report(source, store, kept)
     if not report.trained_tokens:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.dropped.items())
-        first = next(iter(report.first_dropped.values()), None)
         raise UserError(
-            f"data.source {name}: no trained token in {report.rows} rows (dropped by reason: {reasons}"
-            + (f"; first: {first}" if first else "")
-            + "); check data.schema, data.max_length and data.template"
+            f"data.source {name}: no trained token in {report.rows} rows, dropped by reason "
+            f"{reasons(report.dropped, report.first_dropped)}; check data.schema, data.max_length and data.template"
         )
     return store, kept, report
 
@@ -130,7 +148,7 @@ def _split(kept: Fit, data: Data, seed: int) -> tuple[Fit, Fit]:
     """(held out, trained): a random choice of ``data.eval_rows`` examples, in file order."""
     count = len(kept.index)
     if data.eval_rows >= count:
-        raise UserError(f"data.eval_rows={data.eval_rows} leaves nothing to train: {count} examples of {data.source}")
+        raise UserError(_nothing_left(data, f"{count} examples"))
     chosen = np.zeros(count, bool)
     chosen[np.random.default_rng([seed, _EVAL_STREAM]).permutation(count)[: data.eval_rows]] = True
     held_out, trained = (

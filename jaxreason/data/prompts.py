@@ -1,24 +1,24 @@
 """Prompts with golds for GRPO and evaluation, from the same rows and through the same template as SFT."""
 
-import collections
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxreason.config import Problems
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
+from jaxreason.data.chunks import Chunk
 from jaxreason.data.encode import end_at_stop
 from jaxreason.data.example import Example, Reject
-from jaxreason.data.files import Chunk
-from jaxreason.data.schema import parse
+from jaxreason.data.schema import format_of, known, parse
 from jaxreason.data.sources import open_source
+from jaxreason.data.tally import Tally, reasons
 from jaxreason.data.tokenizer import Tokenizer
-from jaxreason.data.tokenizing import row_formats
 from jaxreason.errors import UserError
 from jaxreason.text import without_marks
 
@@ -49,11 +49,26 @@ class Prompts:
     """Usable prompts in the source's order, and what became of the other rows."""
 
     prompts: tuple[Prompt, ...]
-    rows: int
-    dropped: dict[str, int]
+    tally: Tally
+    unread: tuple[str, ...] = ()  # files of the source that are not read, with why
+
+    @property
+    def rows(self) -> int:
+        return self.tally.rows
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return self.tally.dropped
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def report(self, source: str) -> dict[str, Any]:
+        """JSON-able, for data_report.json: what became of the rows of ``source``."""
+        tally = self.tally
+        rows = {"source": source, "formats": dict(tally.formats), "rows": tally.rows, "kept": len(self)}
+        dropped = {"dropped": tally.dropped, "first_dropped": tally.first_dropped}
+        return {"sources": [rows | dropped | {"unread": list(self.unread)}]}
 
     def __getitem__(self, at: int) -> Prompt:
         return self.prompts[at]
@@ -100,33 +115,40 @@ def load_prompts(
     or with a longer one, are then counted, too. Raises UserError where no row is usable.
     """
     chat = chat or chats.of_data(data, tokenizer)
+    known(data.row_schema)
     source = open_source(data.source, data.split, data.max_rows, seed)
     prompts: list[Prompt] = []
-    dropped: collections.Counter[str] = collections.Counter()
-    rows = 0
-    for chunk, schema in row_formats(source, data.row_schema, keep_only_correct=False):
-        found, read = _examples(chunk, _FORMAT.get(schema, schema), rows, data, dropped)
-        texts = _rendered(found, chat, dropped)
-        for (index, example, gold), text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
-            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-                dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
-                continue
+    tally = Tally()
+    for chunk in source.chunks():
+        found = _examples(chunk, data, tally)
+        texts = _rendered(found, chat, tally)
+        for row, text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
+            example = row.example
             prompt = Prompt(
-                tuple(ids), without_marks(text), gold, example.question, index, example.row, example.system, example.history
-            )
+                tuple(ids), without_marks(text), row.gold, example.question, row.ordinal, example.row, example.system,
+                example.history,
+            )  # fmt: skip
             try:
+                if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+                    raise Reject(f"prompt longer than {max_prompt_tokens} tokens")
                 if max_reply_tokens is not None:
                     prompt = _with_reply(prompt, example, chat, tokenizer, max_reply_tokens)
                 prompts.append(prompt)
             except Reject as reject:
-                dropped[reject.reason] += 1
-        rows += read
-        if rows == data.max_rows:
+                tally.reject(reject, row.place)
+        if tally.rows == data.max_rows:
             break
     if not prompts:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none read"
-        raise UserError(f"data.source {data.source}: no usable prompt in {rows} rows ({reasons}); check data.schema")
-    return Prompts(tuple(prompts), rows, dict(dropped))
+        told = reasons(tally.dropped, tally.first_dropped)
+        raise UserError(f"data.source {data.source}: no usable prompt in {tally.rows} rows {told}; check data.schema")
+    return Prompts(tuple(prompts), tally, source.unread)
+
+
+class _Found(NamedTuple):
+    ordinal: int  # of the row in its source
+    example: Example
+    gold: str
+    place: Callable[[], str]
 
 
 def _with_reply(prompt: Prompt, example: Example, chat: Chat, tokenizer: Tokenizer, longest: int) -> Prompt:
@@ -137,43 +159,44 @@ def _with_reply(prompt: Prompt, example: Example, chat: Chat, tokenizer: Tokeniz
     return dataclasses.replace(prompt, reply=example.reply, reply_ids=tuple(ids))
 
 
-def _rendered(found: list[tuple[int, Example, str]], chat: Chat, dropped: collections.Counter[str]) -> list[str]:
+def _rendered(found: list[_Found], chat: Chat, tally: Tally) -> list[str]:
     """The prompts' texts; what cannot be rendered is taken out of ``found`` and counted."""
     texts, kept = [], []
-    for item in found:
+    for row in found:
         try:
-            texts.append(chat.render_prompt(item[1]))
-            kept.append(item)
+            texts.append(chat.render_prompt(row.example))
+            kept.append(row)
         except Reject as reject:
-            dropped[reject.reason] += 1
+            tally.reject(reject, row.place)
     found[:] = kept
     return texts
 
 
-def _examples(
-    chunk: Chunk, schema: str, first: int, data: Problems, dropped: collections.Counter[str]
-) -> tuple[list[tuple[int, Example, str]], int]:
-    """(ordinal, example, gold) of the chunk's usable rows, and how many rows were read."""
-    found, read = [], 0
+def _examples(chunk: Chunk, data: Problems, tally: Tally) -> list[_Found]:
+    """The chunk's usable rows; all of them are counted."""
+    found = []
     for key, row in chunk.rows():
-        if first + read == data.max_rows:
+        if tally.rows == data.max_rows:
             break
+        place = functools.partial(chunk.place, key)
         try:
-            example = row if isinstance(row, Example) else parse(row, schema, False)
-            if data.keep_columns and not isinstance(row, Example):
-                example = dataclasses.replace(example, row=_columns(row, data.keep_columns, chunk.place(key)))
+            name = format_of(row, data.row_schema)
+            tally.formats[name] += 1
+            example = parse(row, _FORMAT.get(name, name), False)
+            if data.keep_columns and isinstance(row, dict):
+                example = dataclasses.replace(example, row=_columns(row, data.keep_columns))
             if example.user is None:
                 raise Reject("plain text asks nothing")
             if example.gold is None:
                 raise Reject("no gold answer")
-            found.append((first + read, example, example.gold))
+            found.append(_Found(tally.rows, example, example.gold, place))
         except Reject as reject:
-            dropped[reject.reason] += 1
-        read += 1
-    return found, read
+            tally.reject(reject, place)
+        tally.rows += 1
+    return found
 
 
-def _columns(row: Mapping[str, Any], names: Sequence[str], place: str) -> dict[str, Any]:
+def _columns(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     if missing := [name for name in names if name not in row]:
-        raise UserError(f"{place}: data.keep_columns names {missing[0]}, which the row lacks; it has {', '.join(row)}")
+        raise Reject(f"no column {missing[0]}, which data.keep_columns names", f"it has {', '.join(list(row)[:12])}")
     return {name: row[name] for name in names}

@@ -38,6 +38,10 @@ class TemplateFailed(ValueError):
     """The template could not be rendered: why, in one line."""
 
 
+class TemplateKilled(TemplateFailed):
+    """Its process was killed, or died: another text would fare no better, and each would cost the limit."""
+
+
 class _Generation(jinja2.ext.Extension):
     """``{% generation %}`` marks assistant text for other trainers; here it only renders its body."""
 
@@ -73,7 +77,7 @@ def apart(template: str, values: Mapping[str, Any]) -> str:
             _process.close()
             _process = None
             if isinstance(error, _Lost):
-                raise TemplateFailed(str(error)) from None
+                raise TemplateKilled(str(error)) from None
             raise
 
 

@@ -1,6 +1,7 @@
 """What became of the rows: the content of data_report.json, its table, and a preview with the trained tokens marked."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Group
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxreason.data.encode import Fit
+from jaxreason.data.sources import Source
 from jaxreason.data.store import Store
 from jaxreason.data.tokenizer import Tokenizer
 
@@ -19,14 +21,15 @@ class SourceReport:
     """One source's rows: read = kept + the dropped, by reason."""
 
     source: str
-    schemas: tuple[str, ...]
+    formats: dict[str, int]  # rows of each
     rows: int
     kept: int
     truncated: int
     dropped: dict[str, int]
-    first_dropped: dict[str, str]  # where the first row of a reason is
+    first_dropped: dict[str, str]  # where the first row of a reason is, and what it holds
     tokens: int
     trained_tokens: int
+    unread: tuple[str, ...]  # files that are there and not read, with why
     length_percentiles: dict[str, int]  # of all encoded examples, before data.over_length
 
 
@@ -58,12 +61,12 @@ class Report:
         return Group(*[_source_table(source) for source in self.sources], _rows_table(self.train, self.eval))
 
 
-def source_report(name: str, store: Store, fit: Fit) -> SourceReport:
+def source_report(source: Source, store: Store, fit: Fit) -> SourceReport:
     rejects, lengths = store.meta["rejects"], store.lengths
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
     return SourceReport(
-        source=name,
-        schemas=tuple(store.meta["schemas"]),
+        source=source.name,
+        formats=store.meta["formats"],
         rows=store.meta["rows"],
         kept=len(fit.index),
         truncated=fit.truncated,
@@ -71,8 +74,21 @@ def source_report(name: str, store: Store, fit: Fit) -> SourceReport:
         first_dropped={reason: entry["first"] for reason, entry in rejects.items()},
         tokens=int(fit.lengths.sum()),
         trained_tokens=int((fit.lengths - store.starts[fit.index]).sum()),
+        unread=source.unread,
         length_percentiles={f"p{p}": int(value) for p, value in zip(PERCENTILES, percentiles)},
     )
+
+
+def formats_line(formats: dict[str, int]) -> str:
+    """``messages``, or ``messages 10, example 3`` where the rows are of several formats."""
+    if len(formats) < 2:
+        return ", ".join(formats) or "no known row format"
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(formats.items(), key=lambda item: -item[1]))
+
+
+def unread_line(unread: Sequence[str]) -> str:
+    """The first files that are not read, with why."""
+    return ", ".join(unread[:5]) + (f" and {len(unread) - 5:,} more" if len(unread) > 5 else "")
 
 
 def preview(store: Store, index: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer, count: int) -> list[Text]:
@@ -87,7 +103,7 @@ def preview(store: Store, index: np.ndarray, lengths: np.ndarray, tokenizer: Tok
 
 
 def _source_table(report: SourceReport) -> Table:
-    table = Table(title=f"{report.source} ({', '.join(report.schemas)})", title_justify="left", show_header=False)
+    table = Table(title=f"{report.source} ({formats_line(report.formats)})", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
@@ -96,6 +112,8 @@ def _source_table(report: SourceReport) -> Table:
     for reason, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
         first = report.first_dropped.get(reason)
         table.add_row(f"dropped: {reason}", f"{count:,}", f"first: {first}" if first else "")
+    if report.unread:
+        table.add_row("files not read", f"{len(report.unread):,}", unread_line(report.unread))
     table.add_row("tokens", f"{report.tokens:,}", f"trained: {report.trained_tokens:,}")
     table.add_row("tokens a row", "", "  ".join(f"{name} {n:,}" for name, n in report.length_percentiles.items()))
     return table

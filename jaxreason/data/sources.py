@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxreason.data import files, hub
+from jaxreason.data.chunks import CHUNK_ROWS, Chunk, Inline
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
 
@@ -18,8 +19,9 @@ from jaxreason.errors import UserError
 class Source:
     name: str
     total: int  # sum of the chunks' weights
-    chunks: Callable[[], Iterator[files.Chunk]]
+    chunks: Callable[[], Iterator[Chunk]]
     fingerprint: str  # changes with the rows; for files by path, size and times, so it may also change without them
+    unread: tuple[str, ...] = ()  # files that are there and not read, with why
 
 
 HELD_OUT = ("test", "validation", "eval")  # splits to evaluate on, the first of them that a source has
@@ -37,8 +39,7 @@ def held_out_split(source: str) -> str | None:
     """
     if splits_itself(source):
         return "eval"
-    path = Path(source).expanduser()
-    names = _hub_splits(source) if not path.exists() and _may_be_hub(source) else files.splits(path)
+    names = _hub_splits(source) if not files.exists(source) and _may_be_hub(source) else files.splits(source)
     if not names:
         return None
     if not (found := [name for name in HELD_OUT if name in names]):
@@ -51,8 +52,8 @@ def held_out_split(source: str) -> str | None:
 
 def parts(source: str, split: str | None) -> frozenset[str]:
     """What the rows of a split are read from: two splits that share a part share rows."""
-    if (path := Path(source).expanduser()).exists() and not splits_itself(source):
-        return frozenset(str(file.resolve()) for file in files.find(source, path, split))
+    if not splits_itself(source) and files.exists(source):
+        return frozenset(str(file.resolve()) for file in files.find(source, split).paths)
     return frozenset([f"{source.partition('?')[0]}, split {split}"])
 
 
@@ -88,19 +89,20 @@ def open_source(source: str, split: str | None, max_rows: int | None, seed: int)
         from jaxreason.data import gym
 
         return _inline(source, gym.examples(source.removeprefix("reasoning-gym:"), split, max_rows, seed))
-    path = Path(source).expanduser()
-    if path.exists():
-        paths = files.find(source, path, split)
+    if files.exists(source):
+        found = files.find(source, split)
+        paths = found.paths
         # The time of the last change of a file's inode cannot be set back, as that of its content can.
         stamps = [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for f in paths]
         total = sum(map(files.weight, paths))
-        return Source(source, total, lambda: itertools.chain.from_iterable(map(files.chunks, paths)), _digest(stamps))
+        chunks = lambda: itertools.chain.from_iterable(map(files.chunks, paths))  # noqa: E731
+        return Source(source, total, chunks, _digest(stamps), tuple(found.unread))
     if _may_be_hub(source):
         name, _, config = source.partition(":")
         return _hub(name, config or None, split)
     raise UserError(
         f"data.source {source}: no such file or directory; give a {', '.join(files.SUFFIXES)} file, a directory of "
-        "them, a hub id (owner/name or owner/name:config), embedded:NAME, or reasoning-gym:NAME"
+        "them, a pattern (data/*.jsonl), a hub id (owner/name or owner/name:config), embedded:NAME, or reasoning-gym:NAME"
     )
 
 
@@ -118,10 +120,10 @@ def _hub(name: str, config: str | None, split: str | None) -> Source:
     if not isinstance(table, datasets.Dataset):
         raise UserError(f"data.source {name}: data.split {split} is not one split; known: {', '.join(table)}")
 
-    def chunks() -> Iterator[files.Chunk]:
-        for start in range(0, len(table), files.CHUNK_ROWS):
-            rows = tuple(table.select(range(start, min(start + files.CHUNK_ROWS, len(table)))))
-            yield files.Inline(f"{name} ({split})", start, rows, len(rows))
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(table), CHUNK_ROWS):
+            rows = tuple(table.select(range(start, min(start + CHUNK_ROWS, len(table)))))
+            yield Inline(f"{name} ({split})", start, rows, len(rows))
 
     stamp = [name, config, split, len(table), sorted(file["filename"] for file in table.cache_files)]
     return Source(name, len(table), chunks, _digest(stamp))
@@ -143,10 +145,10 @@ def _without_network(offline: bool) -> Iterator[None]:
 
 
 def _inline(source: str, examples: Sequence[Example]) -> Source:
-    def chunks() -> Iterator[files.Chunk]:
-        for start in range(0, len(examples), files.CHUNK_ROWS):
-            items = tuple(examples[start : start + files.CHUNK_ROWS])
-            yield files.Inline(source, start, items, len(items))
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(examples), CHUNK_ROWS):
+            items = tuple(examples[start : start + CHUNK_ROWS])
+            yield Inline(source, start, items, len(items))
 
     return Source(source, len(examples), chunks, _digest([repr(example) for example in examples]))
 

@@ -14,7 +14,7 @@ from jaxreason.errors import UserError
 from jaxreason.locks import Partial
 from jaxreason.terminal import console
 
-FORMAT = 4  # part of every cache key; raise it when parsing, rendering or this layout changes
+FORMAT = 5  # part of every cache key; raise it when parsing, rendering or this layout changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Store:
     starts: np.ndarray  # [n] int32
     answers: np.ndarray  # [n] int32, first token after the thought
     rows: np.ndarray  # [n] int64, ordinal of the row in its source
-    meta: dict  # rows, rejects {reason: {count, first}}, schemas, dtype, content: a digest of all that the arrays hold
+    meta: dict  # rows, rejects {reason: {count, first}}, formats {name: rows}, dtype, content: a digest of the arrays
 
     @property
     def lengths(self) -> np.ndarray:
@@ -58,7 +58,7 @@ class Writer:
             raise UserError(f"{self.temporary}: {error}; free some space or set data.cache_dir") from None
         self.content.update(ids)
         self.parts.append(
-            dataclasses.replace(part, ids=part.ids[:0], ordinals=part.ordinals + first_row, rejects=[])
+            dataclasses.replace(part, ids=part.ids[:0], ordinals=part.ordinals + first_row, rejects=[], formats=[])
         )
 
     def commit(self, meta: dict) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -16,12 +17,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from jaxreason.data.chunks import Chunk
 from jaxreason.data.encode import Encoded, Encoder
-from jaxreason.data.example import Example
-from jaxreason.data.files import Chunk
-from jaxreason.data.schema import SCHEMAS, detect, require_correctness
+from jaxreason.data.example import Reject
+from jaxreason.data.schema import known
 from jaxreason.data.sources import Source
 from jaxreason.data.store import FORMAT, Store, Writer, open_store
+from jaxreason.data.tally import Tally
 from jaxreason.errors import UserError
 
 _HEARTBEAT_SECONDS = 30
@@ -44,6 +46,7 @@ def tokenize(
     progress: bool,
 ) -> Store:
     """The source's examples as tokens, from ``cache`` where nothing changed. Raises UserError."""
+    known(schema)
     path = cache / "tokens" / _key(source, encoder, schema, max_rows)
     store = open_store(path)
     if store is None:
@@ -64,47 +67,24 @@ def _key(source: Source, encoder: Encoder, schema: str, max_rows: int | None) ->
 def _build(
     path: Path, source: Source, encoder: Encoder, schema: str, max_rows: int | None, workers: int, progress: bool
 ) -> None:
-    writer, rows, names = Writer(path, encoder.tokenizer.vocab_size), 0, []
-    rejects: dict[str, dict] = {}
+    writer, tally = Writer(path, encoder.tokenizer.vocab_size), Tally()
     try:
-        chunks = row_formats(source, schema, encoder.keep_only_correct)
-        for chunk, name, part in _advance(source, _encode_all(chunks, encoder, workers), progress):
-            names += [name] if name not in names else []
-            if max_rows is not None and rows + part.rows > max_rows:
-                part = _first_rows(part, max_rows - rows)
-            for _, reason, key in part.rejects:
-                if reason not in rejects:
-                    rejects[reason] = {"count": 0, "first": chunk.place(key)}
-                rejects[reason]["count"] += 1
-            writer.add(part, rows)
-            rows += part.rows
-            if rows == max_rows:
+        for chunk, part in _advance(source, _encode_all(source.chunks(), encoder, schema, workers), progress):
+            if max_rows is not None and tally.rows + part.rows > max_rows:
+                part = _first_rows(part, max_rows - tally.rows)
+            for _, reason, key, detail in part.rejects:
+                tally.reject(Reject(reason, detail), functools.partial(chunk.place, key))
+            tally.formats.update(filter(None, part.formats))
+            writer.add(part, tally.rows)
+            tally.rows += part.rows
+            if tally.rows == max_rows:
                 break
-        if not rows:
+        if not tally.rows:
             raise UserError(f"data.source {source.name}: holds no rows")
-        writer.commit({"rows": rows, "rejects": rejects, "schemas": names})
+        writer.commit({"rows": tally.rows, "rejects": tally.rejects, "formats": dict(tally.formats)})
     except BaseException:
         writer.discard()
         raise
-
-
-def row_formats(source: Source, schema: str, keep_only_correct: bool) -> Iterator[tuple[Chunk, str]]:
-    """Every chunk with the format of its file, detected on the file's first row or named. Raises UserError."""
-    if schema != "auto" and schema not in SCHEMAS:
-        raise UserError(f"data.schema {schema}: no such row format; known: auto, {', '.join(SCHEMAS)}")
-    names: dict[str, str] = {}
-    for chunk in source.chunks():
-        if chunk.origin not in names:
-            key, row = next(chunk.rows(), (0, None))
-            if row is None:
-                continue  # blank lines only
-            if isinstance(row, Example):
-                names[chunk.origin] = "example"
-            else:
-                names[chunk.origin] = detect(row.keys(), chunk.place(key)) if schema == "auto" else schema
-                if keep_only_correct:
-                    require_correctness(row.keys(), chunk.place(key))
-        yield chunk, names[chunk.origin]
 
 
 def _first_rows(part: Encoded, count: int) -> Encoded:
@@ -116,7 +96,8 @@ def _first_rows(part: Encoded, count: int) -> Encoded:
         part.answers[:keep],
         part.ordinals[:keep],
         count,
-        [reject for reject in part.rejects if reject[0] < count],
+        [reject for reject in part.rejects if reject.ordinal < count],
+        part.formats[:count],
     )
 
 
@@ -144,12 +125,12 @@ def _work(chunk: Chunk, schema: str) -> Encoded:
 
 
 def _encode_all(
-    chunks: Iterator[tuple[Chunk, str]], encoder: Encoder, workers: int
-) -> Iterator[tuple[Chunk, str, Encoded]]:
+    chunks: Iterator[Chunk], encoder: Encoder, schema: str, workers: int
+) -> Iterator[tuple[Chunk, Encoded]]:
     """Encoded chunks in order. Only a few are read ahead, so memory does not grow with the data."""
     began = time.monotonic()
-    for chunk, schema in chunks:
-        yield chunk, schema, encoder.chunk(chunk, schema)
+    for chunk in chunks:
+        yield chunk, encoder.chunk(chunk, schema)
         if workers and time.monotonic() - began > _PATIENCE_SECONDS:
             break
     else:
@@ -158,16 +139,16 @@ def _encode_all(
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(encoder,)
     )
-    waiting: collections.deque[tuple[Chunk, str, concurrent.futures.Future[Encoded]]] = collections.deque()
+    waiting: collections.deque[tuple[Chunk, concurrent.futures.Future[Encoded]]] = collections.deque()
     try:
-        for chunk, schema in chunks:
-            waiting.append((chunk, schema, pool.submit(_work, chunk, schema)))
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_work, chunk, schema)))
             if len(waiting) > 2 * workers:
-                chunk, schema, future = waiting.popleft()
-                yield chunk, schema, future.result()
+                chunk, future = waiting.popleft()
+                yield chunk, future.result()
         while waiting:
-            chunk, schema, future = waiting.popleft()
-            yield chunk, schema, future.result()
+            chunk, future = waiting.popleft()
+            yield chunk, future.result()
     except BrokenProcessPool:
         raise UserError(
             f"a tokenizing process died, most likely out of memory, near {chunk.place(0)}; set data.workers=0 or fewer"
@@ -176,19 +157,17 @@ def _encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _advance(
-    source: Source, parts: Iterator[tuple[Chunk, str, Encoded]], progress: bool
-) -> Iterator[tuple[Chunk, str, Encoded]]:
+def _advance(source: Source, parts: Iterator[tuple[Chunk, Encoded]], progress: bool) -> Iterator[tuple[Chunk, Encoded]]:
     """The parts, with a progress bar on a terminal and a line now and then in a log."""
     console, done, rows, told = Console(stderr=True), 0, 0, time.monotonic()
     columns = (TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"))
     bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not (progress and console.is_terminal))
     with bar:
         task = bar.add_task("", total=source.total, rows=0)
-        for chunk, schema, part in parts:
+        for chunk, part in parts:
             done, rows = done + chunk.weight, rows + part.rows
             bar.update(task, completed=done, rows=rows)
             if progress and not console.is_terminal and time.monotonic() - told > _HEARTBEAT_SECONDS:
                 console.print(f"tokenizing {source.name}: {done / source.total:.0%}, {rows:,} rows")
                 told = time.monotonic()
-            yield chunk, schema, part
+            yield chunk, part

@@ -5,17 +5,20 @@ from typing import Literal
 
 from jaxreason.rewards import values
 from jaxreason.rewards.sample import Sample, final_span
-from jaxreason.text import ANSWER_CLOSE, ANSWER_OPEN, boxed, has_box, last_boxed, unwrap
+from jaxreason.text import ANSWER_CLOSE, ANSWER_OPEN, MAX_ANSWER_CHARS, boxed, has_box, last_boxed, unwrap, without_emphasis
 
 AnswerIn = Literal["auto", "boxed", "tag", "text"]
-_LEAD_IN = re.compile(r"(?:(?:so,?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?|####)\s*", re.IGNORECASE)
+_LEAD_IN = re.compile(
+    r"(?:(?:#{1,6}\s+)?(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer(?:\s*(?:is|:|=)\s*:?|\s*\n)|####)\s*",
+    re.IGNORECASE,
+)
 
 
 def extract(sample: Sample, *, answer_in: AnswerIn = "auto") -> list[str]:
     r"""Every answer given in the final span, in order, without its box or tags; empty when there is none.
 
     ``boxed`` takes ``\boxed{}``; ``tag`` takes ``<answer></answer>``; ``text`` takes the whole span, which may begin
-    with "The answer is", "Answer:" or "####" and is never searched for numbers. ``auto`` takes boxes if there is one,
+    with "The answer is", "**Answer:**" or "####" and is never searched for numbers. ``auto`` takes boxes if there is one,
     else tags if there is one, else the text. An unterminated box, or an unpaired tag, is no answer.
     """
     span = final_span(sample)
@@ -26,6 +29,7 @@ def extract(sample: Sample, *, answer_in: AnswerIn = "auto") -> list[str]:
     if answer_in == "tag" or (answer_in == "auto" and (ANSWER_OPEN in span or ANSWER_CLOSE in span)):
         return _tagged(span)
     text = span.strip()
+    text = without_emphasis(text) if len(text) <= MAX_ANSWER_CHARS else text
     return [text[match.end() :] if (match := _LEAD_IN.match(text)) else text] if text else []
 
 

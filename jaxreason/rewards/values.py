@@ -9,14 +9,18 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from jaxreason.errors import UserError
-from jaxreason.text import MAX_ANSWER_CHARS
+from jaxreason.rewards import closeness, exact, units
+from jaxreason.text import MAX_ANSWER_CHARS, without_emphasis
 
-Kind = Literal["number", "words", "expression"]
+Kind = Literal["number", "notation", "words", "expression"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An answer as read: ``text`` is its normal form, ``number`` its exact value where it is a plain number."""
+    """An answer as read: ``text`` is its normal form, ``number`` its exact value where it is a plain number.
+
+    A ``notation`` is a numeral of another base, a clock time or a ratio, in the normal form of ``exact.notation``.
+    """
 
     raw: str
     text: str
@@ -24,26 +28,6 @@ class Value:
     number: Fraction | None = None
     unit: str = ""  # canonical, "%" for percent; the number is not scaled by it
 
-
-_UNITS = {
-    alias: aliases.split()[0]
-    for aliases in (
-        "cm centimeter centimeters centimetre centimetres", "mm millimeter millimeters millimetre millimetres",
-        "km kilometer kilometers kilometre kilometres", "meter meters metre metres", "inch inches in", "foot feet ft",
-        "yard yards yd", "mile miles mi", "unit units", "kg kilogram kilograms", "gram grams",
-        "mg milligram milligrams", "pound pounds lb lbs", "ounce ounces oz", "ton tons",
-        "second seconds sec", "minute minutes min",
-        "hour hours hr hrs", "day days", "week weeks", "month months", "year years", "liter liters litre litres",
-        "ml milliliter milliliters", "gallon gallons", "degree degrees", "radian radians", "dollar dollars usd",
-        "cent cents", "euro euros", "mph", "people person persons", "% percent",
-    )
-    for alias in aliases.split()
-}  # fmt: skip
-_UNIT = re.compile(
-    r"(?:(?P<power>square|sq|cubic)\s+)?(?P<word>[a-z]+|%)\s*(?:\^\s*\{?\s*(?P<exponent>[23])\s*\}?|(?P<raised>[²³]))?"
-    r"(?:\s*(?:/|per)\s*(?P<per>[a-z]+))?"
-)
-_POWERS = {"square": "2", "sq": "2", "cubic": "3", "²": "2", "³": "3"}
 
 # Digits are spelled [0-9]: \d, int() and Fraction() would take any script's digits.
 _INT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
@@ -61,6 +45,7 @@ _NUMBER = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
+_SPOKEN = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -72,7 +57,7 @@ _REWRITES = [
         (r"\\%", "%"),
         (r"\{,\}", ","),
         (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|°", " degrees"),
-        (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
+        (_SPOKEN, r" \1 "),
         (r"\s+", " "),
     )
 ]
@@ -86,15 +71,19 @@ def read(raw: str) -> Value | None:
     """The value of a written answer, without its box; None for nothing, for over ``MAX_ANSWER_CHARS``, for foreign digits.
 
     Numbers are integers, decimals, thousands commas, fractions, mixed numbers and scientific notation with exponents
-    of at most three digits, with an optional currency sign before and a percent sign or a known unit after. Digits
-    are ASCII: a text with any other script's digits is not an answer. Words are letters only and ignore case.
+    of at most three digits, with an optional currency sign before and a percent sign or a unit after (``units.read``).
+    Digits are ASCII: a text with any other script's digits is not an answer. Words are letters only and ignore case.
+    Markdown's emphasis around an answer is left out.
     """
     if len(raw) > MAX_ANSWER_CHARS or any(c.isdigit() and not c.isascii() and c not in "²³" for c in raw):
         return None
     text = _normalise(raw)
     if not text:
         return None
-    if (found := _read_number(text)) is not None:
+    if (form := exact.notation(text)) is not None:
+        return Value(raw, form, "notation")
+    spoken = frozenset(_LETTERS.findall(" ".join(_SPOKEN.findall(raw)).lower()))
+    if (found := _read_number(text, spoken)) is not None:
         return Value(raw, text, "number", *found)
     if _WORDS.fullmatch(text):
         return Value(raw, text.casefold(), "words")
@@ -105,21 +94,45 @@ def same(gold: Value, answer: Value, symbolic: Literal["auto", "never"]) -> bool
     """Whether ``answer`` means ``gold``; None where the gold is no mathematics that can be read.
 
     Two numbers are compared exactly, so 0.333 is not 1/3. Units must agree where both have one; a percent sign that
-    only one side has may be missing or may mean hundredths. Otherwise equal normal forms are the same, prose is never
-    more than its letters, and what is left goes to math-verify, gold first. ``symbolic="never"`` leaves it unequal.
+    only one side has may be missing or may mean hundredths. Numerals of another base, clocks and ratios are compared as such
+    (``exact.same_notation``). Otherwise equal normal forms are the same, and prose is never more than its letters.
+    ``symbolic="never"`` leaves the rest unequal. Else arithmetic is worked out exactly, and what is left goes to math-verify,
+    gold first, whose numbers must also agree in 30 digits: its own comparison rounds.
     Raises UserError where math-verify is needed to read the gold and is not installed.
     """
-    # math-verify drops every unit, so a gold with one is left to the exact comparison.
-    mathematical = symbolic == "auto" and not gold.unit and not _is_prose(gold)
-    if mathematical and gold.kind == "expression" and not _parse(_formula(gold)):
-        return None
+    if "notation" in (gold.kind, answer.kind):
+        return _same_notation(gold, answer)
     if gold.number is not None and answer.number is not None:
         return _same_number(gold.number, gold.unit, answer.number, answer.unit)
+    # math-verify drops every unit, so a gold with one is left to the exact comparison.
+    mathematical = symbolic == "auto" and not gold.unit and not _is_prose(gold)
+    values = [_worked_out(value) for value in (gold, answer)] if mathematical and not _is_prose(answer) else [None, None]
+    if mathematical and gold.kind == "expression" and values[0] is None and not _parse(_formula(gold)):
+        return None
     if gold.text == answer.text:
         return True
+    if None not in values:
+        return "too large" not in values and values[0] == values[1]
     if not mathematical or _is_prose(answer) or not is_math_verify_installed():
         return False
     return _verify(_formula(gold), _formula(answer))
+
+
+def _same_notation(gold: Value, answer: Value) -> bool:
+    if gold.kind == answer.kind:
+        return exact.same_notation(gold.text, answer.text)
+    form, number = (gold.text, answer.number) if gold.kind == "notation" else (answer.text, gold.number)
+    return number is not None and exact.ratio(form) == number
+
+
+def _worked_out(value: Value) -> Fraction | Literal["too large"] | None:
+    """The exact value of a number or of arithmetic with rational value, without a unit; None of anything else."""
+    if value.number is not None:
+        return None if value.unit else value.number
+    try:
+        return exact.rational(_normalise(value.raw)) if value.kind == "expression" else None
+    except exact.TooLarge:
+        return "too large"
 
 
 @functools.cache
@@ -131,14 +144,16 @@ def _normalise(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip(".,;: ")
+    if len(text) <= MAX_ANSWER_CHARS:
+        text = without_emphasis(text)
     inner = text[1:-1]
     wrapped = text[:1] + text[-1:] in ("()", "{}") and not re.search(r"[(){},]", inner)
     return inner.strip() if wrapped else text
 
 
-def _read_number(text: str) -> tuple[Fraction, str] | None:
+def _read_number(text: str, spoken: frozenset[str]) -> tuple[Fraction, str] | None:
     match = _NUMBER.fullmatch(text)
-    unit = _read_unit(match["tail"].strip()) if match else None
+    unit = units.read(match["tail"].strip(), spoken) if match else None
     if match is None or unit is None:
         return None
     whole = _exact(match["whole"] or match["mixed"] or "0")
@@ -155,22 +170,11 @@ def _exact(digits: str) -> Fraction:
     return Fraction(digits.replace(",", ""))
 
 
-def _read_unit(tail: str) -> str | None:
-    """The canonical unit; None where ``tail`` is something else, such as a variable, ``million`` or ``or 3``."""
-    if not tail:
-        return ""
-    match = _UNIT.fullmatch(tail.lower())
-    if match is None or match["word"] not in _UNITS or (match["per"] and match["per"] not in _UNITS):
-        return None
-    power = match["exponent"] or _POWERS.get(match["power"] or match["raised"], "")
-    return _UNITS[match["word"]] + power + ("/" + _UNITS[match["per"]] if match["per"] else "")
-
-
 def _same_number(gold: Fraction, gold_unit: str, answer: Fraction, answer_unit: str) -> bool:
     if (gold_unit == "%") != (answer_unit == "%"):
         percent, plain = (gold, answer) if gold_unit == "%" else (answer, gold)
         return not (gold_unit and answer_unit) and plain in (percent, percent / 100)
-    return gold == answer and (gold_unit == answer_unit or not gold_unit or not answer_unit)
+    return gold == answer and units.agree(gold_unit, answer_unit)
 
 
 def _is_prose(value: Value) -> bool:
@@ -214,7 +218,6 @@ def _parse(formula: str) -> tuple:
 
 def _verify(gold: str, answer: str) -> bool:
     """Raises what sympy raises: a comparison that breaks is an error, not a wrong answer."""
-    parsed = _parse(gold), _parse(answer)
-    return all(parsed) and load_math_verify().verify(
-        list(parsed[0]), list(parsed[1]), timeout_seconds=None, raise_on_error=True
-    )
+    golds, answers = _parse(gold), _parse(answer)
+    verify = functools.partial(load_math_verify().verify, timeout_seconds=None, raise_on_error=True)
+    return bool(golds and answers and verify(list(golds), list(answers))) and closeness.any_close(golds, answers)

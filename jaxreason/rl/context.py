@@ -11,7 +11,7 @@ from collections.abc import Sequence as Many
 
 from jaxreason import config as cfg
 from jaxreason import plugins
-from jaxreason.data.chat import Chat
+from jaxreason.data.chat import Chat, Refused
 from jaxreason.data.example import Reject
 from jaxreason.data.prompts import Prompt, Prompts
 from jaxreason.data.tokenizer import Tokenizer
@@ -74,6 +74,8 @@ class TeacherPrompts:
         user = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], self.settings.prompt)
         try:
             return tuple(self.tokenizer.encode(self.chat.render_prompt(prompt.instead(user))))
+        except Refused:
+            raise
         except Reject:
             return ()
 

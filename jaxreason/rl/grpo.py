@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import sampler as samplers
+from jaxreason.checkpoint import write_json
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
+from jaxreason.data.report import formats_line, unread_line
 from jaxreason.errors import present
 from jaxreason.evaluate.accuracy import grading_of
 from jaxreason.model import ModelConfig, param_count
@@ -43,7 +45,16 @@ from jaxreason.train.loop import Loop, Span
 from jaxreason.train.measure import Meter
 from jaxreason.train.offload import Shelf
 from jaxreason.train.scoring import FrozenModel, ScoringModel, moved
-from jaxreason.train.setup import Other, Setup, held_out_problems, open_model, open_teacher, start_state, starting_model
+from jaxreason.train.setup import (
+    Other,
+    Setup,
+    check_held_out,
+    held_out_problems,
+    open_model,
+    open_teacher,
+    start_state,
+    starting_model,
+)
 from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_sum_of_squares, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
@@ -55,6 +66,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     """Runs the config, or resumes it, and returns its summary; None where it was stopped. Raises UserError."""
     # ---- inputs: nothing here starts a device
     folder = RunFolder(config)
+    check_held_out(config)
     inputs = open_inputs(config, folder)
     setup, objective, model = inputs.setup, inputs.objective, inputs.setup.config
     problems = held_out_problems(config, setup, inputs.chat)
@@ -95,6 +107,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     ):
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
+            write_json(folder.path / "data_report.json", inputs.prompts.report(config.data.source))
         state, carried = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
         reference = restored_reference(config, loop, model, mesh)
         others = scoring_models(config, inputs, score, shapes, mesh, reference)
@@ -155,11 +168,13 @@ class Inputs:
     def rows(self, config: cfg.GrpoConfig, shapes: Shapes, problems: Prompts | None, total: int) -> list[tuple[str, str]]:
         """The table at the start."""
         model, rollout, again = self.setup.config, config.rollout, config.second_turn
-        dropped = "".join(f", {n} {reason}" for reason, n in self.prompts.dropped.items())
+        tally = self.prompts.tally
         return [
             ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
             ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
-            ("problems", f"{len(self.prompts)} of {self.prompts.rows} rows{dropped}"),
+            ("problems", f"{len(self.prompts):,} of {tally.rows:,} rows ({formats_line(tally.formats)})"),
+            *((f"dropped: {reason}", f"{n:,}, first: {tally.first_dropped[reason]}") for reason, n in tally.dropped.items()),
+            *([("files not read", unread_line(self.prompts.unread))] if self.prompts.unread else []),
             ("held out", f"{len(problems)} problems" if problems else "none"),
             ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most "
                         f"{rollout.max_completion_tokens} tokens, {rollout.slots} slots"),

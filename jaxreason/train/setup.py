@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason.data.chat import Chat
-from jaxreason.data.pipeline import held_out_source
+from jaxreason.data.pipeline import held_out_source, too_few_rows
 from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
@@ -116,6 +116,23 @@ def _source(weights: str, folder: RunFolder | None, resolved: cfg.Resolved) -> W
     return dataclasses.replace(own, held=None)  # the run itself may delete it
 
 
+def check_held_out(config: cfg.RunConfig) -> None:
+    """Raises UserError with all that a config wants to hold out and its data do not have, before anything large is read."""
+    lacks = [_no_problems(config), too_few_rows(config.data) if isinstance(config.data, cfg.Data) else None]
+    if found := [lack for lack in lacks if lack]:
+        raise UserError("; and ".join(found))
+
+
+def _no_problems(config: cfg.RunConfig) -> str | None:
+    data = config.data
+    if not config.eval.problems or splits_itself(data.source) or data.eval_source is not None or data.eval_split is not None:
+        return None
+    return (
+        f"eval.problems={config.eval.problems} needs problems with answers that are not trained on: set data.eval_source to "
+        "them, or eval.problems=0"
+    )
+
+
 def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompts | None:
     """Problems for evaluation: of ``data.eval_source``, or the task's own held-out ones where a program writes it.
 
@@ -124,8 +141,8 @@ def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompt
     if not config.eval.problems:
         return None
     data = config.data
-    if not splits_itself(data.source) and data.eval_source is None and data.eval_split is None:
-        raise UserError("eval.problems needs problems with answers that are not trained on: set data.eval_source")
+    if lack := _no_problems(config):
+        raise UserError(lack)
     source, split = held_out_source(data)
     changes = {"source": source, "split": split, "max_rows": config.eval.problems}
     return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, _HELD_OUT_SEED, chat=chat)

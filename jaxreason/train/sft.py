@@ -33,6 +33,7 @@ from jaxreason.train.setup import (
     Other,
     Setup,
     abstract_batch,
+    check_held_out,
     held_out_problems,
     open_model,
     open_teacher,
@@ -52,6 +53,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     """Runs the config, or resumes it, and returns its summary; None where it was stopped. Raises UserError."""
     # ---- inputs: nothing here starts a device
     folder = RunFolder(config)
+    check_held_out(config)
     setup, loss = open_model(config, folder), find_loss(config)
     compared, resolved = compared_with(config, loss, setup)
     data = prepare(config.data, setup.tokenizer, config.run.seed, progress=not console.quiet)
