@@ -30,6 +30,7 @@ _FILES = {
     "chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "generation_config.json",
 }  # fmt: skip
 _GENERATION = "generation_config.json"  # of these the model's own, which may have come by another way
+_OPENED_HERE = ("backend", "is_local", "local_files_only", "name_or_path", "processor_class")  # of a tokenizer_config.json
 _PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>")
 
 
@@ -124,6 +125,7 @@ class Tokenizer:
         place.mkdir(parents=True, exist_ok=True)
         with Partial(place / "tokenizer") as partial:
             hf.save_pretrained(str(partial.path))
+            _portable(partial.path / "tokenizer_config.json")
             write_sums(partial.path)
             for file in sorted(partial.path.iterdir(), key=lambda file: file.name == SUMS):
                 os.replace(file, place / file.name)
@@ -231,6 +233,13 @@ def _hub_generation_config(name: str, offline: bool) -> dict:
     except (EntryNotFoundError, HfHubHTTPError, OSError):
         return {}  # many repositories have none; the tokenizer's own stop tokens remain
     return read_json(Path(path))
+
+
+def _portable(path: Path) -> None:
+    """Rewrites a tokenizer_config.json so that transformers 4 and llama.cpp open it: its class by the name that every version
+    has, and without what says how it was opened here."""
+    found = {key: value for key, value in read_json(path).items() if key not in _OPENED_HERE}
+    path.write_text(json.dumps(found | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1, ensure_ascii=False))
 
 
 def _fast(hf: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerFast":
