@@ -16,6 +16,7 @@ from jaxreason.config.run import ALGORITHMS, RunConfig
 from jaxreason.config.schema import Section
 from jaxreason.config.text import read_yaml
 from jaxreason.errors import UserError
+from jaxreason.paths import expanded
 from jaxreason.plugins import nearest
 
 AnySection = typing.TypeVar("AnySection", bound=Section)
@@ -23,7 +24,7 @@ AnySection = typing.TypeVar("AnySection", bound=Section)
 
 def find(name: str) -> Path:
     """The YAML file that ``--config NAME|PATH`` means. Raises UserError with the known names."""
-    path = Path(name)
+    path = expanded(name, "--config")
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path

@@ -12,6 +12,7 @@ from typing import Any
 from jaxreason.data import files, hub
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
+from jaxreason.paths import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def held_out_split(source: str) -> str | None:
     """
     if splits_itself(source):
         return "eval"
-    path = Path(source).expanduser()
+    path = expanded(source, "data.source")
     names = _hub_splits(source) if not path.exists() and _may_be_hub(source) else files.splits(path)
     if not names:
         return None
@@ -51,7 +52,7 @@ def held_out_split(source: str) -> str | None:
 
 def parts(source: str, split: str | None) -> frozenset[str]:
     """What the rows of a split are read from: two splits that share a part share rows."""
-    if (path := Path(source).expanduser()).exists() and not splits_itself(source):
+    if (path := expanded(source, "data.source")).exists() and not splits_itself(source):
         return frozenset(str(file.resolve()) for file in files.find(source, path, split))
     return frozenset([f"{source.partition('?')[0]}, split {split}"])
 
@@ -88,7 +89,7 @@ def open_source(source: str, split: str | None, max_rows: int | None, seed: int)
         from jaxreason.data import gym
 
         return _inline(source, gym.examples(source.removeprefix("reasoning-gym:"), split, max_rows, seed))
-    path = Path(source).expanduser()
+    path = expanded(source, "data.source")
     if path.exists():
         paths = files.find(source, path, split)
         # The time of the last change of a file's inode cannot be set back, as that of its content can.

@@ -15,6 +15,7 @@ from jaxreason.data import hub
 from jaxreason.data.directory import SUMS, check_sums, find, read_json, write_sums
 from jaxreason.errors import UserError
 from jaxreason.locks import Partial
+from jaxreason.paths import expanded
 from jaxreason.text import LITERAL_CLOSE, LITERAL_OPEN, without_marks
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Tokenizer:
 def load(name_or_dir: str | Path) -> Tokenizer:
     """A tokenizer from a directory, a hub id, or ``embedded``. Raises UserError. Remote code is never run."""
     name = str(name_or_dir)
-    path = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    path = EMBEDDED if name == "embedded" else expanded(name, "tokenizer")
     if path.exists() or name == "embedded" or not hub.ID.match(name):
         return _load_directory(path)
     offline = hub.offline()

@@ -125,7 +125,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
             record |= meter(np.array([s.length for s in sequences]), times["update"], passes=updates / shapes.minibatches)
             record |= coefs.after(record)
-            samples.write(step, sequences)
+            loop.note(samples.write, step, sequences)
             watch(step, record)
             refresh(config, others, state, step)
             loop.end(state, record, {"cursor": cursor} | coefs.state(), functools.partial(kept_reference, config, others))

@@ -10,6 +10,7 @@ A loop is then its own steps and nothing else:
         return loop.finish()
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -70,6 +71,7 @@ class Loop:
         self._trace = Trace(folder.path / "profile", config.train.profile_steps, span.total)
         self._counters: dict[str, float] = {"trained_tokens": 0.0, "train_seconds": 0.0}
         self._step, self._stopped, self._unmeasured = self._start, False, False
+        self._unwritten: OSError | None = None
 
     # ---- around the loop
 
@@ -83,14 +85,13 @@ class Loop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._trace.close()
-        self._log.close()
-        self._interrupt.restore()
-        try:
+        with contextlib.ExitStack() as last:  # from the last line to the first, whatever another of them raises
+            last.callback(self._folder.release)
             # Whatever happened since, what was being saved is saved whole: the run goes on from there.
-            self._checkpoints.wait()
-        finally:
-            self._folder.release()
+            last.callback(self._checkpoints.wait)
+            last.callback(self._interrupt.restore)
+            last.callback(self._log.close)
+            last.callback(self._trace.close)
 
     def restore(
         self, abstract: TrainState, fresh: Callable[[], TrainState]
@@ -139,6 +140,15 @@ class Loop:
         """The tree ``more[name]`` of the checkpoint that the run goes on from; None for a new run. After :meth:`restore`."""
         return None if self._folder.resume is None else self._checkpoints.restore_more(self._folder.resume, name, abstract)
 
+    def note(self, write: Callable[..., None], *what: Any) -> None:
+        """``write(*what)``, a line of this step in a file of the run. Where the system refuses it (a full disk), the run is
+        told to stop: :meth:`end` saves the step first and then raises what was refused."""
+        try:
+            write(*what)
+        except OSError as error:
+            self._unwritten = self._unwritten or error
+            self._interrupt.requested = True
+
     def end(
         self, state: TrainState, record: dict[str, float], data: Any, more: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
@@ -153,12 +163,14 @@ class Loop:
         self._counters["train_seconds"] += now - self._clock
         self._clock = now
         self._counters["trained_tokens"] += record["tokens"] * self._span.updates
-        self._log.write(step, record)
+        self.note(self._log.write, step, record)
         self._checkpoints.check()
         self._stopped = self._interrupt.agreed() or step == self._span.total
         saved = {"data": data, "counters": dict(self._counters)}
         if keep := self._stopped or bool(every.save_every and step % every.save_every == 0):
             self._checkpoints.save(state, saved, self._model, more())
+        if self._unwritten:
+            raise self._unwritten
         if self._due(step):
             self._log.amend(self._measured(state))
         if self._unmeasured and not keep:
