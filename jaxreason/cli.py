@@ -203,6 +203,19 @@ def report(argv: Sequence[str] | None = None) -> None:
 
 
 @command
+def replay(argv: Sequence[str] | None = None) -> None:
+    """Runs a step again whose loss or gradient was not finite: loss, gradient norms, and the rows it comes from."""
+    parser = argparse.ArgumentParser(prog="replay.py", description=replay.__doc__)
+    parser.add_argument("run", metavar="RUN", help="the folder of a run that kept such a batch")
+    parser.add_argument("--update", type=int, metavar="N", help="optimizer update of the batch; default: the newest kept")
+    args = parser.parse_args(argv)
+    _start()
+    from jaxreason.replay import replay as work
+
+    work(args.run, args.update)
+
+
+@command
 def plan(argv: Sequence[str] | None = None) -> None:
     """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
     parser = argparse.ArgumentParser(prog="plan.py", description=plan.__doc__)

@@ -34,6 +34,7 @@ RESUMABLE = frozenset(
         "train.save_every",
         "train.keep_checkpoints",
         "train.eval_every",
+        "train.max_skipped_updates",
         "train.profile_steps",
         "train.tensorboard",
         "train.wandb",

@@ -178,6 +178,9 @@ class Train(Section):
     """Steps between checkpoints; 0: only the last step."""
     keep_checkpoints: Positive = 2
     """Older checkpoints are deleted."""
+    max_skipped_updates: NonNegative | None = None
+    """Updates of a run whose loss or gradient is not finite that are skipped (weights and moments stay bit for bit) before
+    one more ends it, after saving; null: the first one ends it. Their batches are kept for ``scripts/replay.py``."""
     eval_every: NonNegative = 0
     """Steps between evaluations; 0: only at the end."""
     profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
