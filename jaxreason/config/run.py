@@ -38,6 +38,8 @@ RESUMABLE = frozenset(
         "train.profile_steps",
         "train.tensorboard",
         "train.wandb",
+        "train.trackio",
+        "train.mlflow",
         "eval",
         "mesh",
         "resolved",

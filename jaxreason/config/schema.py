@@ -189,6 +189,10 @@ class Train(Section):
     """Also write TensorBoard events (needs the package tensorboardX)."""
     wandb: str | None = None
     """Also log to this Weights & Biases project (needs the package wandb)."""
+    trackio: str | None = None
+    """Also log to this trackio project (needs the package trackio)."""
+    mlflow: str | None = None
+    """Also log to this MLflow experiment, where ``MLFLOW_TRACKING_URI`` says (needs the package mlflow)."""
 
     @model_validator(mode="after")
     def _one_length(self):
