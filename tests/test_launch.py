@@ -70,7 +70,8 @@ def test_slurm_puts_a_job_back_that_was_told_to_stop(srun, requeued, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     for name, text in {
-        "srun": f'echo "$@" > {tmp_path}/asked; kill -TERM $PPID; sleep 0.2; exit {srun}', "scontrol": f'echo "$@" > {tmp_path}/requeued',
+        "srun": f'echo "$@" > {tmp_path}/asked; kill -TERM $PPID; sleep 0.2; exit {srun}',
+        "scontrol": f'echo "$@" > {tmp_path}/requeued',
     }.items():  # fmt: skip
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -83,14 +84,13 @@ def test_slurm_puts_a_job_back_that_was_told_to_stop(srun, requeued, tmp_path):
 
 def check_policy(job: dict) -> None:
     """Told to stop: tried again and not counted. An error that a person mends: not tried again."""
-    actions = {
-        code: rule["action"] for rule in job["podFailurePolicy"]["rules"] for code in rule.get("onExitCodes", {}).get("values", [])
-    }
+    rules = job["podFailurePolicy"]["rules"]
+    actions = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
     assert actions == {2: "FailJob", cli.STOPPED: "Ignore", 128 + signal.SIGTERM: "Ignore"}
-    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in job["podFailurePolicy"]["rules"]
+    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in rules
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # Kubernetes takes a policy of pod failures with nothing else
-    names = {rule["onExitCodes"]["containerName"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule}
+    names = {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule}
     assert names == {pod["containers"][0]["name"]}
     secrets = {one["name"]: one["valueFrom"] for one in pod["containers"][0]["env"] if "secretKeyRef" in one.get("valueFrom", {})}
     assert secrets.keys() == {"HF_TOKEN", "WANDB_API_KEY"} and all(s["secretKeyRef"]["optional"] for s in secrets.values())
@@ -113,7 +113,8 @@ def test_dockerfile():
     """What it copies is here, and what the commands of the launch files need is copied."""
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     copied = {name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]}
-    assert all((ROOT.parent / name).exists() for name in copied) and {"scripts", "configs", "jaxreason", "pyproject.toml"} <= copied
+    assert all((ROOT.parent / name).exists() for name in copied)
+    assert {"scripts", "configs", "jaxreason", "pyproject.toml"} <= copied
     assert "WORKDIR /jaxreason" in lines and any(".[cuda13,math]" in line for line in lines)
 
 
