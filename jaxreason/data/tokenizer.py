@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,9 +66,15 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The same for many texts; without character offsets, which take a third of the time.
 
-        What a chat has marked as somebody's text (``text.LITERAL_OPEN``) is encoded as the characters that it is.
+        What a chat has marked as somebody's text (``text.LITERAL_OPEN``) is encoded as the characters that it is. Raises
+        UserError for half of a surrogate pair.
         """
-        encodings = self.hf.backend_tokenizer.encode_batch_fast([without_marks(text) for text in texts], add_special_tokens=False)
+        plain = [without_marks(text) for text in texts]
+        try:
+            encodings = self.hf.backend_tokenizer.encode_batch_fast(plain, add_special_tokens=False)
+        except TypeError:
+            bad = next((text for text in plain if re.search("[\ud800-\udfff]", text)), "")
+            raise UserError(f"{bad[:60]!r} holds half of a surrogate pair, which is no Unicode text; mend or drop it") from None
         ids = [encoding.ids for encoding in encodings]
         for at, text in enumerate(texts):
             if LITERAL_OPEN in text:
