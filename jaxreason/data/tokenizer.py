@@ -206,7 +206,10 @@ def _load_directory(path: Path) -> Tokenizer:
         return Tokenizer(hf, _generation_config(path))
     except UserError:
         raise
-    except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json, and so does its encoder
+    except BaseException as error:
+        # The Rust parser raises bare Exception for a damaged tokenizer.json, and so does its encoder, or a panic, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"tokenizer {path}: cannot be read: {hub.reason(error)}") from None
 
 

@@ -7,6 +7,9 @@ import fuzz
 import harness
 import pytest
 
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+
 COUNTS = {"tokenizer_files_of": 12, "template": 40}  # the others: 60
 
 
@@ -21,6 +24,15 @@ def test_a_hostile_input_is_one_message(door, doors):
     refused, failed = fuzz.fuzz(doors, door, range(count))
     assert not failed
     assert 0.2 * count < refused, "inputs that are all taken test nothing"
+
+
+def test_values_that_are_nested_too_deeply_are_refused(doors):
+    """Found by config_values 6950: pydantic does not write what is nested 255 deep."""
+    deep = "x"
+    for _ in range(400):
+        deep = [deep]
+    with pytest.raises(UserError, match="nested more than 50 deep"):
+        cfg.build(doors.bases["sft"] | {"loss": {"name": "nll", "options": {"a": deep}}})
 
 
 def test_inputs_are_made_again_from_their_number():
