@@ -195,7 +195,8 @@ def test_a_tokenizer_that_panics_is_one_message(tmp_path):
     data_helpers.llama().save(tmp_path)
     (tmp_path / "SHA256SUMS").unlink()
     processor = json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]
-    edit_json(tmp_path / "tokenizer.json", post_processor=processor | {"single": [{"SpecialToken": {"id": "none", "type_id": 0}}]})
+    single = [{"SpecialToken": {"id": "none", "type_id": 0}}]
+    edit_json(tmp_path / "tokenizer.json", post_processor=processor | {"single": single})
     with pytest.raises(UserError, match="tokenizer .*cannot be read"):
         load(tmp_path)
 
