@@ -263,7 +263,7 @@ def ends_of(uses: list[Use], steps: int) -> tuple[Use, Use]:
         return Use(part[-1].step, *(statistics.median_low([getattr(use, name) for use in part]) for name in names))
 
     early = [use for use in uses if steps * 0.1 <= use.step <= steps * 0.3]
-    late = [use for use in uses if use.step >= steps * 0.8]
+    late = [use for use in uses if steps * 0.8 <= use.step < steps]  # after the last step it lets go of everything
     return middle(early or uses[:1]), middle(late or uses[-1:])
 
 
