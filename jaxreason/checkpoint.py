@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -40,7 +40,8 @@ MANIFEST, MODEL, UNFINISHED = "manifest.json", "model.json", "unfinished"
 _NAME = re.compile("[0-9]{8,}")
 _MARGIN = 1.02  # metadata in addition to the arrays
 
-logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING)
+# Orbax logs a failed save with its traceback, and then raises it: :func:`_failed` says it in one line.
+logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING and not record.exc_info)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -277,15 +278,16 @@ class Checkpoints:
                 if name not in self._savers:  # each has threads of its own, and is used for every step
                     self._savers[name] = ocp.StandardCheckpointer()
                 self._savers[name].save(path / name, tree)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            _wait_for(self._savers.values())
             raise _failed(step, error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, path, data_state, model), daemon=True)
         self._thread.start()
 
     def _finish(self, step: int, path: Path, data_state: dict, model: ModelConfig) -> None:
         try:
-            for saver in self._savers.values():
-                saver.wait_until_finished()
+            if failed := _wait_for(self._savers.values()):
+                raise failed[0]
             if jax.process_index() == 0:
                 write_json(path / "data.json", data_state)
                 _seal(path, model)
@@ -322,6 +324,17 @@ class Checkpoints:
     def restore_more(self, step: int, name: str, abstract: Any) -> Any:
         """What was saved as ``more[name]`` with a step that :meth:`restore` has verified, on the shardings of ``abstract``."""
         return restore_tree(self.directory / f"{step:08d}" / name, abstract)
+
+
+def _wait_for(savers: Iterable[ocp.StandardCheckpointer]) -> list[BaseException]:
+    """Waits for every saver, and returns what failed: one that is left alone would keep Python from ending."""
+    failed: list[BaseException] = []
+    for saver in savers:
+        try:
+            saver.wait_until_finished()
+        except BaseException as error:  # handed to the caller
+            failed.append(error)
+    return failed
 
 
 def _part(params: dict, like: dict) -> dict:
@@ -365,7 +378,11 @@ def restore_tree(path: Path, abstract: Any) -> Any:
                     f"{path}: {name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'unknown')} in this run's "
                     "model; the checkpoint belongs to another architecture"
                 )
-        return reader.restore(path, abstract)
+        try:
+            return reader.restore(path, abstract)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} cannot be read: {reason[:400]}; run the same command again, or use another step") from None
 
 
 def _name(path: tuple) -> str:

@@ -1,4 +1,8 @@
-"""The commands: parse, call one function, print. A UserError is one message and exit status 2."""
+"""The commands: parse, call one function, print.
+
+Exit status: 0 when all is done; 2 after one message of what a person can mend (a UserError, or what the operating system
+refused); 75 where a run was told to stop, saved and has steps left (:data:`STOPPED`); 130 after a second Ctrl-C.
+"""
 
 import argparse
 import functools
@@ -6,29 +10,33 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from jaxreason import config as cfg
 from jaxreason import distributed
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, explain
+from jaxreason.paths import expanded, local
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
 
 
-def command(function: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
+def command(function: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
     @functools.wraps(function)
     def wrapped(argv: Sequence[str] | None = None) -> int:
-        # A script's own folder is on the path, the one it is run from is not: package.module:function of a loss or a
-        # reward is looked for there last.
-        if (here := os.getcwd()) not in sys.path:
-            sys.path.append(here)
         try:
-            function(argv)
+            # A script's own folder is on the path, the one it is run from is not: package.module:function of a loss or a
+            # reward is looked for there last.
+            if (here := os.getcwd()) not in sys.path:
+                sys.path.append(here)
+            return function(argv) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: {explain(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        return 0
 
     return wrapped
 
@@ -50,7 +58,7 @@ def _start(deterministic: bool = False, cluster: distributed.Cluster | None = No
 
 
 @command
-def train(argv: Sequence[str] | None = None) -> None:
+def train(argv: Sequence[str] | None = None) -> int | None:
     """Trains what a config says: SFT or GRPO. A run that finds its own checkpoint resumes."""
     parser = argparse.ArgumentParser(prog="train.py", description=train.__doc__)
     parser.add_argument("--config", required=True, help="a name below configs/ (sft, llama3.2-3b/sft) or a YAML file")
@@ -66,7 +74,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     config = cfg.load(args.config, args.words)
     if args.print_config:
         print(cfg.dump(config), end="")
-        return
+        return None
     cluster = distributed.detect(args.coordinator, args.num_processes, args.process_id)
     with distributed.joined(cluster):
         _start(config.run.deterministic, cluster, args.connect_timeout)
@@ -78,11 +86,13 @@ def train(argv: Sequence[str] | None = None) -> None:
             from jaxreason.rl import grpo
 
             summary = grpo.train(config, args.dry_run)
-    if summary:
-        from jaxreason.terminal import show_table
+    if summary is None:
+        return None if args.dry_run else STOPPED
+    from jaxreason.terminal import show_table
 
-        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in summary.items()}
-        show_table(f"{config.run.dir}/{config.run.name}/summary.json", list(shown.items()))
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in summary.items()}
+    show_table(f"{config.run.dir}/{config.run.name}/summary.json", list(shown.items()))
+    return None
 
 
 @command
@@ -133,14 +143,17 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     options = cfg.parse_words(cfg.Task, args.words)
     if args.samples < 1 or (args.samples > 1 and options.temperature == 0):
         raise UserError(f"--samples {args.samples} of greedy decoding are all the same; set e.g. temperature=0.6")
+    out = local(args.out, "--out") if args.out else None
+    if out:
+        open(out, "a").close()  # refused now, not after the work
     _start()
     from jaxreason.serve import measure
     from jaxreason.terminal import show_table
 
     metrics, records = measure(args.model, args.task, args.samples, options)
     show_table(f"{args.model} on {args.task}", [(k, f"{v:.4g}") for k, v in metrics.items()])
-    if args.out:
-        Path(args.out).write_text(json.dumps({"metrics": metrics, "completions": records}, indent=1))
+    if out:
+        out.write_text(json.dumps({"metrics": metrics, "completions": records}, indent=1))
 
 
 @command
@@ -167,8 +180,8 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
     if args.report_only:
         xla.leave_out_absent_gpu()
-        runs = [Path(run) for run in args.report_only]
-        work.finish(Path(args.out) if args.out else runs[0].parent, runs, given)
+        runs = [expanded(run) for run in args.report_only]
+        work.finish(local(args.out, "--out") if args.out else runs[0].parent, runs, given)
         return
     entries = work.entries_of(args.config, args.losses.split(","), args.seeds, args.words, args.out)
     _start(entries[0].config.run.deterministic)
@@ -185,8 +198,21 @@ def report(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from jaxreason.report.run import write_run_report
 
-    other, out = (Path(path) if path else None for path in (args.other, args.out))
-    print(f"report: {write_run_report(Path(args.run), other, out)}")
+    other, out = (local(path) if path else None for path in (args.other, args.out))
+    print(f"report: {write_run_report(local(args.run), other, out)}")
+
+
+@command
+def replay(argv: Sequence[str] | None = None) -> None:
+    """Runs a step again whose loss or gradient was not finite: loss, gradient norms, and the rows it comes from."""
+    parser = argparse.ArgumentParser(prog="replay.py", description=replay.__doc__)
+    parser.add_argument("run", metavar="RUN", help="the folder of a run that kept such a batch")
+    parser.add_argument("--update", type=int, metavar="N", help="optimizer update of the batch; default: the newest kept")
+    args = parser.parse_args(argv)
+    _start()
+    from jaxreason.replay import replay as work
+
+    work(args.run, args.update)
 
 
 @command

@@ -1,6 +1,5 @@
 """Runs and checkpoints to Hugging Face directories, and back."""
 
-from pathlib import Path
 from typing import Any
 
 from jaxreason import checkpoint, hf
@@ -9,6 +8,7 @@ from jaxreason.data.directory import read_json
 from jaxreason.data.tokenizer import load as load_tokenizer
 from jaxreason.errors import UserError
 from jaxreason.locks import Partial
+from jaxreason.paths import local
 from jaxreason.sharding import make_mesh
 from jaxreason.weights import WeightSource, locate
 
@@ -27,7 +27,7 @@ def to_hf(model: str, out: str, dtype: str | None) -> str:
 
 def from_hf(model: str, out: str) -> str:
     """Imports a Hugging Face directory as a checkpoint of step 0. Raises UserError; leaves nothing half-written."""
-    target = Path(out)
+    target = local(out)
     if target.exists():
         raise UserError(f"{out} exists; give another path or remove it")
     directory = hf.fetch(model)

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, explain
 
 _PORT = 8476  # where the launcher names hosts only
 _SHUTDOWN_S = 1800  # at the end the others wait for process 0, which hashes the last checkpoint
@@ -73,7 +73,7 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
 
     A body that ends well meets the other processes once more when Python exits. One that raises cannot: the others stand
     in a collective and do not come. So the process says what happened, and which one it is, and ends: with status 2
-    after a UserError, 130 after Ctrl-C, else 1. The others end when they miss it, after 100 s at the latest.
+    after a UserError or an OSError, 130 after Ctrl-C, else 1. The others end when they miss it, after 100 s at the latest.
     """
     try:
         yield
@@ -125,6 +125,8 @@ def _leave(cluster: Cluster, error: BaseException) -> None:
     """Says what happened and ends the process, past the barrier in which jax would wait for the others."""
     if isinstance(error, UserError):
         code, text = 2, f"error: {error}\n"
+    elif isinstance(error, OSError):
+        code, text = 2, f"error: {explain(error)}\n"
     elif isinstance(error, KeyboardInterrupt):
         code, text = 130, "interrupted\n"
     else:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxreason.errors import UserError
+from jaxreason.paths import expanded
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -29,7 +30,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def absolute(target: str) -> str:
     """``path/to/file.py:function`` with an absolute path, so that a process in another folder finds it; a module as it is."""
     place, _, attribute = target.rpartition(":")
-    return f"{Path(place).expanduser().resolve()}:{attribute}" if place.endswith(".py") else target
+    return f"{expanded(place).resolve()}:{attribute}" if place.endswith(".py") else target
 
 
 def mark(function: Callable, **marks: Any) -> Callable:

@@ -13,6 +13,7 @@ from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, shapes
+from jaxreason.paths import local
 from jaxreason.sharding import leaf_sharding, shardings
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16  # of a weight file, evenly spaced: training changes nearly every parameter
@@ -86,7 +87,7 @@ class WeightSource:
 
 def locate(name: str) -> WeightSource:
     """The source that ``name`` means. Raises UserError; a hub id is downloaded."""
-    path = Path(name)
+    path = local(name)
     if (path / "checkpoints").is_dir():
         return _newest(path)
     if path.name.isdigit() and path.parent.name == "checkpoints":

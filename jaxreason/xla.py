@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxreason.errors import UserError
+from jaxreason.paths import expanded
 
 MEMORY_FRACTION = "0.92"
 _FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax refuses both at once; the second is old
@@ -126,7 +127,7 @@ def cache_dir() -> Path:
     """Where compiled programs are kept: ``$JAX_COMPILATION_CACHE_DIR``, or below ``$JAXREASON_CACHE``."""
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(given)
-    return Path(os.environ.get("JAXREASON_CACHE", "~/.cache/jaxreason")).expanduser() / "xla"
+    return expanded(os.environ.get("JAXREASON_CACHE") or "~/.cache/jaxreason", "JAXREASON_CACHE, or by default") / "xla"
 
 
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")

@@ -221,16 +221,29 @@ ROWS: dict[str, tuple] = {
 
 
 class Writer:
-    """Stands in for tensorboardX and wandb."""
+    """Stands in for tensorboardX, wandb, trackio and mlflow."""
 
     def __init__(self, log: dict):
         self.log = log
         self.modules = {
             "tensorboardX": types.SimpleNamespace(SummaryWriter=lambda *args, **options: self),
             "wandb": types.SimpleNamespace(
-                init=lambda **options: log.update(project=options["project"]), log=lambda *args, **options: None
+                init=lambda **options: log.update(project=options["project"]), log=lambda *args, **options: None,
+                finish=self.close,
             ),
-        }
+            "trackio": types.SimpleNamespace(
+                init=lambda **options: log.update(trackio=options["project"]), log=lambda *args, **options: None,
+                finish=self.close,
+            ),
+            "mlflow": types.SimpleNamespace(
+                set_experiment=lambda name: log.update(mlflow=name), log_dict=lambda *args: None, end_run=self.close,
+                start_run=lambda **options: types.SimpleNamespace(info=types.SimpleNamespace(run_id="7")),
+                log_metrics=lambda *args, **options: None,
+            ),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        self.log["closed"] = self.log.get("closed", 0) + 1
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.log["scalars"] = self.log.get("scalars", 0) + 1
@@ -246,7 +259,9 @@ def real_run(places: Places) -> dict:
     words = [
         *sft_words(places.root / "elsewhere"), "run.name=named", "run.deterministic=true", "train.steps=null", "train.epochs=0.1",
         "train.save_every=1", "train.keep_checkpoints=3", "train.eval_every=2", "train.profile_steps=[2, 3]",
-        "train.tensorboard=true", "train.wandb=project", "eval.problems=3", f"eval.grader={places.root / 'mine.py'}:right",
+        "train.tensorboard=true", "train.wandb=project", "train.trackio=board",
+        "train.mlflow=experiment", "train.max_skipped_updates=7",
+        "eval.problems=3", f"eval.grader={places.root / 'mine.py'}:right",
         "eval.max_completion_tokens=5", "eval.slots=2", "eval.workers=1", "eval.timeout_s=33",
         "loss.name=psft", "reference.refresh_every=2", "data.packing=false", f"data.cache_dir={places.root / 'tokens'}",
     ]  # fmt: skip
@@ -298,6 +313,9 @@ RUN = {
     "train.profile_steps": lambda r: any((r["folder"] / "profile").rglob("*.pb")),
     "train.tensorboard": lambda r: r["log"]["scalars"] > 0,
     "train.wandb": lambda r: r["log"]["project"] == "project",
+    "train.trackio": lambda r: r["log"]["trackio"] == "board",
+    "train.mlflow": lambda r: r["log"]["mlflow"] == "experiment",
+    "train.max_skipped_updates": lambda r: r["lines"][-1]["skipped_updates"] == 0,
     "eval.problems": lambda r: r["lines"][-1]["eval_problems"] == 3,
     "eval.grader": lambda r: r["lines"][-1]["eval_accuracy"] == 1.0,  # the scripted answer has two tokens
     "eval.max_completion_tokens": lambda r: r["jobs"][-1][0].sampling.max_completion_tokens == 5,

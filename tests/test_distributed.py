@@ -172,7 +172,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
     results = finish(processes)
-    assert [code for code, _, _ in results] == [0, 0], results
+    assert [code for code, _, _ in results] == [cli.STOPPED, cli.STOPPED], results
     (step,) = checkpoint.steps(tmp_path / "stopped" / "checkpoints")
     assert step == metrics_of(tmp_path / "stopped")[-1]["step"] < 100
     assert cli.train(["--config", "sft", *words]) == 0

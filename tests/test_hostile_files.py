@@ -190,6 +190,17 @@ def test_a_tokenizer_json_that_is_of_no_use_is_one_message(change, tmp_path):
         load(tmp_path)
 
 
+def test_a_tokenizer_that_panics_is_one_message(tmp_path):
+    """tokenizers' Rust code panics on a post-processor that names a token which it does not list; that is no Exception."""
+    data_helpers.llama().save(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    processor = json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]
+    single = [{"SpecialToken": {"id": "none", "type_id": 0}}]
+    edit_json(tmp_path / "tokenizer.json", post_processor=processor | {"single": single})
+    with pytest.raises(UserError, match="tokenizer .*cannot be read"):
+        load(tmp_path)
+
+
 # ---- control tokens in texts
 
 TEMPLATE = (

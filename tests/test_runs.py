@@ -14,6 +14,7 @@ import pytest
 from helpers import final_params, sft_words
 
 from jaxreason import checkpoint, cli
+from jaxreason.train import not_finite
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is what takes the time
@@ -125,7 +126,7 @@ def test_a_damaged_checkpoint_is_refused(straight, tmp_path, capsys):
     assert "the checkpoint is damaged" in refuse(["--config", "sft", *sft_words(tmp_path)], capsys)
 
 
-def test_sigterm_saves_and_exits_0(tmp_path):
+def test_sigterm_saves_and_exits_75(tmp_path):
     words = ["--config", "sft", *sft_words(tmp_path, "train.steps=4000")]
     process = subprocess.Popen(command(*words), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "sft" / "metrics.jsonl"
@@ -134,7 +135,7 @@ def test_sigterm_saves_and_exits_0(tmp_path):
         time.sleep(0.05)
     process.terminate()
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "the same command goes on" in out
+    assert process.returncode == cli.STOPPED == 75 and "the same command goes on" in out
     step = checkpoint.steps(tmp_path / "sft" / "checkpoints")[-1]
     assert step == len(metrics.read_text().splitlines())
     assert not (tmp_path / "sft" / "summary.json").exists()
@@ -145,3 +146,4 @@ def test_nan_stops_the_run_with_step_and_parameter(tmp_path, capsys):
     error = refuse(["--config", "sft", *words], capsys)
     assert "step 2: loss is" in error and "not finite" in error and "lower optimizer.learning_rate" in error
     assert not checkpoint.steps(tmp_path / "sft" / "checkpoints")
+    assert not_finite.updates(tmp_path / "sft") == [2] and "--update 2" in error

@@ -12,6 +12,7 @@ import jax
 
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
+from jaxreason.paths import local
 from jaxreason.rl import grpo
 from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.terminal import console
@@ -31,12 +32,12 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        return Path(self.config.run.dir) / self.config.run.name
+        return local(self.config.run.dir, "run.dir") / self.config.run.name
 
 
 def folder(config: cfg.RunConfig, out: str | None) -> Path:
     """Where a comparison lives: ``out``, or ``RUN.DIR/RUN.NAME-compare``."""
-    return Path(out) if out else Path(config.run.dir) / f"{config.run.name}-compare"
+    return local(out, "--out") if out else local(config.run.dir, "run.dir") / f"{config.run.name}-compare"
 
 
 def entries_of(name: str, specs: Sequence[str], seeds: int, words: Sequence[str], out: str | None) -> list[Entry]:

@@ -16,14 +16,17 @@ from jaxreason.config.run import ALGORITHMS, RunConfig
 from jaxreason.config.schema import Section
 from jaxreason.config.text import read_yaml
 from jaxreason.errors import UserError
+from jaxreason.paths import expanded
 from jaxreason.plugins import nearest
+
+_DEPTH = 50  # of values in values
 
 AnySection = typing.TypeVar("AnySection", bound=Section)
 
 
 def find(name: str) -> Path:
     """The YAML file that ``--config NAME|PATH`` means. Raises UserError with the known names."""
-    path = Path(name)
+    path = expanded(name, "--config")
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -60,6 +63,7 @@ def build(values: dict[str, Any], overrides: typing.Sequence[str] = (), where: s
             raise UserError(f"{word!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
         words[key] = word
         _assign(values, key, _word_value(_class_of(values), key, text, word), word)
+    _check_depth(values, where)
     algorithm = values.get("algorithm")
     if (config_class := _class_of(values)) is None:
         raise UserError(f"{where}: algorithm is {algorithm!r}; it is one of {', '.join(ALGORITHMS)}")
@@ -124,6 +128,14 @@ def _word_value(section: type[BaseModel] | None, key: str, text: str, word: str)
                 return value
         return text
     return read_yaml(text, word)
+
+
+def _check_depth(value: Any, where: str, left: int = _DEPTH) -> None:
+    """Raises UserError for values that are nested more deeply than any config is."""
+    if left == 0:
+        raise UserError(f"{where}: values are nested more than {_DEPTH} deep; a config needs no more than five levels")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(inner, where, left - 1)
 
 
 def _copy(values: Any) -> Any:

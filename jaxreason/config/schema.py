@@ -179,6 +179,9 @@ class Train(Section):
     """Steps between checkpoints; 0: only the last step."""
     keep_checkpoints: Positive = 2
     """Older checkpoints are deleted."""
+    max_skipped_updates: NonNegative | None = None
+    """Updates of a run whose loss or gradient is not finite that are skipped (weights and moments stay bit for bit) before
+    one more ends it, after saving; null: the first one ends it. Their batches are kept for ``scripts/replay.py``."""
     eval_every: NonNegative = 0
     """Steps between evaluations; 0: only at the end."""
     profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
@@ -187,6 +190,10 @@ class Train(Section):
     """Also write TensorBoard events (needs the package tensorboardX)."""
     wandb: str | None = None
     """Also log to this Weights & Biases project (needs the package wandb)."""
+    trackio: str | None = None
+    """Also log to this trackio project (needs the package trackio)."""
+    mlflow: str | None = None
+    """Also log to this MLflow experiment, where ``MLFLOW_TRACKING_URI`` says (needs the package mlflow)."""
 
     @model_validator(mode="after")
     def _one_length(self):

@@ -180,7 +180,7 @@ def loader(
     """A grain iterator over the batches of steps start_step … num_steps - 1, made ahead in threads.
 
     Its ``get_state()`` is a small JSON-able dict for the checkpoint and ``set_state()`` goes on from there. Threads
-    suffice: the tokens are memory-mapped and assembling a batch is copying.
+    suffice: the tokens are in the system's cache and assembling a batch is copying.
     """
     import grain
 

@@ -14,6 +14,7 @@ from jaxreason.data import render
 from jaxreason.data.example import Example, Reject
 from jaxreason.data.tokenizer import EMBEDDED, Tokenizer
 from jaxreason.errors import UserError
+from jaxreason.paths import expanded
 from jaxreason.text import LITERAL_CLOSE, LITERAL_OPEN, THINK_OPEN
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -162,7 +163,7 @@ def shipped() -> list[str]:
 
 
 def _read(template: str) -> tuple[str, str]:
-    path = Path(template).expanduser()
+    path = expanded(template, "data.template")
     if not path.is_file() and template in shipped():
         path = TEMPLATES / f"{template}.jinja"
     if not path.is_file():

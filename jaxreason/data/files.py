@@ -17,6 +17,7 @@ from jaxreason.data import json_rows, tables
 from jaxreason.data.chunks import CHUNK_BYTES, Chunk, grouped
 from jaxreason.data.json_rows import JsonLines
 from jaxreason.errors import UserError
+from jaxreason.paths import expanded
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")  # of the kinds that are text
@@ -37,7 +38,7 @@ class Found:
 
 def exists(source: str) -> bool:
     """Whether ``source`` is a file or a directory, or a pattern (``*``, ``?``, ``[``) that some file matches."""
-    path = Path(source).expanduser()
+    path = expanded(source, "data.source")
     return path.exists() or bool(_matches(path))
 
 
@@ -48,7 +49,7 @@ def find(source: str, split: str | None = None) -> Found:
     its other files are then of ``train``. So has a pattern that matches files of several. Hidden files are left out, links to
     directories are followed. Raises UserError.
     """
-    path = Path(source).expanduser()
+    path = expanded(source, "data.source")
     if path.is_file():
         return Found([_readable(source, path)], [])
     root, candidates = _candidates(path)
@@ -71,7 +72,7 @@ def find(source: str, split: str | None = None) -> Found:
 
 def splits(source: str) -> list[str]:
     """Splits that a source's files are named after; empty for a file, and where no name says one but ``train``."""
-    path = Path(source).expanduser()
+    path = expanded(source, "data.source")
     if path.is_file():
         return []
     root, candidates = _candidates(path)

@@ -1,8 +1,9 @@
-"""Tokenized examples on disk: flat, memory-mapped, and complete or absent."""
+"""Tokenized examples on disk: flat, and complete or absent."""
 
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,11 +18,30 @@ from jaxreason.terminal import console
 FORMAT = 5  # part of every cache key; raise it when parsing, rendering or this layout changes
 
 
+class TokenFile:
+    """The tokens of a file, read a slice at a time.
+
+    The file stays open, so that it may be removed meanwhile. It is not memory-mapped: where a mapped file is cut, or its disk
+    fails, the system ends the process without a word (SIGBUS).
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._file, self._dtype = open(path, "rb"), dtype
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Tokens ``part.start`` to ``part.stop``. Raises UserError where the file has been cut."""
+        count, size = int(part.stop - part.start), self._dtype.itemsize
+        found = os.pread(self._file.fileno(), count * size, int(part.start) * size)
+        if len(found) != count * size:
+            raise UserError(f"{self._file.name}: was cut while it was read; run the same command again, which makes it again")
+        return np.frombuffer(found, self._dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Store:
     """Example i is ``tokens[offsets[i]:offsets[i + 1]]``, trained from its token ``starts[i]`` on."""
 
-    tokens: np.ndarray  # [sum of lengths] uint16 or uint32, memory-mapped
+    tokens: np.ndarray | TokenFile  # [sum of lengths] uint16 or uint32
     offsets: np.ndarray  # [n + 1] int64
     starts: np.ndarray  # [n] int32
     answers: np.ndarray  # [n] int32, first token after the thought
@@ -103,7 +123,5 @@ def open_store(path: Path) -> Store | None:
     meta = read_json(path / "meta.json")
     with np.load(path / "index.npz") as index:
         offsets, starts, answers, rows = (index[name] for name in ("offsets", "starts", "answers", "rows"))
-    dtype, size = np.dtype(meta["dtype"]), (path / "tokens.bin").stat().st_size
-    # An empty file cannot be mapped.
-    tokens = np.memmap(path / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
+    tokens = TokenFile(path / "tokens.bin", np.dtype(meta["dtype"]))
     return Store(tokens, offsets, starts, answers, rows, meta)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from jaxreason.data import hub
 from jaxreason.data.directory import SUMS, check_sums, find, read_json, write_sums
 from jaxreason.errors import UserError
 from jaxreason.locks import Partial
+from jaxreason.paths import expanded
 from jaxreason.text import LITERAL_CLOSE, LITERAL_OPEN, without_marks
 
 if TYPE_CHECKING:
@@ -65,9 +67,15 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The same for many texts; without character offsets, which take a third of the time.
 
-        What a chat has marked as somebody's text (``text.LITERAL_OPEN``) is encoded as the characters that it is.
+        What a chat has marked as somebody's text (``text.LITERAL_OPEN``) is encoded as the characters that it is. Raises
+        UserError for half of a surrogate pair.
         """
-        encodings = self.hf.backend_tokenizer.encode_batch_fast([without_marks(text) for text in texts], add_special_tokens=False)
+        plain = [without_marks(text) for text in texts]
+        try:
+            encodings = self.hf.backend_tokenizer.encode_batch_fast(plain, add_special_tokens=False)
+        except TypeError:
+            bad = next((text for text in plain if re.search("[\ud800-\udfff]", text)), "")
+            raise UserError(f"{bad[:60]!r} holds half of a surrogate pair, which is no Unicode text; mend or drop it") from None
         ids = [encoding.ids for encoding in encodings]
         for at, text in enumerate(texts):
             if LITERAL_OPEN in text:
@@ -148,7 +156,7 @@ class Tokenizer:
 def load(name_or_dir: str | Path) -> Tokenizer:
     """A tokenizer from a directory, a hub id, or ``embedded``. Raises UserError. Remote code is never run."""
     name = str(name_or_dir)
-    path = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    path = EMBEDDED if name == "embedded" else expanded(name, "tokenizer")
     if path.exists() or name == "embedded" or not hub.ID.match(name):
         return _load_directory(path)
     offline = hub.offline()
@@ -200,7 +208,10 @@ def _load_directory(path: Path) -> Tokenizer:
         return Tokenizer(hf, _generation_config(path))
     except UserError:
         raise
-    except Exception as error:  # the Rust parser raises bare Exception for a damaged tokenizer.json, and so does its encoder
+    except BaseException as error:
+        # The Rust parser raises bare Exception for a damaged tokenizer.json, and so does its encoder, or a panic, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"tokenizer {path}: cannot be read: {hub.reason(error)}") from None
 
 

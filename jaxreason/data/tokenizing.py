@@ -25,6 +25,7 @@ from jaxreason.data.sources import Source
 from jaxreason.data.store import FORMAT, Store, Writer, open_store
 from jaxreason.data.tally import Tally
 from jaxreason.errors import UserError
+from jaxreason.paths import local
 
 _HEARTBEAT_SECONDS = 30
 _PATIENCE_SECONDS = 10  # processes take seconds to start, so a small source is done sooner without them
@@ -32,7 +33,7 @@ _PATIENCE_SECONDS = 10  # processes take seconds to start, so a small source is 
 
 def cache_root(cache_dir: str | None) -> Path:
     """``data.cache_dir``, else ``$JAXREASON_CACHE``, else ``~/.cache/jaxreason``."""
-    return Path(cache_dir or os.environ.get("JAXREASON_CACHE") or "~/.cache/jaxreason").expanduser()
+    return local(cache_dir or os.environ.get("JAXREASON_CACHE") or "~/.cache/jaxreason", "data.cache_dir")
 
 
 def tokenize(

@@ -5,16 +5,17 @@ from pathlib import Path
 
 from jaxreason.data import hub
 from jaxreason.errors import UserError
+from jaxreason.paths import local
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 def fetch(path: str | os.PathLike) -> Path:
     """The local directory of ``path``; a hub id that is no directory here is downloaded. Raises UserError."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    if local.exists():
+    place = local(path)
+    if place.is_dir():
+        return place
+    if place.exists():
         raise UserError(f"{path} is a file; give the directory that holds config.json and the weights")
     name = str(path)
     if not hub.ID.match(name):

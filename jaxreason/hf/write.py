@@ -22,6 +22,7 @@ from jaxreason.hf.config import config_to_hf, generation_to_hf
 from jaxreason.hf.table import DTYPES, EMBEDDING, flatten, rows
 from jaxreason.locks import Partial
 from jaxreason.model import ModelConfig
+from jaxreason.paths import local
 
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
 _SLACK_BYTES = 64 << 20  # tokenizer, index and file system overhead in addition to the weights
@@ -50,7 +51,7 @@ def save(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
-    target = Path(path).expanduser().resolve()
+    target = local(path).resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty directory; give another path or remove it")
     files = {

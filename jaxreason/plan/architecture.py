@@ -5,13 +5,14 @@ from pathlib import Path
 from jaxreason import config as cfg
 from jaxreason.errors import UserError, present
 from jaxreason.model import HUB, PRESETS, ModelConfig, preset
+from jaxreason.paths import local
 
 
 def resolve(model: cfg.Model) -> tuple[ModelConfig, str]:
     """The architecture and where it was found, without network and weights. Raises UserError if it is unknown."""
     if model.weights is None:
         found, source = preset(present(model.preset, "model.preset"), model.overrides), f"preset {model.preset}"
-    elif Path(model.weights).is_dir():
+    elif local(model.weights, "model.weights").is_dir():
         from jaxreason.weights import locate
 
         found, source = locate(model.weights).config(model.param_dtype, model.compute_dtype), model.weights

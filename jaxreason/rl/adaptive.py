@@ -73,7 +73,12 @@ class Adaptive:
         return {name: value for name, value in both.items() if value is not None}
 
     def after(self, record: dict[str, float]) -> dict[str, float]:
-        """Takes a step's metrics; returns the coefficients that it used, as metrics."""
+        """Takes a step's metrics; returns the coefficients that it used, as metrics.
+
+        A step all of whose updates were skipped measured nothing: the coefficients stay.
+        """
+        if "loss" not in record:
+            return {}
         return self._bonus.after(record.get("entropy")) | self._leash.after(record.get("kl"))
 
     def state(self) -> dict[str, float]:

@@ -138,7 +138,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
             record |= meter(np.array([s.length for s in sequences]), times["update"], passes=updates / shapes.minibatches)
             record |= coefs.after(record)
-            samples.write(step, sequences)
+            loop.note(samples.write, step, sequences)
             watch(step, record)
             refresh(config, others, state, step)
             loop.end(state, record, {"cursor": cursor} | coefs.state(), functools.partial(kept_reference, config, others))
@@ -199,12 +199,8 @@ class Inputs:
 
 def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inputs:
     """Model, data and objective of a config; with a run's folder, as that run found them when it started. Raises UserError."""
-    setup, objective, teacher = open_model(config, folder), objective_of(config), None
-    resolved = setup.resolved
-    if config.teacher.weights == "start":
-        teacher = starting_model(setup)
-    elif config.teacher.weights not in (None, "self"):
-        teacher, resolved = open_teacher(present(config.teacher.weights, "teacher.weights"), setup)
+    setup, objective = open_model(config, folder), objective_of(config)
+    teacher, resolved = teacher_of(config, setup)
     chat = chats.of_data(config.data, setup.tokenizer)
     prompts = load_prompts(
         config.data, setup.tokenizer, config.run.seed, max_prompt_tokens=config.data.max_prompt_tokens, chat=chat,
@@ -216,6 +212,15 @@ def open_inputs(config: cfg.GrpoConfig, folder: RunFolder | None = None) -> Inpu
     longest = longest_prompt(config, max(len(p.ids) for p in prompts.prompts), phrases)
     told = teacher_prompts(config, prompts, chat, setup.tokenizer)
     return Inputs(setup, objective, chat, prompts, longest, teacher, told)
+
+
+def teacher_of(config: cfg.GrpoConfig, setup: Setup) -> tuple[Other | None, cfg.Resolved]:
+    """The teacher, None for none or the policy itself, and what the config's names mean. Raises UserError."""
+    if config.teacher.weights == "start":
+        return starting_model(setup), setup.resolved
+    if config.teacher.weights in (None, "self"):
+        return None, setup.resolved
+    return open_teacher(present(config.teacher.weights, "teacher.weights"), setup)
 
 
 def reply_tokens(config: cfg.GrpoConfig) -> int | None:
@@ -253,7 +258,7 @@ def compile_step(
     schedule, second = opt.schedule(config.optimizer, updates), compared_with(config, inputs)
     step = make_train_step(
         inputs.setup.config, inputs.objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
-        second_config=second, seed=config.run.seed,
+        second_config=second, seed=config.run.seed, skips=config.train.max_skipped_updates is not None,
     )  # fmt: skip
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
     other = abstract_second(second, mesh)
@@ -327,18 +332,23 @@ def update(
     train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop,
     reselected: Callable[[Batch, dict], Batch] = lambda batch, _: batch, second: dict | None = None,
 ) -> tuple[TrainState, dict]:  # fmt: skip
-    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``.
+    """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``,
+    over those that were not skipped; ``tokens`` over all.
 
     ``reselected`` gives a batch what a rule of the current policy picks; the first update's is that of the rollout's.
     ``second``: parameters of the model that the loss compares with.
     """
-    merged: dict[str, float] = {}
+    found: list[dict[str, float]] = []
     for number in range(updates):
         batch = batches[number % len(batches)]
-        state, metrics = train_step(state, reselected(batch, state.model_params) if number else batch, second)
-        for name, value in loop.fetch(metrics, state).items():
-            value = value if name.endswith(("_max", "_min")) else value / updates
-            merged[name] = float(combine_metrics(name, merged[name], value)) if name in merged else value
+        batch = reselected(batch, state.model_params) if number else batch
+        state, metrics = train_step(state, batch, second)
+        found.append(loop.fetch(metrics, state, batch))
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for one in found for name in one):
+        values = [one[name] for one in found if name in one]
+        values = values if name.endswith(("_max", "_min")) else [value / len(values) for value in values]
+        merged[name] = functools.reduce(lambda a, b: float(combine_metrics(name, a, b)), values)
     return state, merged
 
 

@@ -15,6 +15,7 @@ from jaxreason.checkpoint import steps as checkpoint_steps
 from jaxreason.checkpoint import write_json
 from jaxreason.errors import UserError
 from jaxreason.locks import Owner
+from jaxreason.paths import local
 from jaxreason.terminal import console
 from jaxreason.train import hosts
 
@@ -28,7 +29,7 @@ class RunFolder:
     """
 
     def __init__(self, config: cfg.RunConfig):
-        self.path = Path(config.run.dir) / config.run.name
+        self.path = local(config.run.dir, "run.dir") / config.run.name
         self.checkpoints = self.path / "checkpoints"
         self._config = config
         self.resolved = cfg.Resolved()

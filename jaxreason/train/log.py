@@ -1,5 +1,6 @@
 """metrics.jsonl and what a person sees while a run works."""
 
+import contextlib
 import json
 import math
 import time
@@ -17,7 +18,7 @@ _HEARTBEAT = 10.0  # seconds between lines where there is no terminal to draw a 
 
 
 class Log:
-    """metrics.jsonl, a progress bar with ETA (or heartbeat lines), TensorBoard and Weights & Biases where asked."""
+    """metrics.jsonl, a progress bar with ETA (or heartbeat lines), and the sinks that were asked for."""
 
     def __init__(self, folder: Path, config: cfg.RunConfig, total: int, start: int, shown: tuple[str, ...]):
         self._primary = jax.process_index() == 0
@@ -75,9 +76,12 @@ class Log:
             self._spoke = now
 
     def close(self) -> None:
-        self._bar.stop()
-        if self._file:
-            self._file.close()
+        with contextlib.ExitStack() as last:
+            if self._file:
+                last.callback(self._file.close)
+            for sink in self._sinks:
+                last.callback(sink.close)
+            last.callback(self._bar.stop)
 
 
 def _newest(path: Path) -> tuple[int, tuple[int, dict]] | None:

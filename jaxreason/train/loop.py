@@ -6,10 +6,11 @@ A loop is then its own steps and nothing else:
         state, data = loop.restore(abstract, fresh)
         for step in loop:
             state, metrics = train_step(state, batch)
-            loop.end(state, loop.fetch(metrics, state) | {...}, data_state)
+            loop.end(state, loop.fetch(metrics, state, batch) | {...}, data_state)
         return loop.finish()
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -18,20 +19,19 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxreason import config as cfg
 from jaxreason.checkpoint import Checkpoints
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.terminal import console
-from jaxreason.train import hosts
+from jaxreason.train import hosts, not_finite
 from jaxreason.train.ahead import compilations
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.interrupt import Interrupt, Stopped
 from jaxreason.train.log import Log
 from jaxreason.train.measure import Trace
-from jaxreason.types import TrainState
+from jaxreason.types import Batch, TrainState
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 
@@ -70,6 +70,10 @@ class Loop:
         self._trace = Trace(folder.path / "profile", config.train.profile_steps, span.total)
         self._counters: dict[str, float] = {"trained_tokens": 0.0, "train_seconds": 0.0}
         self._step, self._stopped, self._unmeasured = self._start, False, False
+        if config.train.max_skipped_updates is not None:
+            self._counters["skipped_updates"] = 0.0
+        self._unwritten: OSError | None = None
+        self._spoilt: str | None = None  # why the run ends after this step
 
     # ---- around the loop
 
@@ -83,14 +87,13 @@ class Loop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._trace.close()
-        self._log.close()
-        self._interrupt.restore()
-        try:
+        with contextlib.ExitStack() as last:  # from the last line to the first, whatever another of them raises
+            last.callback(self._folder.release)
             # Whatever happened since, what was being saved is saved whole: the run goes on from there.
-            self._checkpoints.wait()
-        finally:
-            self._folder.release()
+            last.callback(self._checkpoints.wait)
+            last.callback(self._interrupt.restore)
+            last.callback(self._log.close)
+            last.callback(self._trace.close)
 
     def restore(
         self, abstract: TrainState, fresh: Callable[[], TrainState]
@@ -121,13 +124,15 @@ class Loop:
             self._trace.before(step)
             yield step
 
-    def fetch(self, metrics: dict, state: TrainState) -> dict[str, float]:
+    def fetch(self, metrics: dict, state: TrainState, batch: Batch) -> dict[str, float]:
         """A train step's metrics on the host, with their gradient norms by parameter checked and left out.
 
-        A maximum or minimum over nothing is left out too. Raises UserError where the loss or a gradient is not finite.
+        A maximum or minimum over nothing is left out too. Where the loss or a gradient is not finite ``batch`` is kept; a run
+        that skips such updates then gets the metrics of one that trained nothing, any other raises UserError.
         """
         found = jax.device_get(metrics)
-        check_finite(self._step, found, state.params)
+        if not not_finite.is_finite(found):
+            return self._spoiled(found, state, batch)
         del found["leaf_norms"]
         return {
             name: float(value)
@@ -135,9 +140,40 @@ class Loop:
             if not (name.endswith(("_max", "_min")) and math.isinf(value))
         }
 
+    def _spoiled(self, metrics: dict, state: TrainState, batch: Batch) -> dict[str, float]:
+        """What :meth:`fetch` does with an update that is not finite: raises UserError, or counts it as skipped."""
+        most, update = self._config.train.max_skipped_updates, int(state.step)
+        self.note(not_finite.save, self._folder.path, update, batch)
+        text = f"step {self._step}: {not_finite.described(metrics, state.params)}"
+        look = f"look at its batch: python scripts/replay.py {self._folder.path} --update {update}"
+        if most is None:
+            raise UserError(
+                f"{text}; nothing of this step was saved; lower optimizer.learning_rate or optimizer.max_grad_norm, skip such "
+                f"updates (train.max_skipped_updates=10), or {look}"
+            )
+        self._counters["skipped_updates"] += 1
+        count = round(self._counters["skipped_updates"])
+        if count > most:
+            self._spoilt = (
+                f"{text}; it is number {count} of this run, and train.max_skipped_updates is {most}; the step is saved with the "
+                f"weights from before it; {look}"
+            )
+        elif jax.process_index() == 0:
+            console.print(f"{text}; skipped ({count} of at most {most}); {look}", markup=False)
+        return {"tokens": 0.0, "learning_rate": float(metrics["learning_rate"])}
+
     def restore_more(self, name: str, abstract: Any) -> Any | None:
         """The tree ``more[name]`` of the checkpoint that the run goes on from; None for a new run. After :meth:`restore`."""
         return None if self._folder.resume is None else self._checkpoints.restore_more(self._folder.resume, name, abstract)
+
+    def note(self, write: Callable[..., None], *what: Any) -> None:
+        """``write(*what)``, a line of this step in a file of the run. Where the system refuses it (a full disk), the run is
+        told to stop: :meth:`end` saves the step first and then raises what was refused."""
+        try:
+            write(*what)
+        except OSError as error:
+            self._unwritten = self._unwritten or error
+            self._interrupt.requested = True
 
     def end(
         self, state: TrainState, record: dict[str, float], data: Any, more: Callable[[], Mapping[str, Any]] = dict
@@ -153,12 +189,17 @@ class Loop:
         self._counters["train_seconds"] += now - self._clock
         self._clock = now
         self._counters["trained_tokens"] += record["tokens"] * self._span.updates
-        self._log.write(step, record)
+        record = record | {name: count for name, count in self._counters.items() if name == "skipped_updates"}
+        self.note(self._log.write, step, record)
         self._checkpoints.check()
         self._stopped = self._interrupt.agreed() or step == self._span.total
         saved = {"data": data, "counters": dict(self._counters)}
-        if keep := self._stopped or bool(every.save_every and step % every.save_every == 0):
+        if keep := self._stopped or self._spoilt is not None or bool(every.save_every and step % every.save_every == 0):
             self._checkpoints.save(state, saved, self._model, more())
+        if self._unwritten:
+            raise self._unwritten
+        if self._spoilt:
+            raise UserError(self._spoilt)
         if self._due(step):
             self._log.amend(self._measured(state))
         if self._unmeasured and not keep:
@@ -200,16 +241,3 @@ class Loop:
         summary["parameters"] = param_count(self._model)
         self._folder.finish(summary | before)
         return summary | before
-
-
-def check_finite(step: int, metrics: dict, params: Any) -> None:
-    """Raises UserError if the loss or a gradient of this step is not finite, naming the parameters concerned."""
-    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-        return
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    bad = [path for path, norm in zip(paths, np.asarray(metrics["leaf_norms"])) if not np.isfinite(norm)]
-    raise UserError(
-        f"step {step}: loss is {metrics['loss']}, gradient norm is {metrics['grad_norm']}; not finite: "
-        f"{', '.join(bad[:4]) or 'the loss alone'}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}; "
-        "nothing of this step was saved; lower optimizer.learning_rate or optimizer.max_grad_norm, or look at the batch"
-    )

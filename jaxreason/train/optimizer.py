@@ -130,3 +130,12 @@ def apply(params: Any, updates: Any, step: Array | int, seed: int = 0) -> Any:
         return stochastic_round(p.astype(jnp.float32) + u.astype(jnp.float32), w)
 
     return jax.tree.unflatten(tree, [moved(p, u, w) for p, u, w in zip(leaves, jax.tree.leaves(updates), words)])
+
+
+def chosen(usable: Array, new: Any, old: Any) -> Any:
+    """``new`` where ``usable`` [] is true, else ``old`` bit for bit; the schedule's place is always the new one."""
+
+    def one(was: Any, now: Any) -> Any:
+        return now if isinstance(now, optax.ScaleByScheduleState) else jnp.where(usable, now, was)
+
+    return jax.tree.map(one, old, new, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))

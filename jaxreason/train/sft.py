@@ -100,8 +100,8 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
             second = compared.params(mesh)
         for step in loop:
             clock, batch = time.monotonic(), next(batches)
-            state, metrics = step_of(state, put(batch, mesh), second)
-            record = loop.fetch(metrics, state)
+            state, metrics = step_of(state, placed := put(batch, mesh), second)
+            record = loop.fetch(metrics, state, placed)
             seconds = time.monotonic() - clock
             record |= speeds(seconds, record["tokens"], batch) | meter(segment_lengths(batch.segment_ids), seconds)
             if every is not None and step % every == 0:
@@ -132,6 +132,7 @@ def compile_step(
     step = make_train_step(
         model, loss, optimizer, opt.schedule(config.optimizer, total), rows // micro,
         second_config=None if compared is None else compared.config, noise=noise_of(config), seed=config.run.seed,
+        skips=config.train.max_skipped_updates is not None,
     )  # fmt: skip
     second = abstract_second(compared.config if compared else None, mesh)
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))

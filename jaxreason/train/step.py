@@ -250,10 +250,13 @@ def make_train_step(
     second_config: Compared | None = None,
     noise: Noise | None = None,
     seed: int = 0,
+    skips: bool = False,
 ) -> Callable:
     """``step(state, batch, second_params=None) -> (state, metrics)``; jit it with the state donated.
 
-    ``seed`` is that of the rounding of bfloat16 parameters (:func:`jaxreason.train.optimizer.apply`).
+    ``seed`` is that of the rounding of bfloat16 parameters (:func:`jaxreason.train.optimizer.apply`). With ``skips`` a step
+    whose loss or gradient norm is not finite leaves the parameters and the optimizer's state as they are, apart from its
+    place in the schedule; ``step`` counts it. Without it the program has no such choice.
 
     Metrics: the loss's own, ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (supervised; 0 where
     nothing was), and ``leaf_norms``, the gradient norm of every trained parameter in the order of ``jax.tree.leaves``, by
@@ -265,10 +268,13 @@ def make_train_step(
         value, metrics, grads, _ = gradient(state.params, batch, second_params, state.step, state.frozen)
         squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = opt.apply(state.params, updates, state.step, seed)
+        params, norm = opt.apply(state.params, updates, state.step, seed), jnp.sqrt(jnp.sum(squares))
+        if skips:
+            old, new = (state.params, state.opt_state), (params, opt_state)
+            params, opt_state = opt.chosen(jnp.isfinite(value) & jnp.isfinite(norm), new, old)
         metrics |= {
             "loss": value,
-            "grad_norm": jnp.sqrt(jnp.sum(squares)),
+            "grad_norm": norm,
             "leaf_norms": jnp.sqrt(squares),
             "learning_rate": schedule(state.step),
             "tokens": jnp.sum(batch.loss_mask),
