@@ -15,9 +15,9 @@ from test_hf import edit_json, random_params, tiny
 import jaxreason
 from jaxreason import hf
 from jaxreason.data import chat as chats
+from jaxreason.data.chunks import Inline
 from jaxreason.data.encode import Encoder, encode_prompt
 from jaxreason.data.example import Example
-from jaxreason.data.files import Inline
 from jaxreason.data.tokenizer import load
 from jaxreason.errors import UserError
 from jaxreason.rewards import Sample, get
