@@ -56,6 +56,9 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="a name below configs/ (sft, llama3.2-3b/sft) or a YAML file")
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument(
+        "--control", action="store_true", help="GRPO: reward the format alone, as NAME-control: what a gain is measured against"
+    )
     several = parser.add_argument_group("several processes", "where no launcher says it: see docs/hosts.md")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     several.add_argument("--num-processes", type=int, metavar="N")
@@ -64,6 +67,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="prepare data, compile, show everything; train nothing")
     args = parser.parse_intermixed_args(argv)
     config = cfg.load(args.config, args.words)
+    if args.control:
+        config = cfg.control(config)
     if args.print_config:
         print(cfg.dump(config), end="")
         return

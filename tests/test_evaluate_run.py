@@ -147,8 +147,8 @@ def test_results_stand_side_by_side_with_paired_differences():
     assert found.mean == pytest.approx(0.25) and found.excludes_zero and 0.1 < found.low < found.high < 0.41
     assert worse.intervals["accuracy"].high > better.intervals["accuracy"].low
     rows = {row[0]: row[1:] for row in table.rows({"a": worse, "b": better})}
-    assert rows["accuracy"][0].startswith("50.0 % [") and rows["difference to the first"][0] == ""
-    assert rows["difference to the first"][1].startswith("25.0 % [") and rows["difference to the first"][1].endswith("*")
+    assert rows["accuracy"][0].startswith("50.0 % [") and rows["difference, points"][0] == ""
+    assert rows["difference, points"][1].startswith("25.0 [") and rows["difference, points"][1].endswith("*")
     plain = json.loads(json.dumps(table.plain({"a": worse, "b": better}), allow_nan=False))
     assert plain["b"]["difference"] == pytest.approx(0.25)
 

@@ -3,6 +3,7 @@
 Nothing here touches a device or imports jax, so a wrong key is reported in a second.
 """
 
+from jaxreason.config.control import control
 from jaxreason.config.grpo import (
     Advantage,
     Entropy,
@@ -77,6 +78,7 @@ __all__ = [
     "Teacher",
     "Train",
     "build",
+    "control",
     "differences",
     "dump",
     "find",

@@ -24,7 +24,7 @@ def rows(results: Mapping[str, Result]) -> list[list[str]]:
     names = list(dict.fromkeys(name for result in results.values() for name in result.intervals))
     found = [[name, *(_interval(result, name) for result in results.values())] for name in names]
     if others:
-        found.insert(1, ["difference to the first", "", *(_difference(result, first) for result in others)])
+        found.insert(1, ["difference, points", "", *(_difference(result, first) for result in others)])
     for name, (title, form) in _PLAIN.items():
         found.append([title, *(form.format(result.metrics[name]) for result in results.values())])
     return found
@@ -36,12 +36,14 @@ def _interval(result: Result, name: str) -> str:
 
 def _difference(result: Result, base: Result) -> str:
     found = difference(result, base)
-    return found.percent() + (" *" if found.excludes_zero else "")
+    return found.percent().replace(" %", "") + (" *" if found.excludes_zero else "")
 
 
 def show(title: str, results: Mapping[str, Result]) -> None:
     """Prints the table; * marks a difference whose interval excludes 0."""
-    table = Table("", *results, title=title, title_justify="left")
+    table = Table("", title=title, title_justify="left")
+    for label in results:
+        table.add_column(label, overflow="fold")
     for row in rows(results):
         table.add_row(*row)
     console.print(table)

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from jaxreason.evaluate.ask import Ask, Final, Query, Reply, Search
-from jaxreason.evaluate.strategies.sampled import Count, Heat, warm
+from jaxreason.evaluate.strategies.sampled import Count, warm
 from jaxreason.evaluate.strategies.spaces import Free, Numbers, Space, State, ballot, counted, value
 from jaxreason.sampler import Sampling
 
@@ -100,10 +100,10 @@ class Tree:
 
 
 def _tree(
-    query: Query, depth: int, thoughts: int, judges: int, temperature: float | None, judge_tokens: int, thought_tokens: int | None
+    query: Query, depth: int, thoughts: int, judges: int, judge_tokens: int, thought_tokens: int | None
 ) -> Tree:
     space: Space = Numbers(query) if query.target is not None else Free(query, depth)
-    warmed = warm(query.sampling, temperature)
+    warmed = warm(query.sampling, None)
     thinking = dataclasses.replace(warmed, max_completion_tokens=thought_tokens or query.sampling.max_completion_tokens)
     # A puzzle's steps are proposed together by one reply, a free thought is one line of each of several.
     return Tree(query, space, thinking, dataclasses.replace(warmed, max_completion_tokens=judge_tokens), judges, thoughts)
@@ -112,7 +112,7 @@ def _tree(
 def bfs(
     query: Query, *, breadth: Count = 5, judges: Count = 3, thoughts: Count | None = None, depth: Count = 8,
     evaluate: Literal["value", "vote"] = "value", select: Literal["greedy", "sample"] = "greedy", prune: Threshold = 0.0,
-    temperature: Heat | None = None, judge_tokens: Count = 64, thought_tokens: Count | None = None,
+    judge_tokens: Count = 64, thought_tokens: Count | None = None,
 ) -> Search:  # fmt: skip
     """Level by level: every kept node is expanded, the children are judged, and ``breadth`` of them are kept.
 
@@ -128,7 +128,7 @@ def bfs(
     A puzzle's search stops at the first solution, a free one when its level has nothing but ends.
     """
     thoughts = thoughts or (1 if query.target is not None else breadth)
-    tree = _tree(query, depth, thoughts, judges, temperature, judge_tokens, thought_tokens)
+    tree = _tree(query, depth, thoughts, judges, judge_tokens, thought_tokens)
     rng = np.random.default_rng([query.seed, len(query.example.question)])
     level = tree.nodes[:1]
     for _ in range(tree.space.depth):
@@ -166,7 +166,7 @@ def _kept(nodes: list[Node], breadth: int, select: str, prune: float, rng: np.ra
 
 def dfs(
     query: Query, *, breadth: Count = 3, visits: Count = 100, judges: Count = 3, thoughts: Count | None = None, depth: Count = 8,
-    prune: Threshold = 0.5, temperature: Heat | None = None, judge_tokens: Count = 64, thought_tokens: Count | None = None,
+    prune: Threshold = 0.5, judge_tokens: Count = 64, thought_tokens: Count | None = None,
 ) -> Search:  # fmt: skip
     """The most promising child first; where a node has none left, back to its parent's next one.
 
@@ -174,11 +174,11 @@ def dfs(
       breadth: children of a node that are tried, the best ones.
       visits: nodes that are expanded at most.
       prune: children of a lower value are never tried; 0.5: those that most judges call impossible.
-      judges, thoughts, depth, temperature, judge_tokens, thought_tokens: as in :func:`bfs`.
+      judges, thoughts, depth, judge_tokens, thought_tokens: as in :func:`bfs`.
     The search stops at the first solution of a puzzle, and at the first end of a free question.
     """
     thoughts = thoughts or (1 if query.target is not None else breadth)
-    tree = _tree(query, depth, thoughts, judges, temperature, judge_tokens, thought_tokens)
+    tree = _tree(query, depth, thoughts, judges, judge_tokens, thought_tokens)
     stack, expanded = tree.nodes[:1], set()
     done = 0
     while stack and done < visits:
