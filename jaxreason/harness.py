@@ -90,10 +90,12 @@ class Harness(TemplateLM):
         return None if chat_template is False else self.tokenizer.chat_template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
+        assert isinstance(text, str)  # of one conversation that is not tokenized
+        return text
 
     # ---- log-likelihoods
 

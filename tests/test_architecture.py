@@ -12,7 +12,8 @@ LEVEL = {
     "origin": 1,
     "data": 2,
     "model": 2, "losses": 2, "rewards": 2, "xla": 2, "distributed": 2, "sharding": 3, "sampler": 4, "checkpoint": 4, "hf": 4,
-    "weights": 5, "evaluate": 5, "convert": 6, "train": 6, "rl": 7, "serve": 7, "report": 7, "plan": 8, "compare": 8, "harness": 8, "cli": 9,
+    "weights": 5, "evaluate": 5, "convert": 6, "train": 6, "rl": 7, "serve": 7, "report": 7, "plan": 8, "compare": 8,
+    "harness": 8, "cli": 9,
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def warn(before: Mapping[str, float], after: Mapping[str, float]) -> None:
     console.print(
         f"WARNING: training made this model worse. Held-out accuracy fell from {before[_KEY]:.1%} to {after[_KEY]:.1%}, by "
         f"{-100 * found['eval_change']:.1f} points (95 % interval of the change: {low:.1f} to {high:.1f}); answers cut off: "
-        f"{cut[0]:.1%} before, {cut[1]:.1%} after. Small models can lose what they had on a few thousand long traces: use shorter "
-        "traces or far more of them, a lower learning rate, or mix in short answers.",
+        f"{cut[0]:.1%} before, {cut[1]:.1%} after. Small models can lose what they had on a few thousand long traces: use "
+        "shorter traces or far more of them, a lower learning rate, or mix in short answers.",
         style="bold red", markup=False,
     )  # fmt: skip
