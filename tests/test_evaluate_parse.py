@@ -70,7 +70,8 @@ def test_a_number(text, answer):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (r"so $x = \boxed{\frac{1}{2}}$", r"\frac{1}{2}"), (r"\boxed{\boxed{x}}", "x"), (r"\boxed{x^2} \boxed{x^2}", "x^2"),
+        (r"so $x = \boxed{\frac{1}{2}}$", "1/2"), (r"\boxed{0.5} and \boxed{\frac12}", "1/2"),
+        (r"\boxed{5\text{ cm}}", r"5\text{ cm}"), (r"\boxed{\boxed{x}}", "x"), (r"\boxed{x^2} \boxed{x^2}", "x^2"),
         (r"\boxed{x} \boxed{y}", None), (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left(3, \frac{\pi}{2}\right)"),
         (r"The answer is $\sqrt{2}$.", r"\sqrt{2}"), (r"\boxed{}", None), (r"\boxed{x", None), ("x" * 3000, None),
     ],

@@ -9,6 +9,8 @@ import scripted
 
 from jaxreason import config as cfg
 from jaxreason import rewards
+from jaxreason.data import chat as chats
+from jaxreason.data import tokenizer as tokenizers
 from jaxreason.errors import UserError
 from jaxreason.evaluate.exam import open_exam
 from jaxreason.evaluate.tasks import TASKS
@@ -183,3 +185,21 @@ def test_a_grader_of_one_s_own_sees_the_whole_turn(tmp_path):
     exam = open_file("gsm8k", [GSM], tmp_path, "grader=format")
     assert exam.reward == rewards.get("format")
     assert grade(exam, exam.items[0], "<think>a</think>b") == 1.0
+
+
+@pytest.mark.parametrize("name", ["embedded:arithmetic", "reasoning-gym:basic_arithmetic"])
+def test_a_source_is_asked_as_it_is_and_graded_by_its_own_reward(name):
+    tokenizer = tokenizers.load("embedded")
+    chat = chats.resolve(tokenizer)
+    plain, thought = (open_exam(name, cfg.parse_words(cfg.Task, ["problems=3"]), chat, tokenizer, p) for p in (None, "cot"))
+    assert plain.reward.name == ("reasoning_gym" if "gym" in name else "accuracy") and len(plain.items) == 3
+    item = plain.items[0]
+    said = (f"<think>x</think>{text}" for text in (item.gold, "-12345"))
+    right, wrong = (Sample("", text, item.gold, 1, 9, False, item.example.row) for text in said)
+    for sample, grade in ((right, 1.0), (wrong, 0.0)):
+        assert (plain.reward.function(item.graded(sample), **plain.reward.options) >= 1.0) is (grade == 1.0)
+    assert item.answer(right) == item.gold and item.answer(wrong) == "-12345"
+    assert item.example.user == item.question
+    assert thought.items[0].example.user.startswith(f"{item.question}\n\nThink step by step")
+    later = open_exam(name, cfg.parse_words(cfg.Task, ["problems=2", "first=1"]), chat, tokenizer)
+    assert [i.digest for i in later.items] == [i.digest for i in plain.items[1:]]

@@ -15,6 +15,7 @@ from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.errors import UserError
 from jaxreason.evaluate.tasks import TASKS, Problem, Protocol, Task, ask
 from jaxreason.evaluate.tasks.load import load, load_shots
+from jaxreason.evaluate.tasks.parse import same_form
 from jaxreason.plugins import nearest
 from jaxreason.rewards import Reward
 from jaxreason.rewards.answer import extract
@@ -124,7 +125,7 @@ def freely(message: str, protocol: Protocol | None) -> Item:
 
 def _last(sample: Sample) -> str | None:
     found = extract(sample)
-    return found[-1].strip() or None if found else None
+    return same_form(found[-1].strip()) or None if found else None
 
 
 def _itself(sample: Sample) -> Sample:

@@ -18,7 +18,7 @@ from jaxreason.evaluate.strategies import Strategy
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rewards.sample import Sample
 from jaxreason.sampler import Sampling
-from jaxreason.terminal import Working
+from jaxreason.terminal import Working, console
 from jaxreason.text import THINK_OPEN
 
 _BLOCK = 16  # problems of a search that move in step; what is drawn depends on it
@@ -58,6 +58,9 @@ def take(exam: Exam, model: Model, way: Way, records: Records, identity: dict[st
     settings = digest(identity | _settings(exam, model, way))
     block = max(1, _BATCHES * model.slots // way.samples) if way.strategy.single else _BLOCK
     total, done = len(exam.items) * way.samples, 0
+    known = sum(records.find(settings, item.digest, way.samples) is not None for item in exam.items)
+    what = f"{way.samples} answers each" if way.samples > 1 else way.strategy.name
+    console.print(f"{exam.name} ({exam.asked}): {len(exam.items)} problems, {what}; {known} answered before", markup=False)
     pool = RewardPool([(exam.reward, 1.0)], way.workers, way.timeout_s, "count")
     with pool, Raters(way) as raters, Working(exam.name, total) as show:
         for first in range(0, len(exam.items), block):

@@ -70,10 +70,16 @@ def _number(text: str) -> str | None:
 
 
 def expression(span: str, problem: Problem) -> str | None:
-    """A formula, as it is written: math-verify compares it."""
+    """A formula, as it is written, or a number: math-verify compares it."""
     found = [text.strip() for text in stated(span)]
     found = [text[: -len("$")].lstrip("$") if text.startswith("$") and text.endswith("$") else text for text in found]
-    return (_one(found) or None) if all(len(text) <= MAX_ANSWER_CHARS for text in found) else None
+    return (_one([same_form(text) for text in found]) or None) if all(len(text) <= MAX_ANSWER_CHARS for text in found) else None
+
+
+def same_form(text: str) -> str:
+    r"""A plain number in one form, so that votes for ``\frac12`` and for 0.5 are for one answer; other texts as they are."""
+    value = values.read(text)
+    return text if value is None or value.number is None or value.unit else str(value.number)
 
 
 def letter(span: str, problem: Problem) -> str | None:
