@@ -47,11 +47,12 @@ class Harness(TemplateLM):
       max_length: tokens of a context with its continuation; null: the model's positions, at most 4096.
       max_gen_toks: tokens of an answer where a task names no limit.
       dtype: of the matrix products; log-likelihoods are float32 always.
+      max_batch_size, device: lm_eval passes them to every model. Where this one runs is JAX's choice (``JAX_PLATFORMS``).
     """
 
     def __init__(
         self, pretrained: str, batch_size: int | str = 8, max_length: int | None = None, max_gen_toks: int = 256,
-        dtype: str = "float32", **_: Any,
+        dtype: str = "float32", max_batch_size: int | None = None, device: str | None = None,
     ):  # fmt: skip
         super().__init__()
         if str(batch_size).partition(":")[0] == "auto":

@@ -82,6 +82,20 @@ def test_depth_first_goes_back_where_nothing_is_left():
     assert fates["6 9 13"] == fates["8 10"] == fates["0 10"] == "pruned"
 
 
+def test_depth_first_tries_a_state_once_by_whatever_way_it_is_reached():
+    """1 4 is left by two ways; what can be made of it was tried the first time."""
+    steps = {"1, 1, 2, 4": "1 + 1 = 2\n2 * 1 = 2", "2, 2, 4": "2 / 2 = 1", "1, 2, 4": "2 - 1 = 1", "1, 4": "1 + 4 = 5"}
+
+    def reply(prompt, sample):
+        return steps[re.search(r"Numbers: ([-0-9, ]+)\.", prompt)[1]] if "Combine" in prompt else "likely"
+
+    asked = scripted.model(reply)
+    question = scripted.query(Example("q"), LIMIT, numbers=(1, 1, 2, 4), target=99)
+    (outcome,) = asked.run([strategies.get("tot_dfs@judges=1").search(question)], 0)
+    assert visits(outcome.finals[0].details["tree"]) == ["1 1 2 4", "2 2 4", "1 4", "1 2 4"]
+    assert sum("Combine" not in prompt and "Numbers: 1, 4." in prompt for prompt in asked.sampler.asked) == 1
+
+
 def test_depth_first_stops_at_its_limit_of_visits():
     outcome, tree, _ = play("tot_dfs@breadth=2@judges=1@visits=3")
     assert visits(tree) == ["4 9 10 13", "10 13 13", "13 23"] and tree["visits"] == 3
@@ -190,6 +204,13 @@ def test_a_thought_that_lasts_too_long_is_ended():
     untagged = lambda prompt, sample: thinker(prompt, sample).replace("<think>", "0")  # noqa: E731
     outcome, _ = once("budget@max_tokens=4@answer_tokens=5", untagged)
     assert outcome.finals[0].text == "0123\nThe answer is= 9"
+
+
+def test_what_is_left_of_a_thought_s_budget_is_all_that_a_later_piece_may_take():
+    """12 tokens, and 5 for each of two pieces after "Wait", leave 2 of 24."""
+    outcome, _ = once("budget@min_tokens=99@max_tokens=24@answer_tokens=5", thinker)
+    assert outcome.finals[0].text == "<think>12345\nWait more\nWait more\nWait m\n</think>\n\n= 9"
+    assert outcome.finals[0].details["thinking_tokens"] == 24 and outcome.finals[0].details["waits"] == 3
 
 
 def test_searches_move_in_step_and_draw_different_noise():

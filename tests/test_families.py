@@ -201,4 +201,8 @@ def test_grpo_and_evaluate_run(base, tmp_path):
     task = ["--task", "embedded:arithmetic", "--out", str(out), "problems=2", "max_completion_tokens=8", "slots=2"]
     assert cli.evaluate(["--model", str(tmp_path / "grpo"), *task]) == 0
     assert len((out / "answers.jsonl").read_text().splitlines()) == 2
+    tree = ["--strategy", "self_consistency@k=2", "--out", str(tmp_path / "votes.json"), "max_completion_tokens=8", "slots=2"]
+    assert cli.generate(["--model", str(tmp_path / "grpo"), "--prompt", "1 + 1 =", *tree]) == 0
+    votes = json.loads((tmp_path / "votes.json").read_text())
+    assert len(votes["answers"]) == 2 and votes["prompts"] == 1 and 2 <= votes["tokens"] <= 16
     assert json.loads((out / "summary.json").read_text())["embedded:arithmetic"][str(tmp_path / "grpo")]["problems"] == 2
