@@ -147,7 +147,7 @@ def measure(contest: Contest) -> dict[str, dict[str, Result]]:
 
 
 def _label(model: str | None, strategy: Strategy | None) -> str:
-    return " ".join(filter(None, (model, strategy.name if strategy else None)))
+    return " ".join(filter(None, (model, strategy.word if strategy else None)))
 
 
 def _open(word: str, strategy: Strategy | None, opened: Opened, options: cfg.Task) -> Exam:

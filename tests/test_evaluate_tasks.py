@@ -152,6 +152,7 @@ def test_sorting_problems_are_always_the_same():
 @pytest.mark.parametrize(
     ("word", "words", "message"),
     [
+        ("gsm8k", [], "a local copy of it is --task gsm8k=PATH"),
         ("gsm8k=/nowhere", [], "no such file or directory; it is a local copy of openai/gsm8k:main"),
         ("gsm8k={file}", [], "no usable problem in {file} (no answer: 1); its rows are those of openai/gsm8k"),
         ("gsm8k={file}", ["first=9"], "no usable problem"), ("sort8={file}", [], "writes its own problems"),

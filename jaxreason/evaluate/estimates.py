@@ -14,6 +14,7 @@ from scipy import special, stats
 LEVEL = 0.95
 Z = float(special.ndtri((1 + LEVEL) / 2))  # 1.96
 _RESAMPLES = 2_000
+_ELEMENTS = 2_000_000  # of resamples that exist at once: the correction alone would need P² of them
 
 Vote = TypeVar("Vote", bound=Hashable)
 
@@ -123,6 +124,6 @@ def paired(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0) -> Interval:
         return Interval(mean, max(-1.0, mean - unseen), min(1.0, mean + unseen))
     found = stats.bootstrap(
         (difference,), np.mean, n_resamples=_RESAMPLES, confidence_level=LEVEL, method="BCa", vectorized=True,
-        rng=np.random.default_rng(seed),
+        batch=max(1, _ELEMENTS // count), rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Interval(mean, float(found.low), float(found.high))

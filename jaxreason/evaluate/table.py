@@ -1,5 +1,6 @@
 """Results side by side: a column for each model or strategy, with differences to the first, paired by problem."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
@@ -26,8 +27,12 @@ def rows(results: Mapping[str, Result]) -> list[list[str]]:
     if others:
         found.insert(1, ["difference, points", "", *(_difference(result, first) for result in others)])
     for name, (title, form) in _PLAIN.items():
-        found.append([title, *(form.format(result.metrics[name]) for result in results.values())])
+        found.append([title, *(_cell(form, result.metrics[name]) for result in results.values())])
     return found
+
+
+def _cell(form: str, value: float) -> str:
+    return "none" if math.isnan(value) else form.format(value)
 
 
 def _interval(result: Result, name: str) -> str:

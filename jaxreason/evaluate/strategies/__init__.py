@@ -33,6 +33,7 @@ STRATEGIES: dict[str, Callable[..., Search]] = {
 class Strategy:
     """A strategy with its options."""
 
+    word: str  # as it was asked for
     name: str
     options: dict[str, Any]  # every one, defaults included
     search: Callable[[Query], Search]
@@ -65,4 +66,4 @@ def get(word: str) -> Strategy:
     function = STRATEGIES[name] if name in STRATEGIES else plugins.load(name, "--strategy")
     checked = plugins.check_options(function, values, f"--strategy {name}")
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
-    return Strategy(name, defaults | checked, functools.partial(function, **checked))
+    return Strategy(word, name, defaults | checked, functools.partial(function, **checked))

@@ -103,7 +103,7 @@ class Numbers:
     def grow(self, state: State) -> Turn:
         return Turn(Example(
             f"Numbers: {_listed(state)}. Combine two of them with + - * or /, so that {self._target} can be made of the result "
-            "and the others in the end. Write several possible next steps, each on a line of its own as \"a + b = c\".",
+            'and the others in the end. Write several possible next steps, each on a line of its own as "a + b = c".',
             system=self._query.example.system,
         ))  # fmt: skip
 

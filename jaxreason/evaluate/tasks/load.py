@@ -87,7 +87,12 @@ def _rows(task: Task, place: str | None, split: str | None) -> Iterator[Row]:
     if source.endswith(_CSV):
         yield from _csv(Path(source))
         return
-    for chunk in open_source(source, split, None, 0).chunks():
+    try:
+        opened = open_source(source, split, None, 0)
+    except UserError as error:
+        local = "" if place else f"; a local copy of it is --task {task.name}=PATH"
+        raise UserError(f"task {task.name}, split {split}: {error}{local}") from None
+    for chunk in opened.chunks():
         for _, row in chunk.rows():
             if isinstance(row, Example):
                 raise UserError(f"task {task.name}: {source} writes problems of its own; give a file, a directory or a hub id")
