@@ -15,7 +15,7 @@ from jaxreason.evaluate.records import FILE, Records
 from jaxreason.evaluate.run import Way, difference, summed_up, take
 from jaxreason.rewards import get
 from jaxreason.sampler import Sampling
-from jaxreason.terminal import Working, console
+from jaxreason.terminal import Working
 
 
 def exam(count, gold=lambda i: str(i)):
@@ -172,7 +172,6 @@ def test_a_scorer_that_hangs_costs_its_answer_alone(tmp_path):
 def test_progress_without_a_terminal_speaks_every_ten_seconds(monkeypatch, capsys):
     times = iter([0.0, 1.0, 12.0, 13.0, 30.0])
     monkeypatch.setattr("jaxreason.terminal.time.monotonic", lambda: next(times))
-    monkeypatch.setattr(console, "file", None)
     with Working("toy", 100) as show:
         for done in (10, 40, 50, 70):
             show(done, "x")
