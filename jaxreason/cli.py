@@ -64,6 +64,9 @@ def train(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--config", required=True, help="a name below configs/ (sft, llama3.2-3b/sft) or a YAML file")
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument(
+        "--control", action="store_true", help="GRPO: reward the format alone, as NAME-control: what a gain is measured against"
+    )
     several = parser.add_argument_group("several processes", "where no launcher says it: see docs/hosts.md")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     several.add_argument("--num-processes", type=int, metavar="N")
@@ -72,6 +75,8 @@ def train(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--dry-run", action="store_true", help="prepare data, compile, show everything; train nothing")
     args = parser.parse_intermixed_args(argv)
     config = cfg.load(args.config, args.words)
+    if args.control:
+        config = cfg.control(config)
     if args.print_config:
         print(cfg.dump(config), end="")
         return None
@@ -115,45 +120,61 @@ def convert(argv: Sequence[str] | None = None) -> None:
     print(work.to_hf(args.model, args.out, args.dtype) if args.verb == "to-hf" else work.from_hf(args.model, args.out))
 
 
+_STRATEGIES = "direct, cot, self_consistency, best_of_n, budget, tot_bfs, tot_dfs, or package.module:function"
+
+
 @command
 def generate(argv: Sequence[str] | None = None) -> None:
     """Answers a prompt, streaming the text."""
     parser = argparse.ArgumentParser(prog="generate.py", description=generate.__doc__)
     parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
     parser.add_argument("--prompt", required=True, help="the user's message; - reads it from standard input")
+    parser.add_argument("--strategy", metavar="NAME[@option=value]", help=f"search for the answer: {_STRATEGIES}")
+    parser.add_argument("--out", metavar="FILE", help="with --strategy: its tree, votes or scores as JSON")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Decode)))
     args = parser.parse_intermixed_args(argv)
     options = cfg.parse_words(cfg.Decode, args.words)
+    if args.out and not args.strategy:
+        raise UserError("--out writes what a strategy found; add --strategy, e.g. --strategy tot_bfs")
+    message = sys.stdin.read() if args.prompt == "-" else args.prompt
     _start()
-    from jaxreason.serve import answer
+    from jaxreason import serve
 
-    answer(args.model, sys.stdin.read() if args.prompt == "-" else args.prompt, options)
+    if args.strategy:
+        serve.search(args.model, message, args.strategy, options, args.out)
+    else:
+        serve.answer(args.model, message, options)
 
 
 @command
 def evaluate(argv: Sequence[str] | None = None) -> None:
-    """Accuracy of a model on problems with known answers."""
+    """Accuracy of models on problems with known answers, with intervals; several are compared problem by problem."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=evaluate.__doc__)
-    parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
-    parser.add_argument("--task", required=True, help="embedded:NAME, a file or directory of problems, or a hub id")
+    parser.add_argument("--model", required=True, action="append", metavar="RUN|CHECKPOINT|HF_DIR", help="may be repeated")
+    parser.add_argument(
+        "--task", required=True, action="append", metavar="NAME|NAME=PATH|SOURCE",
+        help="a benchmark by name (docs/evaluation.md) or a local copy of it, embedded:NAME, reasoning-gym:NAME, a file or "
+        "directory of problems, or a hub id; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="completions a problem; above 1 set temperature")
-    parser.add_argument("--out", help="also write metrics and every completion to this JSON file")
+    parser.add_argument(
+        "--strategy", action="append", metavar="NAME[@option=value]", help=f"may be repeated: {_STRATEGIES}"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="keep answers here: the same command goes on where it stopped")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Task)))
     args = parser.parse_intermixed_args(argv)
     options = cfg.parse_words(cfg.Task, args.words)
-    if args.samples < 1 or (args.samples > 1 and options.temperature == 0):
+    if args.samples < 1:
+        raise UserError(f"--samples is {args.samples}; it is 1 or more")
+    if args.samples > 1 and options.temperature == 0:
         raise UserError(f"--samples {args.samples} of greedy decoding are all the same; set e.g. temperature=0.6")
     out = local(args.out, "--out") if args.out else None
-    if out:
-        open(out, "a").close()  # refused now, not after the work
     _start()
-    from jaxreason.serve import measure
-    from jaxreason.terminal import show_table
+    from jaxreason import serve
+    from jaxreason.evaluate import strategies
 
-    metrics, records = measure(args.model, args.task, args.samples, options)
-    show_table(f"{args.model} on {args.task}", [(k, f"{v:.4g}") for k, v in metrics.items()])
-    if out:
-        out.write_text(json.dumps({"metrics": metrics, "completions": records}, indent=1))
+    chosen = [strategies.get(word) for word in args.strategy] if args.strategy else [None]
+    serve.measure(serve.Contest(args.model, args.task, chosen, args.samples, options, out))
 
 
 @command

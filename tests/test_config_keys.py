@@ -8,6 +8,7 @@ import functools
 
 import config_keys_grpo
 import config_keys_sft
+import data_helpers
 import pytest
 
 from jaxreason import config as cfg
@@ -64,26 +65,38 @@ def test_a_run_does_what_its_key_says(kind, key, runs):
 TASK = {
     "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "max_completion_tokens": 5, "slots": 3, "seed": 4,
     "system_prompt": "Think.", "template": "r1_zero", "compute_dtype": "bfloat16", "attention": "reference", "split": "train",
-    "problems": 7, "grader": "countdown", "workers": 3, "timeout_s": 4.5,
+    "first": 2, "problems": 7, "grader": "countdown", "workers": 3, "timeout_s": 4.5,
 }  # fmt: skip
+BENCHMARK = {"protocol": "direct", "shots": 1, "shots_from": "{shown}"}
 
 
-def test_every_word_of_evaluate_reaches_the_measurement(runs, monkeypatch):
-    """The model's execution, the prompts, the grader and the job that the sampler is given, for every word by itself."""
-    assert set(TASK) == set(cfg.keys(cfg.Task))
+def test_every_word_of_evaluate_reaches_the_measurement(runs, monkeypatch, tmp_path):
+    """The model's execution, the prompts, the grader and the way of drawing, for every word by itself."""
+    assert set(TASK) | set(BENCHMARK) == set(cfg.keys(cfg.Task))
     run, seen = str(runs["sft"]()["folder"]), []
     monkeypatch.setattr(EngineSampler, "__init__", lambda self, model, stops, mesh: seen.append(model.execution))
     monkeypatch.setattr(EngineSampler, "load", lambda self, params, step: None)
 
-    def evaluate(sampler, prompts, tokenizer, grading, job):
-        return {}, [seen.pop(), [p.ids for p in prompts], grading, job]
+    def take(exam, model, way, records, identity):
+        asked = [model.chat.render_prompt(item.example) for item in exam.items]
+        return [seen.pop(), asked, exam.reward, way.sampling, way.workers, way.timeout_s, model.slots, model.seed]
 
-    monkeypatch.setattr(serve, "evaluate", evaluate)
+    monkeypatch.setattr(serve, "take", take)
+    monkeypatch.setattr(serve.table, "show", lambda title, results: None)
 
-    def measured(*words):
-        return serve.measure(run, "embedded:arithmetic", 1, cfg.parse_words(cfg.Task, ["problems=9", *words]))[1]
+    def measured(*words, task="embedded:arithmetic"):
+        options = cfg.parse_words(cfg.Task, ["problems=9", *words])
+        return serve.measure(serve.Contest([run], [task], [None], 1, options, None))[task][run]
 
     plain = measured()
     assert plain == measured()
     for key, value in TASK.items():
         assert measured(f"{key}={value}") != plain, key
+    (tmp_path / "gsm").mkdir()
+    for place in ("gsm/train", "gsm/test", "shown"):
+        data_helpers.write_jsonl(tmp_path / f"{place}.jsonl", [{"question": place, "answer": "#### 1"}])
+    gsm, shown = f"gsm8k={tmp_path / 'gsm'}", tmp_path / "shown.jsonl"
+    shows = measured("shots=1", task=gsm)
+    assert shows == measured("shots=1", task=gsm) != measured(task=gsm)
+    for key in ("protocol", "shots_from"):
+        assert measured("shots=1", f"{key}={BENCHMARK[key]}".format(shown=shown), task=gsm) != shows, key

@@ -197,7 +197,12 @@ def test_grpo_and_evaluate_run(base, tmp_path):
     assert json.loads(line)["sampler_gap_max"] < 1e-4
     step = checkpoint.steps(tmp_path / "grpo" / "checkpoints")[-1]
     assert checkpoint.read_model(tmp_path / "grpo" / "checkpoints" / f"{step:08d}").arch.family == "qwen3"
-    out = tmp_path / "scores.json"
+    out = tmp_path / "scores"
     task = ["--task", "embedded:arithmetic", "--out", str(out), "problems=2", "max_completion_tokens=8", "slots=2"]
     assert cli.evaluate(["--model", str(tmp_path / "grpo"), *task]) == 0
-    assert len(json.loads(out.read_text())) >= 2
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 2
+    tree = ["--strategy", "self_consistency@k=2", "--out", str(tmp_path / "votes.json"), "max_completion_tokens=8", "slots=2"]
+    assert cli.generate(["--model", str(tmp_path / "grpo"), "--prompt", "1 + 1 =", *tree]) == 0
+    votes = json.loads((tmp_path / "votes.json").read_text())
+    assert len(votes["answers"]) == 2 and votes["prompts"] == 1 and 2 <= votes["tokens"] <= 16
+    assert json.loads((out / "summary.json").read_text())["embedded:arithmetic"][str(tmp_path / "grpo")]["problems"] == 2

@@ -274,3 +274,29 @@ def test_grpo_evaluates_once_before_and_drops_the_line_of_a_start_without_a_chec
     assert [line["step"] for line in lines] == [0, 1, 2] and measured == [0, 0, 2]
     assert lines[0]["eval_accuracy"] == 0.27 and lines[2]["eval_accuracy"] == 0.28
     assert summary_of(tmp_path / "grpo")["before_eval_accuracy"] == 0.27
+
+
+def test_sft_from_a_model_measures_it_first_and_says_what_it_lost(straight, tmp_path, monkeypatch, capsys):
+    """Step 0 is on record beside the last step; a run from random weights has none."""
+    words = [w for w in sft_words(tmp_path, "train.steps=2") if not w.startswith("model.")]
+    start = ["model.preset=null", "model.overrides={}", f"model.weights={straight / 'sft'}"]
+
+    def stub(self, state):
+        low, high = (0.5, 0.7) if int(state.step) == 0 else (0.1, 0.2)
+        return {"eval_accuracy": (low + high) / 2, "eval_accuracy_low": low, "eval_accuracy_high": high}
+
+    monkeypatch.setattr(sft.HeldOut, "__call__", stub)
+    assert train("sft", [*words, *start]) == 0
+    assert [line["step"] for line in lines_of(tmp_path / "sft")] == [0, 1, 2]
+    found = summary_of(tmp_path / "sft")
+    assert found["before_eval_accuracy"] == 0.6 and found["eval_accuracy"] == pytest.approx(0.15)
+    assert found["eval_change"] == pytest.approx(-0.45) and found["eval_change_high"] < -0.3
+    assert "WARNING: training made this model worse" in capsys.readouterr().out
+    assert [line["step"] for line in lines_of(straight / "sft")] == list(range(1, 9))
+
+
+def test_a_control_run_is_asked_for_on_the_command_line(capsys):
+    assert cli.train(["--config", "grpo", "--control", "--print-config"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert [term["name"] for term in found["reward"]["functions"]] == ["format"] and found["run"]["name"] == "grpo-control"
+    assert cli.train(["--config", "sft", "--control", "--print-config"]) == 2

@@ -3,6 +3,7 @@
 Nothing here touches a device or imports jax, so a wrong key is reported in a second.
 """
 
+from jaxreason.config.control import control
 from jaxreason.config.grpo import (
     Advantage,
     Entropy,
@@ -26,6 +27,7 @@ from jaxreason.config.schema import (
     Draw,
     Eval,
     Grader,
+    Grading,
     Loss,
     Mesh,
     Model,
@@ -50,6 +52,7 @@ __all__ = [
     "Entropy",
     "Eval",
     "Grader",
+    "Grading",
     "GrpoConfig",
     "GrpoData",
     "GrpoEval",
@@ -75,6 +78,7 @@ __all__ = [
     "Teacher",
     "Train",
     "build",
+    "control",
     "differences",
     "dump",
     "find",

@@ -225,13 +225,16 @@ class Reference(Section):
     checkpoints hold it then. null: it stays what the run started from. psft needs a number (8 in its authors' code)."""
 
 
-class Grader(Section):
-    grader: str = "accuracy"
-    """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
+class Grading(Section):
     workers: Positive = 2
     """Grading processes."""
     timeout_s: float = Field(10.0, gt=0)
     """A grader that takes longer on an answer is killed; its problem is left out and counted in ``ungraded``."""
+
+
+class Grader(Grading):
+    grader: str = "accuracy"
+    """The reward that decides what is right (1): ``accuracy``, ``countdown``, ``reasoning_gym``, or your own."""
 
 
 class Eval(Grader):
@@ -281,13 +284,23 @@ class Decode(Draw):
     attention: Literal["auto", "cudnn", "blockwise", "reference"] = "auto"
 
 
-class Task(Grader, Decode):
+class Task(Grading, Decode):
     """Overrides of evaluate.py."""
 
+    grader: str | None = None
+    """The reward that decides what is right (1); null: the task's own, ``reasoning_gym`` for its problems, else ``accuracy``."""
     split: str | None = None
-    """Split of the task; null: ``eval`` of one that a program writes, ``test`` of a hub data set."""
+    """Split of the task; null: the benchmark's own, ``eval`` of a source that a program writes, else ``test``."""
+    first: NonNegative = 0
+    """The first problem, from 0; Tree of Thoughts' Game of 24 begins with 900."""
     problems: Positive = 500
-    """At most this many problems, the first ones."""
+    """At most this many problems."""
+    protocol: Literal["direct", "cot"] | None = None
+    """How a benchmark is asked: for the answer alone, or with a chain of thought; null: ``cot``. A source is asked as it is."""
+    shots: NonNegative = 0
+    """Examples that a benchmark shows first, with their solutions for ``cot``: earlier turns of the conversation."""
+    shots_from: str | None = None
+    """A file or directory of those examples; null: the benchmark's own split of them."""
 
 
 class SftConfig(Section):

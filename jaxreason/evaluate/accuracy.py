@@ -1,7 +1,6 @@
 """Accuracy on held-out problems: decode, grade, and say how sure the number is."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from jaxreason import config as cfg
 from jaxreason import rewards
 from jaxreason.data.prompts import Prompt
 from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.evaluate import estimates
 from jaxreason.rewards import Reward
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rewards.sample import Sample
@@ -33,16 +33,6 @@ def grading_of(settings: cfg.Grader) -> Grading:
     return Grading(rewards.get(settings.grader), settings.workers, settings.timeout_s)
 
 
-def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927): honest at 0 %, at 100 % and for few trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    p = successes / trials
-    centre, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
 def sample_of(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, limit: int) -> Sample:
     """What a reward function is given: the completion's text, without its stop token."""
     return Sample(
@@ -57,7 +47,7 @@ def sample_of(prompt: Prompt, completion: Completion, tokenizer: Tokenizer, limi
     )
 
 
-def _right(pool: RewardPool, samples: Sequence[Sample]) -> np.ndarray:
+def right_of(pool: RewardPool, samples: Sequence[Sample]) -> np.ndarray:
     """[n] of 1, 0, or NaN where there is no telling. An answer on which the grader fails or hangs costs itself, not the run."""
     graded = pool.grade(samples)
     for error in graded.errors[:_SHOWN_ERRORS]:
@@ -74,17 +64,17 @@ def evaluate(
     ``sampler`` has its weights already.
 
     Returns the metrics ``accuracy`` (mean over problems of the mean over samples: avg@k), its 95 % interval
-    ``accuracy_low`` and ``accuracy_high`` (Wilson for one sample, else normal over the problems' means), ``pass_at_k``
-    where k > 1, ``accuracy_if_finished``, ``truncated_fraction``, ``completion_tokens`` (mean), ``problems``; and one
-    record per completion. A problem with a completion that the grader cannot grade (an unreadable gold, an exception, the
-    time limit) is left out and counted in ``ungraded``. The grader runs in worker processes that are killed at the limit.
+    ``accuracy_low`` and ``accuracy_high`` (:func:`jaxreason.evaluate.estimates.clustered`), ``pass_at_k`` where k > 1,
+    ``accuracy_if_finished``, ``truncated_fraction``, ``completion_tokens`` (mean), ``problems``; and one record per
+    completion. A problem with a completion that the grader cannot grade (an unreadable gold, an exception, the time limit) is
+    left out and counted in ``ungraded``. The grader runs in worker processes that are killed at the limit.
     """
     limit, samples = job.sampling.max_completion_tokens, job.samples
     # The workers start here, so that they load the grader while the sampler decodes.
     with RewardPool([(grading.grader, 1.0)], grading.workers, grading.timeout_s, "count") as pool:
         completions = sampler.generate([p.ids for p in prompts], job)
         graded = [sample_of(prompts[c.prompt_index], c, tokenizer, limit) for c in completions]
-        right = _right(pool, graded)
+        right = right_of(pool, graded)
     records = [
         {"problem": prompts[c.prompt_index].text, "gold": s.gold, "completion": s.completion, "correct": bool(r == 1.0),
          "tokens": s.completion_tokens, "truncated": s.truncated}
@@ -95,16 +85,11 @@ def evaluate(
     right_P_K = right_P_K[readable]
     count = len(right_P_K)
     finished = np.array([not c.truncated for c in completions]).reshape(len(prompts), samples)[readable]
-    mean = float(right_P_K.mean()) if count else 0.0
-    if samples == 1:
-        low, high = wilson(float(right_P_K.sum()), count)
-    else:
-        error = 1.96 * float(right_P_K.mean(axis=1).std(ddof=1)) / math.sqrt(count) if count > 1 else 1.0
-        low, high = max(0.0, mean - error), min(1.0, mean + error)
+    accuracy = estimates.clustered(right_P_K)
     metrics = {
-        "accuracy": mean,
-        "accuracy_low": low,
-        "accuracy_high": high,
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
         "accuracy_if_finished": float(right_P_K[finished].mean()) if finished.any() else 0.0,
         "truncated_fraction": float(1.0 - finished.mean()) if count else 0.0,
         "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),

@@ -25,7 +25,7 @@ from jaxreason.checkpoint import Checkpoints
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.terminal import console
-from jaxreason.train import hosts, not_finite
+from jaxreason.train import hosts, not_finite, worse
 from jaxreason.train.ahead import compilations
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.interrupt import Interrupt, Stopped
@@ -239,5 +239,8 @@ class Loop:
         before = {f"before_{k}": v for k, v in first.items() if k.startswith("eval_accuracy")} if first["step"] == 0 else {}
         summary = {"step": self._span.total, **self._log.record, **self._counters, **compilations.take()}
         summary["parameters"] = param_count(self._model)
+        if before:
+            summary |= worse.change(first, summary)
+            worse.warn(first, summary)
         self._folder.finish(summary | before)
         return summary | before

@@ -86,7 +86,9 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         return None
 
     held_out = HeldOut(config, setup, data, problems, mesh)
-    with Loop(folder, config, Span(total, 1, SHOWN), model, held_out) as loop:
+    # Random weights know nothing that training could spoil.
+    first = config.model.weights is not None
+    with Loop(folder, config, Span(total, 1, SHOWN), model, held_out, evaluate_first=first) as loop:
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", data.chat.template)
             write_json(folder.path / "data_report.json", data.report.to_dict())

@@ -101,9 +101,10 @@ def test_an_object_store_is_refused_before_anything_is_done(url, tmp_path, monke
 
 
 def test_a_place_for_results_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
-    out = tmp_path / "none" / "found.json"
+    out = tmp_path / "file" / "found"
+    out.parent.touch()
     assert cli.evaluate(["--model", "not-there", "--task", "embedded:arithmetic", "--out", str(out)]) == 2
-    assert f"{out}: No such file or directory" in capsys.readouterr().err
+    assert f"{out}: Not a directory" in capsys.readouterr().err
 
 
 def test_without_a_home_and_a_user_the_caches_are_asked_for():
