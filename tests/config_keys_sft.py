@@ -14,7 +14,7 @@ from helpers import TINY, sft_words
 
 from jaxreason import checkpoint, cli
 from jaxreason import config as cfg
-from jaxreason.data import files
+from jaxreason.data import sources
 from jaxreason.data.pipeline import prepare
 from jaxreason.data.tokenizer import load
 from jaxreason.evaluate import accuracy
@@ -149,14 +149,14 @@ def processes(places: Places, words: list[str]) -> object:
             asked.append(count)
             raise KeyboardInterrupt
 
-    real = tokenizing._PATIENCE_SECONDS, tokenizing.concurrent.futures.ProcessPoolExecutor, files.CHUNK_ROWS
-    tokenizing._PATIENCE_SECONDS, tokenizing.concurrent.futures.ProcessPoolExecutor, files.CHUNK_ROWS = -1, Pool, 5
+    real = tokenizing._PATIENCE_SECONDS, tokenizing.concurrent.futures.ProcessPoolExecutor, sources.CHUNK_ROWS
+    tokenizing._PATIENCE_SECONDS, tokenizing.concurrent.futures.ProcessPoolExecutor, sources.CHUNK_ROWS = -1, Pool, 5
     try:
         data(places, [f"data.cache_dir={places.root / digest(words)}", *words])
     except KeyboardInterrupt:
         pass
     finally:
-        tokenizing._PATIENCE_SECONDS, tokenizing.concurrent.futures.ProcessPoolExecutor, files.CHUNK_ROWS = real
+        tokenizing._PATIENCE_SECONDS, tokenizing.concurrent.futures.ProcessPoolExecutor, sources.CHUNK_ROWS = real
     return asked
 
 

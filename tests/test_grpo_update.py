@@ -122,8 +122,10 @@ def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
     abstract = states.abstract(model, optimizer, mesh)
     inputs = types.SimpleNamespace(setup=types.SimpleNamespace(config=model), objective=objective)
     compiled = grpo.compile_step(config, inputs, shapes, optimizer, abstract, mesh, 12)
-    fetch = types.SimpleNamespace(fetch=lambda metrics, state: {k: float(v) for k, v in metrics.items() if k != "leaf_norms"})
-    state, metrics = grpo.update(compiled, state, batches, config.train.updates_per_rollout, fetch)
+    def fetch(metrics, state, batch):
+        return {k: float(v) for k, v in metrics.items() if k != "leaf_norms"}
+
+    state, metrics = grpo.update(compiled, state, batches, config.train.updates_per_rollout, types.SimpleNamespace(fetch=fetch))
     return model, start, reference, state.params, metrics, batches
 
 
@@ -284,7 +286,7 @@ def test_a_rule_of_the_current_policy_is_evaluated_before_every_update(settings)
 
     seen, states = [], [types.SimpleNamespace(model_params=k) for k in range(4)]
     step = lambda state, batch, second: (states[state.model_params + 1], {"x": batch})  # noqa: E731
-    fetch = types.SimpleNamespace(fetch=lambda metrics, state: seen.append(metrics["x"]) or {})
+    fetch = types.SimpleNamespace(fetch=lambda metrics, state, batch: seen.append(metrics["x"]) or {})
     grpo.update(step, states[0], ["a", "b"], 3, fetch, lambda batch, params: f"{batch}{params}")
     assert seen == ["a", "b1", "a2"]
     with pytest.raises(UserError, match=r"set train\.minibatches=1"):

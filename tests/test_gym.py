@@ -81,5 +81,6 @@ def test_columns_reach_the_reward_and_a_missing_one_is_named(tmp_path):
     kept = load_prompts(cfg.Problems(source=str(path), keep_columns=["level"]), load("embedded"), 0)
     assert [p.row for p in kept.prompts] == [{"level": 0}, {"level": 1}, {"level": 2}]
     assert load_prompts(cfg.Problems(source=str(path)), load("embedded"), 0)[0].row is None
-    with pytest.raises(UserError, match=r"rows.jsonl, line 1: data.keep_columns names lvl.*question, answer, level"):
+    message = r"no column lvl, which data.keep_columns names: 3; first: .*rows.jsonl, line 1: it has question, answer, level"
+    with pytest.raises(UserError, match=message):
         load_prompts(cfg.Problems(source=str(path), keep_columns=["lvl"]), load("embedded"), 0)
