@@ -141,7 +141,7 @@ def generate(argv: Sequence[str] | None = None) -> None:
     from jaxreason import serve
 
     if args.strategy:
-        serve.search(args.model, message, args.strategy, options, args.out)
+        serve.search(args.model, message, args.strategy, options, local(args.out, "--out") if args.out else None)
     else:
         serve.answer(args.model, message, options)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 128  # tokens whose logits exist at once
 _BUCKET = 64  # rows are padded to a multiple of this, so that few shapes are compiled
-Encoded = tuple[tuple[str, str], list[int], list[int]]
+Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, None: not to be cached; context; continuation
 
 
 class Harness(TemplateLM):
@@ -145,7 +145,7 @@ class Harness(TemplateLM):
                 context_len=1,
             )  # fmt: skip
             for context, continuation in map(utils.make_disjoint_window, pieces):
-                windows.append((None, context, continuation))  # type: ignore[arg-type]  # as lm_eval marks what is not cached
+                windows.append((None, context, continuation))
                 owners.append(owner)
         sums = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows)):

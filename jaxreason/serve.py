@@ -90,7 +90,7 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
     print()
 
 
-def search(name: str, message: str, word: str, options: cfg.Decode, out: str | None) -> None:
+def search(name: str, message: str, word: str, options: cfg.Decode, out: Path | None) -> None:
     """Prints the answer that a strategy finds to one user message, and what it cost. ``out``: a JSON file of its tree."""
     strategy = get_strategy(word)
     model = open_model(name, options).load().model(options)
@@ -102,7 +102,7 @@ def search(name: str, message: str, word: str, options: cfg.Decode, out: str | N
     cost = f"{outcome.drawn} tokens drawn in {outcome.calls} prompts of {outcome.read} tokens together"
     print(f"({word}: {cost})", file=sys.stderr)
     if out is not None:
-        write_json(Path(out), _plain(item, outcome, word))
+        write_json(out, _plain(item, outcome, word))
 
 
 def _plain(item: Item, outcome: Outcome, word: str) -> dict[str, Any]:

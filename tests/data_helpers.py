@@ -2,11 +2,13 @@
 
 import functools
 import json
+from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from jaxreason.config import Data
 from jaxreason.data.tokenizer import Tokenizer
 
 LLAMA_SPECIAL = [
@@ -103,3 +105,9 @@ def trace(i: int, words: int = 1) -> dict:
     reply = f"<think>\n{' '.join(['add'] * words)} {i}\n</think>\n\n{i + 1}"
     turns = [{"role": "user", "content": f"{i} + 1 ="}, {"role": "assistant", "content": reply}]
     return {"messages": turns, "gold": i + 1}
+
+
+def data_config(root: Path, source: str | Path, **options) -> Data:
+    """The data section of a small run, with a token cache below ``root``."""
+    defaults = {"max_length": 256, "batch_size": 1, "workers": 0, "cache_dir": str(root / "cache")}
+    return Data(source=str(source), **{**defaults, **options})

@@ -1,6 +1,7 @@
 """Kinds of files, and which files a source means."""
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -12,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from jaxreason import cli
-from jaxreason.config import Data
 from jaxreason.data import chunks, files
 from jaxreason.data.pipeline import prepare, too_few_rows
 from jaxreason.data.prompts import load_prompts
@@ -55,11 +55,7 @@ KINDS = {
 
 @pytest.fixture
 def config(tmp_path):
-    def make(source, **options):
-        defaults = {"max_length": 256, "batch_size": 1, "workers": 0, "cache_dir": str(tmp_path / "cache")}
-        return Data(source=str(source), **{**defaults, **options})
-
-    return make
+    return functools.partial(helpers.data_config, tmp_path)
 
 
 def load(config):

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import sys
@@ -9,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from jaxreason.config import Data
 from jaxreason.data import chunks, files, json_rows, sources, tables
 from jaxreason.data.batches import loader
 from jaxreason.data.example import Example
@@ -22,11 +22,7 @@ TRACES = [helpers.trace(i, words=1 + i % 7) for i in range(24)]
 
 @pytest.fixture
 def config(tmp_path):
-    def make(source, **options):
-        defaults = {"max_length": 256, "batch_size": 2, "workers": 0, "cache_dir": str(tmp_path / "cache")}
-        return Data(source=str(source), **{**defaults, **options})
-
-    return make
+    return functools.partial(helpers.data_config, tmp_path, batch_size=2)
 
 
 def run(config, seed=0, tokenizer=None):

@@ -1,5 +1,6 @@
 """Other people's rows: whatever a row holds, it is trained as it means or counted by a reason with its number."""
 
+import functools
 import json
 import os
 
@@ -7,7 +8,6 @@ import data_helpers as helpers
 import pytest
 from rich.console import Console
 
-from jaxreason.config import Data
 from jaxreason.data import chat as chats
 from jaxreason.data import json_rows
 from jaxreason.data.example import Example, Reject, split_thought
@@ -20,11 +20,7 @@ from jaxreason.errors import UserError
 
 @pytest.fixture
 def config(tmp_path):
-    def make(source, **options):
-        defaults = {"max_length": 256, "batch_size": 1, "workers": 0, "cache_dir": str(tmp_path / "cache")}
-        return Data(source=str(source), **{**defaults, **options})
-
-    return make
+    return functools.partial(helpers.data_config, tmp_path)
 
 
 def sft(config, tokenizer=None):

@@ -1,7 +1,6 @@
 """Problems of a task by name: from the hub, from a local copy in the same row format, or from the task's own program."""
 
 import collections
-import csv
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ from jaxreason.data.sources import open_source
 from jaxreason.errors import UserError
 from jaxreason.evaluate.tasks.task import Problem, Row, Task
 from jaxreason.paths import expanded
-
-_CSV = ".csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +84,6 @@ def _problems(task: Task, place: str | None, split: str | None, dropped: collect
 
 def _rows(task: Task, place: str | None, split: str | None) -> Iterator[Row | Reject]:
     source = task.source if place is None else str(_local(expanded(place, f"--task {task.name}"), task))
-    if source.endswith(_CSV):
-        yield from _csv(Path(source))
-        return
     try:
         opened = open_source(source, split, None, 0)
     except UserError as error:
@@ -108,18 +102,10 @@ def _local(path: Path, task: Task) -> Path:
         raise UserError(f"task {task.name}={path}: no such file or directory; it is a local copy of {task.source}")
     config = task.source.partition(":")[2]
     if path.is_dir():
-        for part in (path / config, path / f"{config}{_CSV}"):
+        for part in (path / config, path / f"{config}.csv"):
             if config and part.exists():
                 return part
-        tables = sorted(path.glob(f"*{_CSV}"))
+        tables = sorted(path.glob("*.csv"))
         if len(tables) == 1 and not any(path.rglob("*.parquet")):
             return tables[0]
     return path
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file: {error}") from None

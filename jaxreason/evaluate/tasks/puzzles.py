@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,8 @@ VERDICT = Family(
 )  # fmt: skip
 
 
-def _make(numbers: list, target: int) -> Problem:
+def _make(numbers: list, target: Any) -> Problem:
+    """Raises Reject for what are no two to eight whole numbers and a whole target."""
     if not 2 <= len(numbers) <= 8 or not all(isinstance(n, int) and not isinstance(n, bool) for n in [*numbers, target]):
         raise Reject("numbers or target are not whole numbers")
     question = (
@@ -44,7 +46,7 @@ def countdown(row: Row) -> Problem:
     """Jiayi-Pan/Countdown-Tasks-3to4: ``nums``, ``target``."""
     if not isinstance(row.get("nums"), list):
         raise Reject("no nums")
-    return _make(row["nums"], row.get("target"))  # type: ignore[arg-type]  # _make checks it
+    return _make(row["nums"], row.get("target"))
 
 
 def game24(row: Row) -> Problem:
