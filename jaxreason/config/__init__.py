@@ -3,6 +3,7 @@
 Nothing here touches a device or imports jax, so a wrong key is reported in a second.
 """
 
+from jaxreason.config.build import Build
 from jaxreason.config.control import control
 from jaxreason.config.grpo import (
     Advantage,
@@ -46,6 +47,7 @@ __all__ = [
     "ALGORITHMS",
     "RESUMABLE",
     "Advantage",
+    "Build",
     "Data",
     "Decode",
     "Draw",
