@@ -196,6 +196,20 @@ def build_data(argv: Sequence[str] | None = None) -> None:
 
 
 @command
+def pipeline(argv: Sequence[str] | None = None) -> int | None:
+    """Runs the stages of a pipeline, such as DeepSeek-R1's. The same command goes on where it stopped."""
+    parser = argparse.ArgumentParser(prog="pipeline.py", description=pipeline.__doc__)
+    parser.add_argument("--config", required=True, help="a name below configs/pipeline/ (r1) or a YAML file")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="dir=FOLDER, seed=N; STAGE.key=value: of a stage's config")
+    args = parser.parse_intermixed_args(argv)
+    plan, configs = cfg.load_pipeline(args.config, args.words)
+    _start()
+    from jaxreason.pipeline import run
+
+    return None if run(plan, configs) is not None else STOPPED
+
+
+@command
 def compare(argv: Sequence[str] | None = None) -> None:
     """Trains losses from the same start on the same prompts and seeds, and writes one HTML report."""
     parser = argparse.ArgumentParser(prog="compare.py", description=compare.__doc__)

@@ -21,6 +21,7 @@ from jaxreason.config.grpo import (
     Teacher,
 )
 from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, parse_words
+from jaxreason.config.pipeline import Harvest, Pipeline, Stage, load_pipeline
 from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig, may_change, read_run
 from jaxreason.config.schema import (
     Data,
@@ -60,11 +61,13 @@ __all__ = [
     "GrpoEval",
     "GrpoLoss",
     "GrpoTrain",
+    "Harvest",
     "Kl",
     "Loss",
     "Mesh",
     "Model",
     "Optimizer",
+    "Pipeline",
     "Problems",
     "Resolved",
     "Reward",
@@ -76,6 +79,7 @@ __all__ = [
     "Section",
     "SftConfig",
     "SftLoss",
+    "Stage",
     "Task",
     "Teacher",
     "Train",
@@ -87,6 +91,7 @@ __all__ = [
     "json_schema",
     "keys",
     "load",
+    "load_pipeline",
     "may_change",
     "parse_words",
     "read_run",
