@@ -77,8 +77,8 @@ def accuracy(summary: dict[str, Any]) -> Interval | None:
 
 
 def show(done: list[Done]) -> None:
-    """Prints a line for every stage."""
-    table = Table("stage", "kind", "what it did", "held-out accuracy", "tokens an answer", title="pipeline", title_justify="left")
+    """Prints a line for every stage; ``tokens`` are those of an answer to a held-out problem, on average."""
+    table = Table("stage", "kind", "done", "held-out accuracy", "tokens", title="pipeline", title_justify="left")
     for stage in done:
         if stage.kind == "build":
             kept = f"{stage.found['kept']} of {stage.found['drawn']} traces kept"

@@ -1,6 +1,9 @@
 """The R1 pipeline on a tiny model: five stages in one command, nothing done twice, and what a person gets wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +16,19 @@ from jaxreason.config.parse import parse_words
 from jaxreason.data import schema
 from jaxreason.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def words(root: Path) -> list[str]:
     """Overrides that make every stage of r1 one of seconds: any finished trace is good, and digits are rewarded."""
     root.mkdir(exist_ok=True)
     (root / "graders.py").write_text(DIGITS)
-    small = ["data.workers=0", f"data.cache_dir={root / 'cache'}", "data.max_length=128", "data.batch_size=2", "data.eval_rows=0",
+    small = ["data.workers=0", f"data.cache_dir={root / 'cache'}", "data.max_length=128", "data.batch_size=2", "data.eval_rows=4",
              "train.steps=2", "train.save_every=0", "optimizer.warmup_steps=1", "eval.problems=8",
-             "eval.max_completion_tokens=8", "eval.workers=1"]  # fmt: skip
+             "eval.max_completion_tokens=8", "eval.workers=1", "eval.slots=4"]  # fmt: skip
     rl = ["data.max_rows=20", "train.steps=1", "train.save_every=0", "train.eval_every=0", "rollout.prompts_per_step=2",
           "rollout.group_size=2", "rollout.max_completion_tokens=8", "rollout.slots=4", "eval.problems=8", "reward.workers=1",
-          "eval.max_completion_tokens=8", "eval.workers=1", "optimizer.warmup_steps=0",
+          "eval.max_completion_tokens=8", "eval.workers=1", "eval.slots=4", "optimizer.warmup_steps=0",
           f"reward.functions=[{{name: '{root / 'graders.py'}:digits'}}]"]  # fmt: skip
     drawn = ["max_rows=16", "max_completion_tokens=64", "format=any", "reward.workers=0", "slots=64", "per_prompt=null",
              f"reward.functions=[{{name: '{root / 'graders.py'}:constant'}}]"]  # fmt: skip
@@ -34,7 +39,17 @@ def words(root: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
-    assert cli.pipeline(["--config", "r1", *words(root)]) == 0
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(root / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # one device; compiling is what takes the time
+    command = [sys.executable, str(ROOT / "scripts" / "pipeline.py"), "--config", "r1", *words(root)]
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr
     return root
 
 
