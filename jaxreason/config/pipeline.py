@@ -84,11 +84,11 @@ def load_pipeline(name: str, words: list[str]) -> tuple[Pipeline, dict[str, RunC
     if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
         raise UserError(f"{path}: no list called stages; a pipeline is made of them, as configs/pipeline/r1.yaml")
     own, others = dict[str, list[str]](), []
-    names = [stage.get("name") for stage in values["stages"] if isinstance(stage, dict)]
+    names = [str(stage.get("name")) for stage in values["stages"] if isinstance(stage, dict)]
     for word in words:
         first, dot, _ = word.partition("=")[0].partition(".")
         if dot and first not in names:
-            raise UserError(f"{word}: there is no stage {first}{nearest(first, names)}; known: {', '.join(map(str, names))}")
+            raise UserError(f"{word}: there is no stage {first}{nearest(first, names)}; known: {', '.join(names)}")
         if dot:
             own.setdefault(first, []).append(word[len(first) + 1 :])
         else:
