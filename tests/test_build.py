@@ -302,3 +302,25 @@ def test_the_rows_are_detected_as_conversations_with_thoughts():
 def test_what_a_person_gets_wrong_is_one_message(words, message, capsys, tmp_path):
     assert cli.build_data(["--model", "runs/none", "--source", "embedded:arithmetic", "--out", str(tmp_path / "o"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_which_rows_are_asked(tmp_path, monkeypatch):
+    faked(monkeypatch, adds)
+    assert build(tmp_path, max_rows=2)["prompts"] == 2
+    with pytest.raises(UserError, match="no usable prompt .*longer than 19 tokens"):
+        build(tmp_path, max_prompt_tokens=19)
+    with pytest.raises(UserError, match="no usable prompt"):
+        build(tmp_path, row_schema="messages")
+    with pytest.raises(UserError, match="against=nowhere.jsonl: .*no such file"):
+        build(tmp_path, against=["nowhere.jsonl"])
+
+
+def test_a_reward_reads_the_kept_columns(tmp_path, monkeypatch):
+    faked(monkeypatch, adds)
+    (tmp_path / "mine.py").write_text("def short(sample):\n    return float(len(sample.row['answer']) == 1)\n")
+    term = cfg.RewardTerm(name=f"{tmp_path / 'mine.py'}:short")
+    chosen = cfg.Build(
+        reward=cfg.Reward(workers=0, functions=[term]), keep_columns=["answer"], max_completion_tokens=100, per_prompt=1
+    )
+    job = rows.BuildJob("runs/x", str(source(tmp_path / "p.jsonl")), 1, tmp_path / "out", chosen)
+    assert rows.build(job)["kept"] == 5  # 1, 3, 5, 7, 9; 11 has two digits
