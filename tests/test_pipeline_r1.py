@@ -124,6 +124,12 @@ def test_a_stage_of_other_weights_is_refused(made, monkeypatch, capsys):
     assert "rl_1 was trained from other weights than" in capsys.readouterr().err
 
 
+def test_words_reach_the_stage_that_they_name():
+    plan, configs = cfg.load_pipeline("r1", ["rejection.samples=2", "rejection.per_prompt=1", "rl_2.train.steps=7", "seed=3"])
+    assert plan.stages[2].build.samples == 2 and configs["rejection"].per_prompt == 1 and configs["rejection"].seed == 302
+    assert configs["rl_2"].train.steps == 7 and configs["rl_1"].train.steps == 40 and configs["rl_2"].run.seed == 304
+
+
 STAGE = {"name": "a", "config": "sft"}
 
 

@@ -89,8 +89,13 @@ def load_pipeline(name: str, words: list[str]) -> tuple[Pipeline, dict[str, RunC
         first, dot, _ = word.partition("=")[0].partition(".")
         if dot and first not in names:
             raise UserError(f"{word}: there is no stage {first}{nearest(first, names)}; known: {', '.join(names)}")
-        if dot:
-            own.setdefault(first, []).append(word[len(first) + 1 :])
+        rest = word[len(first) + 1 :]
+        key, equals, text = rest.partition("=")
+        harvest = values["stages"][names.index(first)].get("build") if dot else None
+        if isinstance(harvest, dict) and equals and key in ("source", "samples"):
+            harvest[key] = read_yaml(text, word)
+        elif dot:
+            own.setdefault(first, []).append(rest)
         else:
             others.append(word)
     pipeline = parse_words(Pipeline, others, values, str(path))
