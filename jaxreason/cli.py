@@ -190,7 +190,7 @@ def build_data(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--samples is {args.samples}; it is 1 or more")
     out = local(args.out, "--out")
     _start()
-    from jaxreason.build.rows import BuildJob, build
+    from jaxreason.curate.rows import BuildJob, build
 
     build(BuildJob(args.model, args.source, args.samples, out, options))
 

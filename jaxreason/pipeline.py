@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from jaxreason import config as cfg
-from jaxreason.build.rows import BuildJob, build
 from jaxreason.checkpoint import write_json
+from jaxreason.curate.rows import BuildJob, build
 from jaxreason.errors import UserError
 from jaxreason.evaluate.estimates import Interval
 from jaxreason.paths import local

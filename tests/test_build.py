@@ -10,10 +10,10 @@ import scripted
 
 from jaxreason import cli
 from jaxreason import config as cfg
-from jaxreason.build import rows, traces
-from jaxreason.build.overlap import Contamination, Novelty, common, rouge_l, words
-from jaxreason.build.select import select
-from jaxreason.build.traces import Trace
+from jaxreason.curate import rows, traces
+from jaxreason.curate.overlap import Contamination, Novelty, common, rouge_l, words
+from jaxreason.curate.select import select
+from jaxreason.curate.traces import Trace
 from jaxreason.data.prompts import Prompt
 from jaxreason.errors import UserError
 from jaxreason.evaluate.records import Records
