@@ -47,7 +47,8 @@ class Novelty:
         new = words(text)
         for kept in self._kept:
             # L is the shorter length at most, so that texts of very different lengths need not be compared.
-            if 2 * min(len(new), len(kept)) > self._most * (len(new) + len(kept)) and rouge_l(new, kept) > self._most:
+            bound = 2 * min(len(new), len(kept)) / max(1, len(new) + len(kept))
+            if bound > self._most and rouge_l(new, kept) > self._most:
                 return True
         return False
 
