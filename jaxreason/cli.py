@@ -157,9 +157,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         "directory of problems, or a hub id; may be repeated",
     )  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="completions a problem; above 1 set temperature")
-    parser.add_argument(
-        "--strategy", action="append", metavar="NAME[@option=value]", help=f"may be repeated: {_STRATEGIES}"
-    )
+    parser.add_argument("--strategy", action="append", metavar="NAME[@option=value]", help=f"may be repeated: {_STRATEGIES}")
     parser.add_argument("--out", metavar="FOLDER", help="keep answers here: the same command goes on where it stopped")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Task)))
     args = parser.parse_intermixed_args(argv)
@@ -175,6 +173,40 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
     chosen = [strategies.get(word) for word in args.strategy] if args.strategy else [None]
     serve.measure(serve.Contest(args.model, args.task, chosen, args.samples, options, out))
+
+
+@command
+def build_data(argv: Sequence[str] | None = None) -> None:
+    """Draws traces from a model, keeps the verified ones that pass the filters, and writes them as rows for SFT."""
+    parser = argparse.ArgumentParser(prog="build_data.py", description=build_data.__doc__)
+    parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
+    parser.add_argument("--source", required=True, help="problems with known answers: what data.source takes")
+    parser.add_argument("--samples", type=int, default=8, help="traces of a prompt (8)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the same command goes on where it stopped")
+    parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Build)))
+    args = parser.parse_intermixed_args(argv)
+    options = cfg.parse_words(cfg.Build, args.words)
+    if args.samples < 1:
+        raise UserError(f"--samples is {args.samples}; it is 1 or more")
+    out = local(args.out, "--out")
+    _start()
+    from jaxreason.curate.rows import BuildJob, build
+
+    build(BuildJob(args.model, args.source, args.samples, out, options))
+
+
+@command
+def pipeline(argv: Sequence[str] | None = None) -> int | None:
+    """Runs the stages of a pipeline, such as DeepSeek-R1's. The same command goes on where it stopped."""
+    parser = argparse.ArgumentParser(prog="pipeline.py", description=pipeline.__doc__)
+    parser.add_argument("--config", required=True, help="a name below configs/pipeline/ (r1) or a YAML file")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="dir=FOLDER, seed=N; STAGE.key=value: of a stage's config")
+    args = parser.parse_intermixed_args(argv)
+    plan, configs = cfg.load_pipeline(args.config, args.words)
+    _start()
+    from jaxreason.pipeline import run
+
+    return None if run(plan, configs) is not None else STOPPED
 
 
 @command

@@ -30,19 +30,19 @@ def lock(file: IO | int, exclusive: bool) -> bool | None:
 class Owner:
     """The one process that writes a folder, by an exclusive lock of ``FOLDER/lock``, whose text says who that is.
 
-    Raises UserError, naming the owner, where another process has it.
+    ``fix`` says what else a person may do. Raises UserError, naming the owner, where another process has it.
     """
 
     NAME = "lock"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, fix: str = "set run.name to another name"):
         self._file = open(folder / self.NAME, "a+")
         if lock(self._file, exclusive=True) is False:
             self._file.seek(0)
             found = self._file.read().strip() or "another process"
             self._file.close()
             raise UserError(
-                f"{folder} is being written by {found}: wait until that run has ended, stop it, or set run.name to another name"
+                f"{folder} is being written by {found}: wait until that run has ended, stop it, or {fix}"
             )
         self._say(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n")
 

@@ -16,7 +16,7 @@ from jaxreason.errors import UserError
 from jaxreason.evaluate import table
 from jaxreason.evaluate.ask import Model, Outcome
 from jaxreason.evaluate.exam import Exam, Item, freely, open_exam, split_name
-from jaxreason.evaluate.records import Records
+from jaxreason.evaluate.records import Answer, Records
 from jaxreason.evaluate.run import Raters, Result, Way, query_of, take
 from jaxreason.evaluate.strategies import Strategy
 from jaxreason.evaluate.strategies import get as get_strategy
@@ -128,7 +128,7 @@ def measure(contest: Contest) -> dict[str, dict[str, Result]]:
     out = contest.out
     if out is not None and out.is_file():
         raise UserError(f"--out {out} is a file; give a folder, in which answers.jsonl and summary.json are written")
-    records, found = Records(out), dict[str, dict[str, Result]]()
+    records, found = Records(out, Answer), dict[str, dict[str, Result]]()
     for name in contest.models:
         opened = open_model(name, contest.options)
         pairs = [(word, strategy) for word in contest.tasks for strategy in contest.strategies]
@@ -159,7 +159,7 @@ def _open(word: str, strategy: Strategy | None, opened: Opened, options: cfg.Tas
     return exam
 
 
-def _one(exam: Exam, strategy: Strategy | None, opened: Opened, records: Records, contest: Contest) -> Result:
+def _one(exam: Exam, strategy: Strategy | None, opened: Opened, records: Records[Answer], contest: Contest) -> Result:
     options = contest.options
     way = Way(strategy or get_strategy("direct"), sampling_of(options), contest.samples, options.workers, options.timeout_s)
     return take(exam, opened.model(options), way, records, opened.identity)

@@ -12,7 +12,8 @@ from jaxreason import config as cfg
 from jaxreason.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = sorted(str(p.relative_to(ROOT / "configs").with_suffix("")) for p in (ROOT / "configs").rglob("*.yaml"))
+RUNS = [p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "pipeline"]
+NAMES = sorted(str(p.relative_to(ROOT / "configs").with_suffix("")) for p in RUNS)
 MINIMAL = {
     "algorithm": "sft",
     "run": {"name": "x"},

@@ -11,7 +11,7 @@ from jaxreason.data.example import Example
 from jaxreason.errors import UserError
 from jaxreason.evaluate import strategies, table
 from jaxreason.evaluate.exam import Exam, Item
-from jaxreason.evaluate.records import FILE, Records
+from jaxreason.evaluate.records import FILE, Answer, Records
 from jaxreason.evaluate.run import Way, difference, summed_up, take
 from jaxreason.rewards import get
 from jaxreason.sampler import Sampling
@@ -45,7 +45,7 @@ def half(prompt, sample):
 
 def test_the_measures_of_samples(tmp_path):
     """Problems 0 to 3 of samples 0 to 3. Right: 3 of 4, 1 of 4, 3 of 4 (2222 is not 2), 1 of 4."""
-    result = take(exam(4), scripted.model(half), way(4, 0.6), Records(None), {})
+    result = take(exam(4), scripted.model(half), way(4, 0.6), Records(None, Answer), {})
     found = result.metrics
     assert found["accuracy"] == 8 / 16 and found["accuracy_if_finished"] == 8 / 12 and found["truncated_fraction"] == 4 / 16
     # 1 − C(1, 2) / C(4, 2) = 1 of three right; 1 − C(3, 2) / C(4, 2) = 1/2 of one.
@@ -59,7 +59,7 @@ def test_the_measures_of_samples(tmp_path):
 
 
 def test_a_problem_that_cannot_be_graded_is_left_out_and_counted():
-    result = take(exam(3, lambda i: "" if i == 1 else str(i)), scripted.model(half), way(), Records(None), {})
+    result = take(exam(3, lambda i: "" if i == 1 else str(i)), scripted.model(half), way(), Records(None, Answer), {})
     assert result.metrics["problems"] == 2 and result.metrics["ungraded"] == 1 and result.metrics["accuracy"] == 1.0
 
 
@@ -77,34 +77,34 @@ def test_a_second_run_asks_only_what_the_first_did_not(tmp_path):
             raise Cut
         return half(prompt, sample)
 
-    straight = take(exam(12), whole, way(4, 0.6), Records(None), {})
+    straight = take(exam(12), whole, way(4, 0.6), Records(None, Answer), {})
     with pytest.raises(Cut):
-        take(exam(12), scripted.model(dies, slots=1), way(4, 0.6), Records(tmp_path), {})
+        take(exam(12), scripted.model(dies, slots=1), way(4, 0.6), Records(tmp_path, Answer), {})
     with open(tmp_path / FILE, "ab") as file:
         file.write(b'{"settings": "of a killed wri')
     again = scripted.model(half, slots=1)
-    resumed = take(exam(12), again, way(4, 0.6), Records(tmp_path), {})
+    resumed = take(exam(12), again, way(4, 0.6), Records(tmp_path, Answer), {})
     assert resumed.metrics == straight.metrics
     assert again.sampler.asked == whole.sampler.asked[10:] and [job.first_prompt for job in again.sampler.jobs] == [10]
     lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
     assert len(lines) == 48 and len({(line["problem"], line["sample"]) for line in lines}) == 48
     done = scripted.model(half, slots=1)
-    assert take(exam(12), done, way(4, 0.6), Records(tmp_path), {}).metrics == straight.metrics and not done.sampler.asked
+    assert take(exam(12), done, way(4, 0.6), Records(tmp_path, Answer), {}).metrics == straight.metrics and not done.sampler.asked
     more = scripted.model(half, slots=1)
-    assert take(exam(14), more, way(4, 0.6), Records(tmp_path), {}).metrics["problems"] == 14
+    assert take(exam(14), more, way(4, 0.6), Records(tmp_path, Answer), {}).metrics["problems"] == 14
     assert [asks(prompt) for prompt in more.sampler.asked] == [12, 13]
 
 
 @pytest.mark.parametrize("change", ["temperature", "limit", "strategy", "model", "seed"])
 def test_other_settings_are_kept_apart(change, tmp_path):
-    take(exam(2), scripted.model(half), way(2, 0.6), Records(tmp_path), {"weights": "a"})
+    take(exam(2), scripted.model(half), way(2, 0.6), Records(tmp_path, Answer), {"weights": "a"})
     ways = {"temperature": way(2, 0.7), "limit": way(2, 0.6, limit=5)}
     samples = 1 if change == "strategy" else 2
     other = scripted.model(half)
     if change == "seed":
         other = type(other)(other.sampler, other.tokenizer, other.chat, 1, other.slots)
     taken = way(samples, 0.6, "self_consistency@k=2") if change == "strategy" else ways.get(change, way(2, 0.6))
-    take(exam(2), other, taken, Records(tmp_path), {"weights": "b" if change == "model" else "a"})
+    take(exam(2), other, taken, Records(tmp_path, Answer), {"weights": "b" if change == "model" else "a"})
     assert len(other.sampler.asked) == 2
     assert len((tmp_path / FILE).read_text().splitlines()) == 4 + 2 * samples
 
@@ -112,37 +112,37 @@ def test_other_settings_are_kept_apart(change, tmp_path):
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / FILE).write_text('{"settings": "x"}\n')
     with pytest.raises(UserError, match=r"answers.jsonl, line 1: not a graded answer"):
-        Records(tmp_path)
+        Records(tmp_path, Answer)
 
 
 def test_a_line_separator_in_an_answer_does_not_split_its_line(tmp_path):
-    take(exam(1), scripted.model(lambda prompt, sample: "\u2028"), way(), Records(tmp_path), {})
-    assert len(Records(tmp_path)._answers) == 1
+    take(exam(1), scripted.model(lambda prompt, sample: "\u2028"), way(), Records(tmp_path, Answer), {})
+    assert len(Records(tmp_path, Answer)._answers) == 1
 
 
 def test_a_strategy_s_cost_is_all_that_it_drew(tmp_path):
-    taken = take(exam(3), scripted.model(half), way(1, 0.6, "self_consistency@k=3"), Records(tmp_path), {})
+    taken = take(exam(3), scripted.model(half), way(1, 0.6, "self_consistency@k=3"), Records(tmp_path, Answer), {})
     assert taken.metrics["accuracy"] == 2 / 3  # problem 1 is lost to 99
     assert taken.metrics["tokens"] == np.mean([6, 8, 6])
     line = json.loads((tmp_path / FILE).read_text().splitlines()[1])
     assert line["answer"] == "99" and line["details"] == {"answers": ["99", "1", "99"], "share": 2 / 3}
     with pytest.raises(UserError, match="gives one answer a problem"):
-        take(exam(3), scripted.model(half), way(2, 0.6, "self_consistency"), Records(None), {})
+        take(exam(3), scripted.model(half), way(2, 0.6, "self_consistency"), Records(None, Answer), {})
 
 
 def test_a_search_is_resumed_by_blocks_of_problems(tmp_path):
     straight, first, second = (scripted.model(half) for _ in range(3))
-    whole = take(exam(20), straight, way(1, 0.6, "self_consistency@k=3"), Records(None), {})
-    take(exam(16), first, way(1, 0.6, "self_consistency@k=3"), Records(tmp_path), {})
-    resumed = take(exam(20), second, way(1, 0.6, "self_consistency@k=3"), Records(tmp_path), {})
+    whole = take(exam(20), straight, way(1, 0.6, "self_consistency@k=3"), Records(None, Answer), {})
+    take(exam(16), first, way(1, 0.6, "self_consistency@k=3"), Records(tmp_path, Answer), {})
+    resumed = take(exam(20), second, way(1, 0.6, "self_consistency@k=3"), Records(tmp_path, Answer), {})
     assert [asks(prompt) for prompt in second.sampler.asked] == [16, 17, 18, 19]
     assert second.sampler.jobs == straight.sampler.jobs[1:] and resumed.metrics == whole.metrics
 
 
 def test_results_stand_side_by_side_with_paired_differences():
     """Right on 30 of 40 against 20 of the same 40: the pairs tell them apart, the single intervals overlap."""
-    better = take(exam(40), scripted.model(lambda p, s: str(asks(p) if asks(p) % 4 else 99)), way(), Records(None), {})
-    worse = take(exam(40), scripted.model(lambda p, s: str(asks(p) if asks(p) % 4 > 1 else 99)), way(), Records(None), {})
+    better = take(exam(40), scripted.model(lambda p, s: str(asks(p) if asks(p) % 4 else 99)), way(), Records(None, Answer), {})
+    worse = take(exam(40), scripted.model(lambda p, s: str(asks(p) if asks(p) % 4 > 1 else 99)), way(), Records(None, Answer), {})
     found = difference(better, worse)
     assert found.mean == pytest.approx(0.25) and found.excludes_zero and 0.1 < found.low < found.high < 0.41
     assert worse.intervals["accuracy"].high > better.intervals["accuracy"].low
@@ -164,7 +164,7 @@ def test_a_scorer_that_hangs_costs_its_answer_alone(tmp_path):
         "    return len(sample.completion)\n"
     )
     taken = Way(strategies.get(f"best_of_n@n=2@scorer={tmp_path / 'score.py'}:longest"), Sampling(4, 0.6), 1, 1, 1.0)
-    result = take(exam(2), scripted.model(half), taken, Records(None), {})
+    result = take(exam(2), scripted.model(half), taken, Records(None, Answer), {})
     assert result.metrics["accuracy"] == 1.0  # 99 is longer and got no score
     assert result.answers[1].details["scores"] == [None, 1.0]
 

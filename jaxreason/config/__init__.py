@@ -3,6 +3,7 @@
 Nothing here touches a device or imports jax, so a wrong key is reported in a second.
 """
 
+from jaxreason.config.build import Build
 from jaxreason.config.control import control
 from jaxreason.config.grpo import (
     Advantage,
@@ -20,6 +21,7 @@ from jaxreason.config.grpo import (
     Teacher,
 )
 from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, parse_words
+from jaxreason.config.pipeline import Harvest, Pipeline, Stage, load_pipeline
 from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig, may_change, read_run
 from jaxreason.config.schema import (
     Data,
@@ -46,6 +48,7 @@ __all__ = [
     "ALGORITHMS",
     "RESUMABLE",
     "Advantage",
+    "Build",
     "Data",
     "Decode",
     "Draw",
@@ -58,11 +61,13 @@ __all__ = [
     "GrpoEval",
     "GrpoLoss",
     "GrpoTrain",
+    "Harvest",
     "Kl",
     "Loss",
     "Mesh",
     "Model",
     "Optimizer",
+    "Pipeline",
     "Problems",
     "Resolved",
     "Reward",
@@ -74,6 +79,7 @@ __all__ = [
     "Section",
     "SftConfig",
     "SftLoss",
+    "Stage",
     "Task",
     "Teacher",
     "Train",
@@ -85,6 +91,7 @@ __all__ = [
     "json_schema",
     "keys",
     "load",
+    "load_pipeline",
     "may_change",
     "parse_words",
     "read_run",

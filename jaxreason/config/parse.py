@@ -78,9 +78,11 @@ def _class_of(values: dict) -> type[RunConfig] | None:
     return ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
 
 
-def parse_words(section: type[AnySection], words: typing.Sequence[str]) -> AnySection:
-    """A section from ``key=value`` overrides alone. Raises UserError."""
-    values: dict[str, Any] = {}
+def parse_words(
+    section: type[AnySection], words: typing.Sequence[str], values: dict[str, Any] | None = None, where: str = "command line"
+) -> AnySection:
+    """A section from ``key=value`` overrides, and the plain values of a file that they change. Raises UserError."""
+    values = _copy(values or {})
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -89,7 +91,7 @@ def parse_words(section: type[AnySection], words: typing.Sequence[str]) -> AnySe
     try:
         return section.model_validate(_numbers(values, section, ""))
     except pydantic.ValidationError as error:
-        raise UserError(_explain(error, section, "command line", {})) from None
+        raise UserError(_explain(error, section, where, {})) from None
 
 
 def dump(config: RunConfig) -> str:

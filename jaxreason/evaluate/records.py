@@ -1,11 +1,11 @@
-"""Graded answers in a JSONL file, so that an evaluation that was cut off goes on where it stopped."""
+"""Graded answers in a JSONL file, so that work that was cut off goes on where it stopped."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from jaxreason.errors import UserError
 
@@ -13,12 +13,22 @@ FILE = "answers.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """One graded answer. Its key is (settings, problem, sample)."""
+class Record:
+    """Something drawn for a problem. Its key is (settings, problem, sample)."""
 
     settings: str  # digest of all that decides what is drawn: model, task, prompts, strategy, sampling
     problem: str  # digest
     sample: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.settings, self.problem, self.sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer(Record):
+    """One graded answer of an evaluation."""
+
     answer: str | None  # as read from the final span
     correct: bool | None  # None: the grader failed, or the gold cannot be read
     truncated: bool
@@ -29,9 +39,8 @@ class Answer:
     gold: str
     details: dict[str, Any]
 
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.settings, self.problem, self.sample
+
+Kind = TypeVar("Kind", bound=Record)
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -39,15 +48,15 @@ def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
-class Records:
-    """Answers of any number of settings in one file; without a folder they are kept in memory alone.
+class Records(Generic[Kind]):
+    """Records of one kind and any number of settings in one file; without a folder they are kept in memory alone.
 
     What a killed process was writing, a last line without its end, is cut off. Raises UserError for any other damage.
     """
 
-    def __init__(self, folder: Path | None):
-        self._answers: dict[tuple[str, str, int], Answer] = {}
-        self.path = None if folder is None else folder / FILE
+    def __init__(self, folder: Path | None, kind: type[Kind], name: str = FILE):
+        self._answers: dict[tuple[str, str, int], Kind] = {}
+        self.path = None if folder is None else folder / name
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,22 +64,22 @@ class Records:
         whole = written[: written.rfind(b"\n") + 1]
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
-                answer = Answer(**json.loads(line))
+                answer = kind(**json.loads(line))
             except (ValueError, TypeError) as error:
-                what = f"not a graded answer ({error})"
+                what = f"not a graded {kind.__name__.lower()} ({error})"
                 raise UserError(f"{self.path}, line {number}: {what}; remove the line or the file") from None
             self._answers[answer.key] = answer
         if len(whole) < len(written):
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
 
-    def find(self, settings: str, problem: str, samples: int) -> list[Answer] | None:
+    def find(self, settings: str, problem: str, samples: int) -> list[Kind] | None:
         """All of a problem's answers, or None where one is missing."""
         found = [self._answers.get((settings, problem, sample)) for sample in range(samples)]
         whole = [answer for answer in found if answer is not None]
         return whole if len(whole) == samples else None
 
-    def add(self, answers: Iterable[Answer]) -> None:
+    def add(self, answers: Iterable[Kind]) -> None:
         """Keeps the answers that are new; a problem that its task has twice has one answer."""
         lines = []
         for answer in answers:

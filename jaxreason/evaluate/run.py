@@ -46,7 +46,7 @@ class Result:
     answers: list[Answer]
 
 
-def take(exam: Exam, model: Model, way: Way, records: Records, identity: dict[str, Any]) -> Result:
+def take(exam: Exam, model: Model, way: Way, records: Records[Answer], identity: dict[str, Any]) -> Result:
     """Asks what ``records`` lacks, grades it, and sums up. ``identity``: what tells the model from others.
 
     Blocks are of consecutive problems and always the same ones, so a run that was cut off draws what it would have drawn.
