@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.model import Adapter, ModelConfig, lora, shapes
 from jaxreason.paths import local
 from jaxreason.sharding import leaf_sharding, shardings
@@ -83,17 +83,23 @@ class WeightSource:
             return self._merged(*found, config, mesh)
         return checkpoint.restore_tree(self.path / "params", _abstract(shapes(config), mesh))
 
+    def adapters(self, config: ModelConfig, mesh: Mesh) -> dict:
+        """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says."""
+        checkpoint.verify(self.path)
+        adapter = present(config.adapter, "ModelConfig.adapter")
+        return checkpoint.restore_tree(self.path / "params", _abstract(lora.shapes(shapes(config), adapter), mesh))
+
     def _merged(self, adapter: Adapter, base: checkpoint.Base, config: ModelConfig, mesh: Mesh) -> dict:
         """The base, in the dtype that it had beside its adapters, with them merged."""
         source = WeightSource.at(base.path)
         if not source.path.exists() or source.digest() != base.digest:
             raise UserError(
-                f"{self.path} holds adapters of {base.path}, and the weights that were trained with are no longer there (moved, "
+                f"{self.path} holds adapters of {base.path}, and the weights that they were trained with are no longer there (moved, "
                 "deleted or trained again): put them back"
             )
         stored = checkpoint.read_model(self.path).execution.param_dtype
         params = source.params(config.replace(param_dtype=stored), mesh)
-        adapters = checkpoint.restore_tree(self.path / "params", _abstract(lora.shapes(params, adapter), mesh))
+        adapters = self.adapters(dataclasses.replace(config, adapter=adapter), mesh)
         out = shardings(params, mesh)
 
         def merge_in(params: dict, adapters: dict) -> dict:

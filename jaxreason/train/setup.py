@@ -19,6 +19,7 @@ from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError, present
+from jaxreason.hf import load_adapters
 from jaxreason.model import Adapter, ModelConfig, full_shapes, init, preset
 from jaxreason.sharding import batch_sharding, shardings
 from jaxreason.train import state as states
@@ -117,6 +118,9 @@ def start_state(config: cfg.RunConfig, setup: Setup, optimizer: optax.GradientTr
     if setup.source:
         params = setup.source.params(model, mesh)
         adapters = states.draw_adapters(model, params, mesh, setup.seed)
+        if config.lora.weights:
+            given = load_adapters(config.lora.weights, model)
+            adapters = jax.tree.map(jax.device_put, given, shardings(given, mesh))
         return states.adopt(params, model, optimizer, mesh, freeze, adapters)
     return states.create(model, optimizer, mesh, config.run.seed, freeze)
 
