@@ -94,8 +94,8 @@ class WeightSource:
         source = WeightSource.at(base.path)
         if not source.path.exists() or source.digest() != base.digest:
             raise UserError(
-                f"{self.path} holds adapters of {base.path}, and the weights that they were trained with are no longer there (moved, "
-                "deleted or trained again): put them back"
+                f"{self.path} holds adapters of {base.path}, and the weights that they were trained with are no longer there "
+                "(moved, deleted or trained again): put them back"
             )
         stored = checkpoint.read_model(self.path).execution.param_dtype
         params = source.params(config.replace(param_dtype=stored), mesh)

@@ -211,6 +211,10 @@ ROWS: dict[str, tuple] = {
     "train.steps": (program, 9),
     "train.microbatch_size": (program, 8, "data.batch_size=16"),
     "train.freeze": (program, "[embedding]"),
+    "lora.rank": (adapters, 4, "model.weights={start}", "model.preset=null", "model.overrides={{}}"),
+    **{f"lora.{key}": (adapters, value, *BESIDE) for key, value in (
+        ("alpha", 8.0), ("scaling", "sqrt_rank"), ("targets", "[q]"), ("kind", "dora"), ("learning_rate_ratio", 16.0),
+        ("weights", "{peft}"))},
     "train.neftune_alpha": (program, 5.0),
     "mesh.data": (mesh, 2),
     "mesh.fsdp": (mesh, 4, "mesh.data=-1", "mesh.fsdp=8"),

@@ -882,8 +882,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "checkpoint.py",
-        'trees = {"params": state.model_params,',
-        'trees = {"params": state.params,',
+        "return state.params if model.adapter else state.model_params",
+        "return state.params",
         "tests/test_loop.py",
         "a checkpoint lacks what does not train",
     ),

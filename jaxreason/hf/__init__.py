@@ -2,7 +2,7 @@
 
 from jaxreason.hf.config import config_from_hf, config_to_hf
 from jaxreason.hf.hub import fetch
-from jaxreason.hf.peft import load_adapters, save_adapters
+from jaxreason.hf.peft import load_adapters, peft_tensors, save_adapters
 from jaxreason.hf.read import Leaf, Placement, load, read_config, stored_dtype
 from jaxreason.hf.write import save
 
@@ -14,6 +14,7 @@ __all__ = [
     "fetch",
     "load",
     "load_adapters",
+    "peft_tensors",
     "read_config",
     "save",
     "save_adapters",

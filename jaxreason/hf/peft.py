@@ -42,17 +42,19 @@ def save_adapters(adapters: dict, config: ModelConfig, path: str, base: str, tok
     """
     adapter = config.adapter
     assert adapter is not None
-    target, leaves = open_target(path), flatten(adapters)
-    tensors = {}
-    for name, leaf, layer in _names(config):
-        value = np.asarray(leaves[leaf][layer], np.float32)
-        tensors[name] = np.ascontiguousarray(value.T)
+    target, tensors = open_target(path), peft_tensors(adapters, config)
     with all_or_nothing(target, sum(value.nbytes for value in tensors.values())) as directory:
         save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
         (directory / _CONFIG).write_text(json.dumps(_config(adapter, config, base), indent=2) + "\n")
         (directory / "README.md").write_text(_card(adapter, base), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(directory)
+
+
+def peft_tensors(adapters: dict, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The adapters, or anything shaped like them, by PEFT's names and in its layout, in float32."""
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(adapters).items()}
+    return {name: np.ascontiguousarray(leaves[leaf][layer].T) for name, leaf, layer in _names(config)}
 
 
 def load_adapters(path: str, config: ModelConfig) -> dict[str, Any]:
