@@ -90,7 +90,7 @@ def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Opti
 
 def _memory(made: dict[str, compile.Program], run: Programs, s: Shape) -> dict:
     target, state = s.place.target, phases.abstract_state(s.model, s.config.optimizer, s.place.mesh, s.config.train.freeze)
-    params, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
+    params, optimizer = device_bytes(state.model_params), device_bytes(state.opt_state)
     weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     temporary = made["update"].temp_bytes
     # Accumulating, the sum and one microbatch's gradient are float32 side by side; without, they need not all live at once.
