@@ -1,6 +1,7 @@
 """Adapters: by hand, against the full weights' own gradients, and through runs, checkpoints and PEFT's files."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_step import CONFIG, PACKED, UNPACKED
 
 from jaxreason import checkpoint, cli, hf, losses, model
 from jaxreason import config as cfg
+from jaxreason.data.tokenizer import load
 from jaxreason.errors import UserError
 from jaxreason.model import Adapter, lora
 from jaxreason.sharding import batch_sharding, make_mesh, replicated, shardings
@@ -28,6 +30,9 @@ from jaxreason.types import merge
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 PARAMS = model.init(CONFIG, jax.random.key(1))
 NLL = losses.get("nll")
+TINY_MODEL = model.preset(
+    "embedded-tiny", {"num_layers": 1, "embed_dim": 32, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+)
 
 
 def config_of(kind: str = "lora", rank: int = 4, scale: float = 2.0, targets=ALL) -> model.ModelConfig:
@@ -43,6 +48,11 @@ def moved(adapters: dict) -> dict:
     leaves, tree = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(3), len(leaves))
     return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def logits(params: dict, config: model.ModelConfig):
+    return model.logits(params, config, UNPACKED.tokens)
 
 
 # ---- what they compute
@@ -64,8 +74,7 @@ def test_adapters_begin_as_the_model_itself():
     """A uniform in ±1/sqrt(in), so with variance 1/(3 in); B zero: the logits are the same bits."""
     config = config_of(rank=16)
     adapters = model.init_adapters(config, jax.random.key(2))
-    plain = model.logits(PARAMS, CONFIG, UNPACKED.tokens)
-    np.testing.assert_array_equal(model.logits(merge(PARAMS, adapters), config, UNPACKED.tokens), plain)
+    np.testing.assert_array_equal(logits(merge(PARAMS, adapters), config), logits(PARAMS, CONFIG))
     down = adapters["layers"]["mlp"]["down"]
     assert down["lora_a"].shape == (2, 48, 16) and down["lora_b"].shape == (2, 16, 32) and not down["lora_b"].any()
     np.testing.assert_allclose(np.var(down["lora_a"]), 1 / (3 * 48), rtol=0.1)
@@ -82,8 +91,7 @@ def test_a_full_rank_reaches_any_weights():
     adapters = {"layers": {"attention": {"q": {"lora_a": jnp.stack([jnp.eye(32)] * 2), "lora_b": (wanted - q) / 0.5}}}}
     other = jax.tree.map(lambda x: x, PARAMS)
     other["layers"]["attention"]["q"]["kernel"] = wanted
-    found = model.logits(merge(PARAMS, adapters), config, UNPACKED.tokens)
-    np.testing.assert_allclose(found, model.logits(other, CONFIG, UNPACKED.tokens), atol=2e-5)
+    np.testing.assert_allclose(logits(merge(PARAMS, adapters), config), logits(other, CONFIG), atol=2e-5)
     with pytest.raises(UserError, match=r"lora.rank 17: k is a matrix of 32 x 16"):
         model.full_shapes(config_of(rank=17))
 
@@ -146,11 +154,11 @@ def test_decoding_has_one_matrix_for_both(kind):
     """The rollout's weights are the plain model's whose kernels are merged, in bfloat16 rounded once."""
     config = config_of(kind).replace(compute_dtype="bfloat16")
     params = merge(PARAMS, moved(start_of(config)))
-    found = model.unstack(params, config)
+    found = jax.jit(lambda p: model.unstack(p, config))(params)
     twin = model.unstack(lora.merged(params, config.adapter), CONFIG.replace(compute_dtype="bfloat16"))
     jax.tree.map(np.testing.assert_array_equal, found, twin)
-    plain = model.logits(lora.merged(params, config.adapter), CONFIG, UNPACKED.tokens)
-    np.testing.assert_allclose(model.logits(params, config.replace(compute_dtype="float32"), UNPACKED.tokens), plain, atol=1e-4)
+    plain = logits(lora.merged(params, config.adapter), CONFIG)
+    np.testing.assert_allclose(logits(params, config.replace(compute_dtype="float32")), plain, atol=1e-4)
 
 
 def test_b_may_learn_faster_than_a_and_magnitudes_do_not_decay():
@@ -171,12 +179,11 @@ def test_a_loss_compares_with_the_base_that_the_state_holds():
     value, _, _, _ = both(start_of(config), UNPACKED, frozen=PARAMS)
     np.testing.assert_allclose(value, 0.0, atol=1e-7)
     adapters = moved(start_of(config))
-    value, _, grads, _ = both(adapters, UNPACKED, frozen=PARAMS)
-    other = jax.jit(make_gradient(config, loss, 1, second_config=CONFIG))
-    expected, _, wanted, _ = other(adapters, UNPACKED, PARAMS, 0, PARAMS)
+    value, _, _, _ = both(adapters, UNPACKED, frozen=PARAMS)
+    own, plain = (jax.nn.log_softmax(logits(*pair)) for pair in ((merge(PARAMS, adapters), config), (PARAMS, CONFIG)))
+    expected = jnp.sum(jnp.sum(jnp.exp(plain) * (plain - own), -1) * UNPACKED.loss_mask) / jnp.sum(UNPACKED.loss_mask)
     assert value > 0.01
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, wanted)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
 # ---- runs
@@ -188,9 +195,11 @@ def train(algorithm: str, words: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("base")
-    assert train("sft", sft_words(root, "train.steps=2", "run.name=base")) == 0
-    return root / "base"
+    """What a converted model is: a checkpoint of weights alone, and a tokenizer."""
+    run, config = tmp_path_factory.mktemp("base") / "base", TINY_MODEL
+    checkpoint.save_params(run / "checkpoints", model.init(config, jax.random.key(0)), config)
+    load("embedded").save(run / "tokenizer")
+    return run
 
 
 def on(base: Path, words: list[str], *more: str) -> list[str]:
@@ -225,7 +234,7 @@ def test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged(base, tune
     np.testing.assert_array_equal(merged["embedding"], before["embedding"])
     np.testing.assert_array_equal(merged["layers"]["attention"]["o"]["kernel"], before["layers"]["attention"]["o"]["kernel"])
     said = json.loads((tuned / "checkpoints" / "00000004" / "model.json").read_text())
-    assert said["base"]["path"] == str(base / "checkpoints" / "00000002") and said["adapter"]["rank"] == 4
+    assert said["base"]["path"] == str(base / "checkpoints" / "00000000") and said["adapter"]["rank"] == 4
 
     lines = (tuned / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(tuned / "checkpoints" / "00000004")
@@ -295,11 +304,11 @@ def test_peft_files_by_name_and_shape_and_back(base, tuned, tmp_path, capsys):
 def test_grpo_has_the_base_for_its_reference(base, tmp_path, monkeypatch):
     """At the first step the KL is 0, at later ones it is not; no second copy of the weights is read."""
     monkeypatch.setattr(Setup, "reference_params", lambda *_: pytest.fail("the reference was read again"))
-    words = on(base, grpo_words(tmp_path), "kl.coef=0.1", "train.steps=3", "optimizer.schedule=constant", "lora.kind=dora")
+    words = on(base, grpo_words(tmp_path), "kl.coef=0.1", "train.steps=2", "optimizer.schedule=constant")
     assert train("grpo", words) == 0
     lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
     kls = [line["kl"] for line in lines if line["step"]]
-    assert abs(kls[0]) < 1e-6 < 1e-5 < kls[2]
+    assert abs(kls[0]) < 1e-6 < 1e-5 < kls[1]
     assert lines[-1]["sampler_gap_max"] < 1e-2
 
 
