@@ -19,6 +19,7 @@ from jaxreason.hf.table import flatten, rows, unflatten
 from jaxreason.hf.write import all_or_nothing, open_target
 from jaxreason.model import Adapter, ModelConfig, full_shapes
 from jaxreason.model.lora import LEAVES
+from jaxreason.paths import local
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SUFFIX = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
@@ -64,7 +65,7 @@ def load_adapters(path: str, config: ModelConfig) -> dict[str, Any]:
     """
     adapter = config.adapter
     assert adapter is not None
-    directory = Path(path)
+    directory = local(path, "lora.weights")
     where, file = find(directory, _CONFIG), find(directory, _WEIGHTS)
     if where is None or file is None:
         raise UserError(f"{directory} has no {_CONFIG if where is None else _WEIGHTS}; give a directory that PEFT saved")
