@@ -112,7 +112,7 @@ def weights(again: Again, update: int) -> tuple[TrainState, int]:
     if not found:
         return start_state(config, again.setup, optimizer, mesh), 0
     abstract = states.abstract(again.setup.config, optimizer, mesh, config.train.freeze)
-    base = start_state(config, again.setup, optimizer, mesh).frozen if again.setup.config.adapter else None
+    base = again.setup.base_params(mesh) if again.setup.config.adapter else None
     return again.folder.saved().restore(found[-1], abstract, base)[0], found[-1]
 
 

@@ -109,7 +109,9 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
             write_json(folder.path / "data_report.json", inputs.prompts.report(config.data.source))
-        state, carried = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
+        state, carried = loop.restore(
+            abstract, lambda: start_state(config, setup, optimizer, mesh), lambda: setup.base_params(mesh)
+        )
         reference = restored_reference(config, loop, model, mesh)
         others = scoring_models(config, inputs, score, shapes, mesh, reference)
         teacher = distilled_from(config, inputs, mesh, others)

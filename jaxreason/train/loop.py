@@ -3,7 +3,7 @@
 A loop is then its own steps and nothing else:
 
     with Loop(folder, config, plan, meter) as loop:
-        state, data = loop.restore(abstract, fresh)
+        state, data = loop.restore(abstract, fresh, base)
         for step in loop:
             state, metrics = train_step(state, batch)
             loop.end(state, loop.fetch(metrics, state, batch) | {...}, data_state)
@@ -95,15 +95,18 @@ class Loop:
             last.callback(self._trace.close)
 
     def restore(
-        self, abstract: TrainState, fresh: Callable[[], TrainState]
+        self, abstract: TrainState, fresh: Callable[[], TrainState], base: Callable[[], dict]
     ) -> tuple[TrainState, Any]:
-        """The state to go on from, and the loop's own part of its checkpoint; from ``fresh``, with None, for a new run."""
+        """The state to go on from, and the loop's own part of its checkpoint; from ``fresh``, with None, for a new run.
+
+        ``base``: gives what a run's adapters stand beside.
+        """
         if self._folder.resume is None:
             state, data = fresh(), None
         else:
             console.print(f"resuming {self._folder.path} from step {self._start}")
-            base = fresh().frozen if self._model.adapter else None
-            state, saved = self._checkpoints.restore(self._folder.resume, abstract, base)
+            frozen = base() if self._model.adapter else None
+            state, saved = self._checkpoints.restore(self._folder.resume, abstract, frozen)
             data = saved["data"]
             self._counters |= saved["counters"]
         if self._start == 0 and self._evaluate_first and (found := self._measured(state)):

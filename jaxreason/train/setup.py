@@ -42,6 +42,10 @@ class Setup:
     seed: int  # of the random weights
     resolved: cfg.Resolved  # where the weights were found, and their digest
 
+    def base_params(self, mesh: Mesh) -> dict:
+        """What a run's adapters stand beside, as its checkpoints do not hold it. Raises UserError."""
+        return present(self.source, "model.weights").params(self.config, mesh)
+
     def reference_params(self, mesh: Mesh) -> dict:
         """The run's true starting weights in the compute dtype, also where the run is resumed. Raises UserError.
 
