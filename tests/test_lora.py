@@ -262,6 +262,16 @@ def test_a_base_that_is_gone_is_said(base, tuned, tmp_path, capsys):
         moved_away.rename(base)
 
 
+def in_bfloat16(tensors: dict) -> bytes:
+    """A safetensors file, as PEFT writes it of a model in bfloat16: header length, header, values."""
+    header, end = {}, 0
+    for name, value in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": value.shape, "data_offsets": [end, end + value.nbytes]}
+        end += value.nbytes
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"".join(value.tobytes() for value in tensors.values())
+
+
 def test_peft_files_by_name_and_shape_and_back(base, tuned, tmp_path, capsys):
     out = tmp_path / "peft"
     assert cli.convert(["to-peft", str(tuned), str(out)]) == 0
@@ -285,15 +295,24 @@ def test_peft_files_by_name_and_shape_and_back(base, tuned, tmp_path, capsys):
     assert train("sft", [*words, "optimizer.learning_rate=1e-12"]) == 0
     begun = adapters_of(base.parent / "again", 1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), begun, adapters_of(tuned, 4))
+    (out / "adapter_config.json").write_text(json.dumps(said | {"r": 8}))
+    with pytest.raises(UserError, match="adapter_config.json: its content is not what"):
+        hf.load_adapters(str(out), config)
+    (out / "SHA256SUMS").unlink()
     for changes, message in (
         ({"r": 8}, "set lora.rank=8"), ({"lora_alpha": 16}, "set lora.alpha=16 and lora.scaling=rank"),
-        ({"use_dora": True}, "set lora.kind=dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
+        ({"use_dora": True}, "set lora.kind=dora"), ({"lora_alpha": "x"}, "lora_alpha is 'x', which is no number"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
     ):  # fmt: skip
         (out / "adapter_config.json").write_text(json.dumps(said | changes))
         with pytest.raises(UserError) as error:
             hf.load_adapters(str(out), config)
         assert message in str(error.value)
     (out / "adapter_config.json").write_text(json.dumps(said))
+    halves = {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
+    (out / "adapter_model.safetensors").write_bytes(in_bfloat16(halves))
+    found = hf.load_adapters(str(out), config)["layers"]["attention"]["q"]["lora_a"][0]
+    np.testing.assert_array_equal(found, ours["lora_a"][0].astype(jnp.bfloat16).astype(np.float32))
     save_file(tensors | {prefix + "mlp.up_proj.lora_A.weight": np.zeros((4, 32), np.float32)}, out / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"mlp.up_proj.lora_A.weight, which is no adapter of lora.targets \(q, down\)"):
         hf.load_adapters(str(out), config)

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxreason.data.directory import find, read_json
+from jaxreason.data.directory import check_sums, find, read_json
 from jaxreason.errors import UserError
 from jaxreason.hf.table import flatten, rows, unflatten
 from jaxreason.hf.write import all_or_nothing, open_target
@@ -69,6 +69,7 @@ def load_adapters(path: str, config: ModelConfig) -> dict[str, Any]:
     where, file = find(directory, _CONFIG), find(directory, _WEIGHTS)
     if where is None or file is None:
         raise UserError(f"{directory} has no {_CONFIG if where is None else _WEIGHTS}; give a directory that PEFT saved")
+    check_sums(directory, lambda name: name in (_CONFIG, _WEIGHTS))
     _check(read_json(where), adapter, where)
     try:
         tensors = load_file(file)
@@ -118,7 +119,7 @@ def _check(values: dict, adapter: Adapter, where: Path) -> None:
     """Raises UserError where adapter_config.json says other than the config, or asks for what is not here."""
     for key, allowed in _FIXED.items():
         if key in values and values[key] not in allowed:
-            raise UserError(f"{where}: {key} is {values[key]!r}, which is not implemented; it is {allowed[0]!r} at most")
+            raise UserError(f"{where}: {key} is {values[key]!r}, which is not implemented; only {allowed[0]!r} is")
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if rank != adapter.rank:
         raise UserError(f"{where}: r is {rank}, and lora.rank is {adapter.rank}; set lora.rank={rank}")
@@ -126,7 +127,9 @@ def _check(values: dict, adapter: Adapter, where: Path) -> None:
     if kind != adapter.kind:
         raise UserError(f"{where} is of kind {kind} (use_dora), and lora.kind is {adapter.kind}; set lora.kind={kind}")
     scaling = "sqrt_rank" if values.get("use_rslora") else "rank"
-    scale = float(alpha or 0) / (rank**0.5 if values.get("use_rslora") else rank)
+    if not isinstance(alpha, (int, float)):
+        raise UserError(f"{where}: lora_alpha is {alpha!r}, which is no number; download or save the adapter again")
+    scale = alpha / (adapter.rank**0.5 if values.get("use_rslora") else adapter.rank)
     if abs(scale - adapter.scale) > 1e-6 * adapter.scale:
         raise UserError(
             f"{where}: its adapters are scaled by {scale:g}, and those of this config by {adapter.scale:g}; set "
