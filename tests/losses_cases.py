@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import losses_twin as twin
 import numpy as np
-import pytest
 
 from jaxreason import losses
 from jaxreason.losses.reduce import whole_step
@@ -30,15 +29,6 @@ def make(kind: str, data: dict, mask=twin.MASK, ids=twin.IDS, groups=twin.GROUPS
     if kind == "policy":
         values["extras"] = {k: jnp.asarray(data[k], jnp.float32) for k in twin.EXTRAS if k in keys}
     return cls(mask=jnp.asarray(mask, jnp.float32), **values)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_compiles():
-    """These tests compile hundreds of tiny operations and run each a few times."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def evaluate(loss, batches):

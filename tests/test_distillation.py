@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import grpo_words, sft_words
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from test_step import CONFIG
 
 from jaxreason import cli, losses, model

@@ -6,9 +6,9 @@ import pytest
 
 from jaxreason.data import chat as chats
 from jaxreason.data import tokenizer as tokenizers
+from jaxreason.data.chunks import Inline
 from jaxreason.data.encode import Encoder, encode_prompt, end_at_stop, fit
 from jaxreason.data.example import Example, Reject
-from jaxreason.data.files import Inline
 from jaxreason.errors import UserError
 
 
@@ -158,6 +158,16 @@ def test_load_reads_a_directory_and_its_generation_config(tmp_path):
     assert 299 in loaded.stop_ids and loaded.vocab_size == made.vocab_size == len(made.hf)
     assert loaded.pad_id == loaded.hf.convert_tokens_to_ids("<|finetune_right_pad_id|>")
     assert loaded.fingerprint != made.fingerprint  # other stop ids end rows elsewhere
+
+
+def test_what_is_saved_opens_in_other_versions(tmp_path):
+    """transformers 4 and llama.cpp know the class by its old name alone, and how it was opened here is nobody's business."""
+    made = helpers.llama()
+    made.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"backend", "is_local", "local_files_only", "name_or_path"} & set(saved)
+    assert tokenizers.load(tmp_path).fingerprint == made.fingerprint
 
 
 def test_load_errors_say_what_to_do(tmp_path, monkeypatch):

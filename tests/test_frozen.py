@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from test_step import CONFIG, PACKED, UNPACKED
 
 from jaxreason import config as cfg

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import grpo_words
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import config as cfg
 from jaxreason import model as models

@@ -1,17 +1,14 @@
 """lm-evaluation-harness on an exported checkpoint: our model and its own transformers backend say the same."""
 
+import jax
 import numpy as np
 import pytest
+from lm_eval.api.instance import Instance
 
-lm_eval = pytest.importorskip("lm_eval", reason="pip install 'jaxreason[eval]'")
-
-import jax  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-
-from jaxreason import hf, model  # noqa: E402
-from jaxreason.data.tokenizer import load  # noqa: E402
-from jaxreason.harness import Harness  # noqa: E402
-from jaxreason.model import PRESETS  # noqa: E402
+from jaxreason import hf, model
+from jaxreason.data.tokenizer import load
+from jaxreason.harness import Harness
+from jaxreason.model import PRESETS
 
 PAIRS = [
     ("Ben has 5 shells.", " How many?"), ("", "Ann has 7"), ("a " * 90, "b c d"), ("a b ", "c"), ("x", " y"),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 from helpers import final_params, grpo_words, sft_words
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import checkpoint, cli
 from jaxreason.errors import UserError

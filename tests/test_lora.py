@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import final_params, grpo_words, sft_words
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from safetensors.numpy import load_file, save_file
 from test_step import CONFIG, PACKED, UNPACKED
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import losses_cases as cases
 import numpy as np
 import pytest
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import config as cfg
 from jaxreason import losses

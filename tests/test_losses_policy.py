@@ -8,7 +8,6 @@ import losses_cases as cases
 import losses_twin as twin
 import numpy as np
 import pytest
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 from losses_twin import clip, ppo
 
 from jaxreason import losses

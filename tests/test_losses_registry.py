@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import cli, losses
 from jaxreason.errors import UserError

@@ -9,7 +9,6 @@ import losses_cases as cases
 import losses_twin as twin
 import numpy as np
 import pytest
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import losses
 from jaxreason.errors import UserError

@@ -9,7 +9,6 @@ import losses_twin as twin
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import losses
 from jaxreason.losses.inputs import OPTIONAL_INPUTS

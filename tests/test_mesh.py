@@ -7,7 +7,6 @@ import threading
 import jax
 import numpy as np
 import pytest
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import checkpoint, losses, model
 from jaxreason import config as cfg

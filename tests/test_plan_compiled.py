@@ -8,6 +8,7 @@ import json
 import math
 import re
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -32,6 +33,14 @@ SMALL = make_config(
     compute_dtype="bfloat16", remat="matmuls",
 )  # fmt: skip
 GRPO_FLOATS = ("advantages", "sampler_logp", "group_tokens", "ref_logp", "old_logp")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_a_user_compiles():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def place(devices: int = 1, hosts: int = 1) -> phases.Place:

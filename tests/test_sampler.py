@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from helpers import grpo_words
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import cli, model
 from jaxreason import config as cfg

@@ -25,7 +25,6 @@ from jaxreason.config.text import read_yaml
 from jaxreason.data import chat as chats
 from jaxreason.data.encode import Encoder
 from jaxreason.data.files import chunks
-from jaxreason.data.schema import detect
 from jaxreason.data.tokenizer import load
 from jaxreason.errors import UserError
 
@@ -229,9 +228,8 @@ class Doors:
         path = self.folder / "rows.jsonl"
         path.write_bytes(b"\n".join(dumped(rng.choice(CHATS), rng) for _ in range(3)))
         for chunk in chunks(path):
-            key, row = next(chunk.rows(), (0, None))
-            if row is not None:
-                self.encoder.chunk(chunk, detect(row.keys(), chunk.place(key)))
+            if done := self.encoder.chunk(chunk, "auto").rejects:
+                raise UserError(str(done))
 
 
 DOORS = [name for name, value in vars(Doors).items() if callable(value) and not name.startswith("_")]

@@ -64,7 +64,7 @@ def kinds(root: Path) -> dict[str, tuple[Callable[[Path], list[str]], Callable[[
         return {path.name: np.frombuffer(path.read_bytes(), np.uint8) for path in (folder / "out").iterdir()}
 
     def found(folder: Path) -> dict:
-        return {"text": np.frombuffer((folder / "found.json").read_bytes(), np.uint8)}
+        return {"text": np.frombuffer((folder / "found" / "answers.jsonl").read_bytes(), np.uint8)}
 
     task = ["--model", str(run), "--task", "embedded:arithmetic", "problems=4", "max_completion_tokens=8"]
     return {
@@ -73,7 +73,7 @@ def kinds(root: Path) -> dict[str, tuple[Callable[[Path], list[str]], Callable[[
         "grpo": (lambda folder: ["train.py", "--config", "grpo", *grpo_words(folder, "train.save_every=1")],
                  lambda folder: final_params(folder / "grpo")),
         "to-hf": (lambda folder: ["convert.py", "to-hf", str(run), str(folder / "out")], export_of),
-        "evaluate": (lambda folder: ["evaluate.py", *task, "--out", str(folder / "found.json")], found),
+        "evaluate": (lambda folder: ["evaluate.py", *task, "--out", str(folder / "found")], found),
     }  # fmt: skip
 
 

@@ -65,16 +65,6 @@ def test_a_damage_that_is_not_seen_is_counted(root, tmp_path):
     assert len([name for name in found.unseen if "index.npz" in name]) == 4
 
 
-def test_killed_exports_leave_nothing_and_end_equal(root):
-    assert harness.kill(root, "to-hf", 1)["differ"] == 0
-
-
-def test_grpo_holds_what_it_held(tmp_path):
-    early, late = harness.ends_of(harness.watch(tmp_path, 60, every=0.2), 60)
-    assert harness.is_flat(early, late), (early, late)
-    assert early.step < late.step and late.processes >= 2  # the reward's worker is counted too
-
-
 def test_what_grows_is_not_flat():
     use = harness.Use(9, 1000.0, 50, 20, 3)
     assert harness.is_flat(use, harness.Use(90, 1020.0, 52, 20, 3))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import grpo_words, sft_words
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import checkpoint, cli, losses
 from jaxreason import config as cfg

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from harness import ENV, ROOT
 from helpers import sft_words
-from losses_cases import fast_compiles  # noqa: F401  (an autouse fixture)
 
 from jaxreason import checkpoint, cli, distributed
 from jaxreason.data.store import TokenFile
