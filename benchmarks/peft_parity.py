@@ -96,7 +96,8 @@ def check(name: str, adapter: Adapter, root: Path) -> None:
         loss.backward()
         steps.step()
         apart = max(apart, abs(float(value) - loss.item()))
-    print(f"{name}: logits {logits:.1e}, gradients {slopes:.1e}, losses of {STEPS} steps {apart:.1e}, the last {float(value):.3f}")
+    last = f"the last {float(value):.3f}"
+    print(f"{name}: logits {logits:.1e}, gradients {slopes:.1e}, losses of {STEPS} steps {apart:.1e}, {last}")
     for what, found, bound in (("logits", logits, LOGITS), ("gradients", slopes, GRADIENTS), ("losses", apart, LOSSES)):
         assert found < bound, f"{name}: {what} differ by {found}, more than {bound}"
 

@@ -207,11 +207,15 @@ def on(base: Path, words: list[str], *more: str) -> list[str]:
     return [*kept, f"model.weights={base}", "model.preset=null", "lora.rank=4", "optimizer.learning_rate=0.01", *more]
 
 
+def beside(base: Path) -> list[str]:
+    more = ["run.name=tuned", "train.steps=4", "train.save_every=2", "lora.targets=[q, down]"]
+    return on(base, sft_words(base.parent), *more)
+
+
 @pytest.fixture(scope="module")
 def tuned(base) -> Path:
     """Four steps beside the base, saved at the second."""
-    words = on(base, sft_words(base.parent), "run.name=tuned", "train.steps=4", "train.save_every=2", "lora.targets=[q, down]")
-    assert train("sft", words) == 0
+    assert train("sft", beside(base)) == 0
     return base.parent / "tuned"
 
 
@@ -238,7 +242,7 @@ def test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged(base, tune
 
     lines = (tuned / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(tuned / "checkpoints" / "00000004")
-    words = on(base, sft_words(base.parent), "run.name=tuned", "train.steps=4", "train.save_every=2", "lora.targets=[q, down]")
+    words = beside(base)
     assert train("sft", words) == 0
     jax.tree.map(np.testing.assert_array_equal, adapters_of(tuned, 4), whole)
     assert json.loads((tuned / "metrics.jsonl").read_text().splitlines()[3])["loss"] == json.loads(lines[3])["loss"]
@@ -257,6 +261,8 @@ def test_a_base_that_is_gone_is_said(base, tuned, tmp_path, capsys):
     try:
         assert cli.convert(["to-hf", str(tuned), str(tmp_path / "hf")]) == 2
         assert "the weights that they were trained with are no longer there" in capsys.readouterr().err
+        assert train("sft", beside(base)) == 2
+        assert "the weights that this run found when it started are no longer there" in capsys.readouterr().err
     finally:
         moved_away.rename(base)
 
