@@ -1,6 +1,6 @@
 """Checkpoints: Orbax for the arrays, and a manifest of file hashes that is written last and checked before every read.
 
-    RUN/checkpoints/00000020/params/     Orbax
+    RUN/checkpoints/00000020/params/     Orbax; of a run with adapters these alone, and model.json names their base
                              optimizer/  Orbax
                              reference/  Orbax, of a run whose reference is refreshed
                              data.json   the data iterator's state
@@ -14,6 +14,7 @@ Orbax alone restores a flipped bit and reports a full disk as saved; a step exis
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -33,7 +34,7 @@ from jax.experimental import multihost_utils
 
 from jaxreason.errors import UserError
 from jaxreason.locks import lock
-from jaxreason.model import Execution, ModelConfig, RopeScaling, make_config
+from jaxreason.model import Adapter, Execution, ModelConfig, RopeScaling, make_config
 from jaxreason.types import TrainState
 
 MANIFEST, MODEL, UNFINISHED = "manifest.json", "model.json", "unfinished"
@@ -42,6 +43,14 @@ _MARGIN = 1.02  # metadata in addition to the arrays
 
 # Orbax logs a failed save with its traceback, and then raises it: :func:`_failed` says it in one line.
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING and not record.exc_info)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The weights that a checkpoint of adapters does not hold."""
+
+    path: str
+    digest: str | None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,22 +64,26 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def model_to_json(config: ModelConfig) -> dict:
-    """The family, its architecture and the dtype of what is stored, as plain values; how a run ran it is not part of it."""
+    """The family, its architecture, its adapters and the dtype of its weights, as plain values; how a run ran it is not part."""
     values = {"family": config.arch.family, **vars(config.arch), "param_dtype": config.execution.param_dtype}
+    if config.adapter:
+        values["adapter"] = vars(config.adapter) | {"targets": list(config.adapter.targets)}
     if config.arch.rope_scaling:
         values["rope_scaling"] = dict(vars(config.arch.rope_scaling))
     return values | {"stop_ids": list(config.arch.stop_ids)}
 
 
 def read_model(step_dir: Path) -> ModelConfig:
-    """The model of a checkpoint. Raises UserError where another version wrote what this one does not know.
+    """The model of a checkpoint, without its adapters (:func:`read_adapters`).
+
+    Raises UserError where another version wrote what this one does not know.
 
     Checkpoints from before there were families name none: they are Llamas. Older ones also hold how they were run, which is
     left out: a bound on segments that fitted one run's rows would refuse another's.
     """
     path = step_dir / MODEL
     values = _model_values(step_dir, path)
-    for name in set(Execution.__dataclass_fields__) - {"param_dtype"}:
+    for name in {*Execution.__dataclass_fields__, "adapter", "base"} - {"param_dtype"}:
         values.pop(name, None)
     try:
         scaling = values.get("rope_scaling")
@@ -78,6 +91,19 @@ def read_model(step_dir: Path) -> ModelConfig:
         return make_config(**values | {"stop_ids": tuple(values.get("stop_ids", ()))})
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} describes a model that this version does not have: {error}") from None
+
+
+def read_adapters(step_dir: Path) -> tuple[Adapter, Base] | None:
+    """The adapters that a checkpoint holds, and what they stand beside; None for one that holds the whole model."""
+    path = step_dir / MODEL
+    values = _model_values(step_dir, path)
+    if values.get("adapter") is None:
+        return None
+    try:
+        adapter = Adapter(**values["adapter"] | {"targets": tuple(values["adapter"]["targets"])})
+        return adapter, Base(**values["base"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} describes adapters that this version does not have: {error}") from None
 
 
 def _model_values(step_dir: Path, path: Path) -> dict:
@@ -228,10 +254,17 @@ def _verify_once(step_dir: Path) -> None:
         raise error or UserError(f"{step_dir} is damaged; process 0 says where")
 
 
+def stored_params(state: TrainState, model: ModelConfig) -> dict:
+    """What a checkpoint holds of the model: all of it, or its adapters alone."""
+    return state.params if model.adapter else state.model_params
+
+
 class Checkpoints:
     """The checkpoints of one run: asynchronous saves, whose failures :meth:`check` raises, and verified restores."""
 
-    def __init__(self, directory: str | Path, keep: int):
+    def __init__(self, directory: str | Path, keep: int, base: Base | None = None):
+        """``base``: of a run with adapters."""
+        self._base = base
         self.directory = Path(directory).absolute()
         self.keep = keep
         self._savers: dict[str, ocp.StandardCheckpointer] = {}  # by the directory that each writes
@@ -263,7 +296,8 @@ class Checkpoints:
         step = int(state.step)
         path = self.directory / f"{step:08d}"
         self.directory.mkdir(parents=True, exist_ok=True)
-        size = sum(x.nbytes for x in jax.tree.leaves((state.model_params, state.opt_state, dict(more))))
+        params = stored_params(state, model)
+        size = sum(x.nbytes for x in jax.tree.leaves((params, state.opt_state, dict(more))))
         free = shutil.disk_usage(self.directory).free
         if free < size * _MARGIN:
             raise UserError(
@@ -273,7 +307,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             _begin(path)
         try:
-            trees = {"params": state.model_params, "optimizer": {"opt_state": state.opt_state}, **more}
+            trees = {"params": params, "optimizer": {"opt_state": state.opt_state}, **more}
             for name, tree in trees.items():
                 if name not in self._savers:  # each has threads of its own, and is used for every step
                     self._savers[name] = ocp.StandardCheckpointer()
@@ -290,7 +324,7 @@ class Checkpoints:
                 raise failed[0]
             if jax.process_index() == 0:
                 write_json(path / "data.json", data_state)
-                _seal(path, model)
+                _seal(path, model, self._base)
                 for old in steps(self.directory)[: -self.keep]:
                     _remove(self.directory / f"{old:08d}")
         except BaseException as error:
@@ -309,17 +343,19 @@ class Checkpoints:
             self._thread = None
         self.check()
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """The verified state of a step, on the shardings of ``abstract``, and the data iterator's state."""
+    def restore(self, step: int, abstract: TrainState, base: dict | None = None) -> tuple[TrainState, dict]:
+        """The verified state of a step, on the shardings of ``abstract``, and the data iterator's state.
+
+        ``base``: of a run with adapters, the parameters that do not train; its checkpoint does not hold them.
+        """
         path = self.directory / f"{step:08d}"
         _verify_once(path)
-        params = restore_tree(path / "params", abstract.model_params)
+        params = restore_tree(path / "params", abstract.model_params if base is None else abstract.params)
         opt_state = restore_tree(path / "optimizer", {"opt_state": abstract.opt_state})["opt_state"]
         place = getattr(abstract.step, "sharding", None)
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), place)
-        trained, frozen = (_part(params, part) for part in (abstract.params, abstract.frozen))
+        trained, frozen = _part(params, abstract.params), _part(params, abstract.frozen) if base is None else base
         return TrainState(count, trained, frozen, opt_state), json.loads((path / "data.json").read_text())
-
 
     def restore_more(self, step: int, name: str, abstract: Any) -> Any:
         """What was saved as ``more[name]`` with a step that :meth:`restore` has verified, on the shardings of ``abstract``."""
@@ -342,9 +378,9 @@ def _part(params: dict, like: dict) -> dict:
     return {key: _part(params[key], value) if isinstance(value, dict) else params[key] for key, value in like.items()}
 
 
-def _seal(step_dir: Path, model: ModelConfig) -> None:
+def _seal(step_dir: Path, model: ModelConfig, base: Base | None = None) -> None:
     """Writes the architecture and, last, the manifest: from here on the step exists."""
-    write_json(step_dir / MODEL, model_to_json(model))
+    write_json(step_dir / MODEL, model_to_json(model) | ({"base": vars(base)} if model.adapter and base else {}))
     write_json(step_dir / MANIFEST, {"step": int(step_dir.name), "files": _digests(step_dir, _files(step_dir))})
     (step_dir / UNFINISHED).unlink(missing_ok=True)
 

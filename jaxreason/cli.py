@@ -109,6 +109,9 @@ def convert(argv: Sequence[str] | None = None) -> None:
     out.add_argument("model", metavar="RUN|CHECKPOINT")
     out.add_argument("out", metavar="OUT")
     out.add_argument("--dtype", default=None, choices=["bfloat16", "float32"], help="default: the run's param_dtype")
+    adapters = verbs.add_parser("to-peft", help="the adapters of a run with lora.rank to a directory that PEFT and vLLM open")
+    adapters.add_argument("model", metavar="RUN|CHECKPOINT")
+    adapters.add_argument("out", metavar="OUT")
     back = verbs.add_parser("from-hf", help="a Hugging Face directory or hub id to a checkpoint")
     back.add_argument("model", metavar="DIR|HUB_ID")
     back.add_argument("out", metavar="OUT")
@@ -117,7 +120,10 @@ def convert(argv: Sequence[str] | None = None) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxreason import convert as work
 
-    print(work.to_hf(args.model, args.out, args.dtype) if args.verb == "to-hf" else work.from_hf(args.model, args.out))
+    if args.verb == "to-hf":
+        print(work.to_hf(args.model, args.out, args.dtype))
+    else:
+        print((work.to_peft if args.verb == "to-peft" else work.from_hf)(args.model, args.out))
 
 
 _STRATEGIES = "direct, cot, self_consistency, best_of_n, budget, tot_bfs, tot_dfs, or package.module:function"

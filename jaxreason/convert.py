@@ -1,5 +1,6 @@
 """Runs and checkpoints to Hugging Face directories, and back."""
 
+import dataclasses
 from typing import Any
 
 from jaxreason import checkpoint, hf
@@ -23,6 +24,22 @@ def to_hf(model: str, out: str, dtype: str | None) -> str:
     params = source.params(config, make_mesh(cfg.Mesh()))
     hf.save(params, config, out, dtype or saved, load_tokenizer(source.tokenizer), _card(source))
     return f"{source.path} -> {out} ({dtype or saved}); open it with transformers.AutoModelForCausalLM.from_pretrained"
+
+
+def to_peft(model: str, out: str) -> str:
+    """Exports the adapters of a run's latest checkpoint, or a given one; returns what to tell the user. Raises UserError."""
+    source = locate(model)
+    found = checkpoint.read_adapters(source.path) if source.kind == "checkpoint" else None
+    if found is None:
+        raise UserError(f"{source.path} holds a whole model; export it by to-hf (to-peft is for runs with lora.rank)")
+    adapter, base = found
+    config = dataclasses.replace(source.config("float32", "float32"), adapter=adapter)
+    adapters = source.adapters(config, make_mesh(cfg.Mesh()))
+    # A hub id means the same on another machine, the directory where it was found here does not.
+    name = _card(source).get("base_model") or base.path
+    opened_as = name if WeightSource.at(base.path).kind == "hf" else f"{base.path} (a run: export it by to-hf)"
+    hf.save_adapters(adapters, config, out, name, load_tokenizer(source.tokenizer))
+    return f"{source.path} -> {out}; open it with peft.PeftModel.from_pretrained(BASE, {out!r}), BASE being {opened_as}"
 
 
 def from_hf(model: str, out: str) -> str:

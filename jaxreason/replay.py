@@ -59,7 +59,7 @@ def replay(run: str, update: int | None) -> None:
     rows = not_finite.load(again.folder.path, update)
     state, saved = weights(again, update)
     batch = put(rows, again.mesh)
-    second = again.compared.params(again.mesh) if again.compared else None
+    second = again.compared.params(again.mesh) if again.compared and again.compared.params else None
     gradient = within(again.mesh, jax.jit(gradient_of(again, rows)))
 
     def measured(part: Batch) -> tuple[float, dict[str, float]]:
@@ -95,11 +95,11 @@ def opened(run: Path) -> Again:
     if isinstance(config, cfg.SftConfig):
         loss = sft.find_loss(config)
         other, _ = sft.compared_with(config, loss, setup)
-        return Again(config, setup, loss, other, other.config if other else None, folder, mesh)
+        return Again(config, setup, loss, other, other.compared if other else None, folder, mesh)
     loss, compared, second = objective_of(config).loss, None, None
     if config.teacher.divergence is not None:
         compared = grpo.teacher_of(config, setup)[0]
-        second = compared.config if compared else ITSELF
+        second = compared.compared if compared else ITSELF
     return Again(config, setup, loss, compared, second, folder, mesh)
 
 
@@ -107,13 +107,13 @@ def weights(again: Again, update: int) -> tuple[TrainState, int]:
     """The state of the newest checkpoint up to ``update``, else the run's start, and the updates that it has had."""
     config, mesh = again.config, again.mesh
     total = config.train.steps or 1  # the schedule is not looked at
-    optimizer = opt.make(config.optimizer, total, config.run.seed)
+    optimizer = opt.of_run(config, total)
     found = [step for step in checkpoint.steps(again.folder.checkpoints) if step <= update]
     if not found:
         return start_state(config, again.setup, optimizer, mesh), 0
     abstract = states.abstract(again.setup.config, optimizer, mesh, config.train.freeze)
-    saved = checkpoint.Checkpoints(again.folder.checkpoints, config.train.keep_checkpoints)
-    return saved.restore(found[-1], abstract)[0], found[-1]
+    base = again.setup.base_params(mesh) if again.setup.config.adapter else None
+    return again.folder.saved().restore(found[-1], abstract, base)[0], found[-1]
 
 
 def gradient_of(again: Again, rows: Batch[np.ndarray]) -> Callable:

@@ -23,6 +23,13 @@ RULES: dict[str, PartitionSpec] = {
     **{f"{name}.kernel": PartitionSpec(None, "tensor", "fsdp") for name in ("o", "down")},
     **{f"{name}.bias": PartitionSpec(None, "fsdp") for name in ("o", "down")},
     "scale": PartitionSpec(),
+    # Adapters: A is split as the kernel's inputs, B as its outputs; the rank is whole everywhere.
+    **{f"{name}.lora_a": PartitionSpec(None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}.lora_b": PartitionSpec(None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}.lora_a": PartitionSpec(None, "tensor", None) for name in ("o", "down")},
+    **{f"{name}.lora_b": PartitionSpec(None, None, "fsdp") for name in ("o", "down")},
+    **{f"{name}.magnitude": PartitionSpec(None, "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{f"{name}.magnitude": PartitionSpec(None, "fsdp") for name in ("o", "down")},
 }
 
 

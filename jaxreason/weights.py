@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
-from jaxreason.errors import UserError
-from jaxreason.model import ModelConfig, shapes
+from jaxreason.errors import UserError, present
+from jaxreason.model import Adapter, ModelConfig, lora, shapes
 from jaxreason.paths import local
 from jaxreason.sharding import leaf_sharding, shardings
+from jaxreason.types import merge
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16  # of a weight file, evenly spaced: training changes nearly every parameter
 
@@ -69,7 +70,7 @@ class WeightSource:
         return checkpoint.read_model(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
 
     def params(self, config: ModelConfig, mesh: Mesh) -> dict:
-        """The weights in ``config.execution.param_dtype``, each straight on its devices."""
+        """The weights in ``config.execution.param_dtype``, each straight on its devices, adapters merged. Raises UserError."""
         if self.kind == "hf":
 
             def place(path: tuple[str, ...], leaf: hf.Leaf) -> jax.Array:
@@ -78,11 +79,41 @@ class WeightSource:
             dtypes = config.execution.param_dtype, config.execution.compute_dtype
             return hf.load(str(self.path), *dtypes, placement=place)[0]
         checkpoint.verify(self.path)
-        wanted = shapes(config)
-        abstract = jax.tree.map(
-            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), wanted, shardings(wanted, mesh)
-        )
-        return checkpoint.restore_tree(self.path / "params", abstract)
+        if found := checkpoint.read_adapters(self.path):
+            return self._merged(*found, config, mesh)
+        return checkpoint.restore_tree(self.path / "params", _abstract(shapes(config), mesh))
+
+    def adapters(self, config: ModelConfig, mesh: Mesh) -> dict:
+        """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says."""
+        checkpoint.verify(self.path)
+        adapter = present(config.adapter, "ModelConfig.adapter")
+        return checkpoint.restore_tree(self.path / "params", _abstract(lora.shapes(shapes(config), adapter), mesh))
+
+    def _merged(self, adapter: Adapter, base: checkpoint.Base, config: ModelConfig, mesh: Mesh) -> dict:
+        """The base, in the dtype that it had beside its adapters, with them merged."""
+        source = WeightSource.at(base.path)
+        if not source.path.exists() or source.digest() != base.digest:
+            raise UserError(
+                f"{self.path} holds adapters of {base.path}, and the weights that they were trained with are no longer there "
+                "(moved, deleted or trained again): put them back"
+            )
+        stored = checkpoint.read_model(self.path).execution.param_dtype
+        params = source.params(config.replace(param_dtype=stored), mesh)
+        adapters = self.adapters(dataclasses.replace(config, adapter=adapter), mesh)
+        out = shardings(params, mesh)
+
+        def merge_in(params: dict, adapters: dict) -> dict:
+            whole = lora.merged(merge(params, adapters), adapter)
+            return jax.tree.map(lambda w: w.astype(config.execution.param_dtype), whole)
+
+        return jax.jit(merge_in, out_shardings=out, donate_argnums=0)(params, adapters)
+
+
+def _abstract(wanted: dict, mesh: Mesh) -> dict:
+    """Shapes with their shardings."""
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), wanted, shardings(wanted, mesh)
+    )
 
 
 def locate(name: str) -> WeightSource:

@@ -158,6 +158,13 @@ def frozen(places: Places, words: list[str]) -> object:
     return jax.tree.structure(state.frozen)
 
 
+def beside(places: Places, words: list[str]) -> object:
+    """The adapters that a run opens, and what its optimizer and its start have of them."""
+    config = config_of(places, words)
+    setup = open_model(config)
+    return setup.config.adapter, config.lora.learning_rate_ratio, config.lora.weights
+
+
 def table(places: Places, words: list[str]) -> object:
     """What a dry run says before it would start."""
     shown, real = [], grpo.show_table
@@ -264,6 +271,7 @@ ROWS: dict[str, tuple] = {
     "train.microbatch_size": (shapes, 2),
     "train.epochs": (table, 2, "train.steps=null", "train.epochs=1"),
     "train.freeze": (frozen, "[embedding]"),
+    **{key: (beside, *row[1:]) for key, row in shared.ROWS.items() if key.startswith("lora.")},
     **{key: (updates, *row[1:]) for key, row in shared.ROWS.items() if key.startswith("optimizer.")},
     **{key: (devices, *row[1:]) for key, row in shared.ROWS.items() if key.startswith("mesh.")},
 }  # fmt: skip

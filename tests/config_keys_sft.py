@@ -1,5 +1,7 @@
 """What of an SFT run changes with each key of its config; see test_config_keys.py."""
 
+import dataclasses
+import functools
 import hashlib
 import sys
 import types
@@ -12,16 +14,18 @@ import numpy as np
 import yaml
 from helpers import TINY, sft_words
 
-from jaxreason import checkpoint, cli
+from jaxreason import checkpoint, cli, hf
 from jaxreason import config as cfg
 from jaxreason.data import sources
 from jaxreason.data.pipeline import prepare
 from jaxreason.data.tokenizer import load
 from jaxreason.evaluate import accuracy
+from jaxreason.model import Adapter, init, init_adapters, preset
 from jaxreason.sharding import make_mesh
 from jaxreason.train import optimizer as opt
 from jaxreason.train import sft
-from jaxreason.train.setup import held_out_problems, open_model
+from jaxreason.train.setup import held_out_problems, open_model, start_state
+from jaxreason.weights import WeightSource
 
 
 class Places:
@@ -39,6 +43,22 @@ class Places:
         self.tokenizer = root / "tokenizer"
         data_helpers.llama().save(self.tokenizer, "{{ messages[0]['content'] }}")
         (root / "mine.py").write_text(MINE)
+
+    @functools.cached_property
+    def start(self) -> Path:
+        """A checkpoint to stand beside."""
+        config = preset("embedded-tiny", {"num_layers": 1, "embed_dim": 32, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1})
+        checkpoint.save_params(self.root / "start" / "checkpoints", init(config, jax.random.key(0)), config)
+        load("embedded").save(self.root / "start" / "tokenizer")
+        return self.root / "start"
+
+    @functools.cached_property
+    def peft(self) -> Path:
+        """An adapter of it."""
+        config = WeightSource.at(str(self.start / "checkpoints" / "00000000")).config("float32", "float32")
+        config = dataclasses.replace(config, adapter=Adapter(4, 8.0, ("q", "k", "v", "o", "gate", "up", "down")))
+        hf.save_adapters(init_adapters(config, jax.random.key(5)), config, str(self.root / "peft"), "base")
+        return self.root / "peft"
 
     @staticmethod
     def _row(i: int, asked: str = "") -> dict:
@@ -133,6 +153,15 @@ def optimizer_trace(settings: cfg.Optimizer) -> object:
     return digest(*found), [x.dtype.name for x in jax.tree.leaves(state)]
 
 
+def adapters(places: Places, words: list[str]) -> object:
+    """What trains at the start of a run from a checkpoint, and its first update."""
+    config = config_of(places, words)
+    setup, optimizer = open_model(config), opt.of_run(config, 10)
+    state = start_state(config, setup, optimizer, make_mesh(cfg.Mesh(), jax.devices()[:1]))
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, state.params), state.opt_state, state.params)
+    return setup.config.adapter, digest(*jax.tree.leaves((state.params, updates)))
+
+
 def mesh(places: Places, words: list[str]) -> object:
     """How the devices are laid out."""
     return dict(make_mesh(config_of(places, words).mesh).shape)
@@ -164,6 +193,9 @@ def processes(places: Places, words: list[str]) -> object:
 
 NOT_EMBEDDED = ["data.source={rows}", "data.max_rows=null", "data.max_length=256"]
 SPLITS = ["data.source={splits}", "data.max_rows=null", "data.max_length=256"]
+
+START = ["model.weights={start}", "model.preset=null", "model.overrides={{}}"]
+BESIDE = [*START, "lora.rank=4"]
 
 ROWS: dict[str, tuple] = {
     "run.seed": (data, 1),
@@ -211,6 +243,10 @@ ROWS: dict[str, tuple] = {
     "train.steps": (program, 9),
     "train.microbatch_size": (program, 8, "data.batch_size=16"),
     "train.freeze": (program, "[embedding]"),
+    "lora.rank": (adapters, 4, *START),
+    **{f"lora.{key}": (adapters, value, *BESIDE) for key, value in (
+        ("alpha", 8.0), ("scaling", "sqrt_rank"), ("targets", "[q]"), ("kind", "dora"), ("learning_rate_ratio", 16.0),
+        ("weights", "{peft}"))},
     "train.neftune_alpha": (program, 5.0),
     "mesh.data": (mesh, 2),
     "mesh.fsdp": (mesh, 4, "mesh.data=-1", "mesh.fsdp=8"),

@@ -48,7 +48,7 @@ def test_every_key_has_an_observation(kind):
 @pytest.mark.parametrize(("kind", "key"), CASES)
 def test_changing_a_key_changes_something(kind, key, places):
     observe, value, *context = KINDS[kind].ROWS[key]
-    paths = {name: getattr(places, name) for name in ("rows", "other", "marked", "splits", "tokenizer")}
+    paths = {name: getattr(places, name) for name in ("rows", "other", "marked", "splits", "tokenizer", "start", "peft")}
     paths["mine"] = places.root / "mine.py"
     context = [word.format(**paths) for word in context]
     changed = f"{key}={value}".format(**paths)

@@ -314,6 +314,18 @@ def test_what_stands_beside_each_program_of_grpo():
     assert offloaded.frozen == {} and "reference" in offloaded.planned
 
 
+def test_beside_adapters_the_reference_is_no_second_model():
+    """Rank 8 on the matrices of 3B: 28 layers of 8 (q, o: 6144, k, v: 4096, gate, up, down: 11264), float32 and two moments."""
+    shape, found = planned_of("llama3.2-3b/grpo_lora")
+    adapters = 28 * 8 * (2 * 6144 + 2 * 4096 + 3 * 11264)
+    assert adapters == 12_156_928 and found.frozen == {}
+    assert found.planned["reference"].beside == {"optimizer state": 8 * adapters + 8}
+    assert found.planned["decode"].beside["train state"] == 2 * 3_212_749_824 + 12 * adapters + 12
+    assert found.planned["update"].beside.keys() <= {"cuDNN's scratch"} and shape.model.adapter.scale == 4.0
+    _, compared = planned_of("llama3.2-3b/sft_lora", "loss.name=asft")
+    assert compared.frozen == {}
+
+
 def test_slots_are_shared_by_all_devices_and_evaluations_by_those_of_a_host():
     """As the loop has it: a rollout's slots are those of all processes, an evaluation is done by each."""
     asked = {"hosts": 2, "devices": 4}

@@ -41,6 +41,7 @@ from jaxreason.rl.grpo import (
     compile_score,
     compile_squares,
     distilled_from,
+    follow_base,
     open_inputs,
     scoring_models,
     with_slots,
@@ -102,6 +103,7 @@ def measure(entries: Sequence[Entry], objectives: Sequence[Objective | None]) ->
     rollout = _roll_out(with_slots(config, inputs, shapes, state, mesh), inputs, state, mesh, greedy)
     score = compile_score(inputs.setup.config, shapes, config.rollout.temperature, mesh)
     others = _others(members, inputs, score, shapes, mesh)
+    follow_base(inputs.setup.config, others, state)
     batches = _batches(members, inputs, rollout, score, others, state, mesh)
     programs = _programs(members, inputs, shapes, others, mesh)
     points: dict[str, Any] = {}

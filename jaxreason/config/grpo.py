@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from jaxreason.config.schema import (
     Draw,
     Eval,
+    Lora,
     Loss,
     Mesh,
     Model,
@@ -18,6 +19,7 @@ from jaxreason.config.schema import (
     Run,
     Section,
     Train,
+    check_lora,
 )
 
 
@@ -224,6 +226,7 @@ class GrpoConfig(Section):
     algorithm: Literal["grpo"]
     run: Run
     model: Model
+    lora: Lora = Lora()
     data: GrpoData
     rollout: Rollout = Rollout()
     reward: Reward = Reward()
@@ -272,4 +275,21 @@ class GrpoConfig(Section):
                 "second_turn.samples=1 leaves a group of one, whose advantage is 0; use 2 or more, or another "
                 "second_turn.compare"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self):
+        check_lora(self.lora, self.model, self.train)
+        if self.lora.rank is None:
+            return self
+        reference = "beside adapters the reference is the model without them, of which there is no copy"
+        refused = {
+            "kl.refresh_every": (self.kl.refresh_every is not None, f"{reference} to move; leave it null"),
+            "kl.offload": (self.kl.offload, f"{reference} to keep elsewhere; set it to false"),
+            "teacher.weights": (self.teacher.weights == "start", "start: use kl.coef, whose reference it is, or another teacher"),
+            "rollout.sampler": (self.rollout.sampler != "engine", "only the engine merges adapters for decoding; use engine"),
+        }
+        for key, (there, fix) in refused.items():
+            if there:
+                raise ValueError(f"{key} does not combine with lora.rank: {fix}")
         return self

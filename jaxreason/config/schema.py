@@ -76,6 +76,39 @@ class Model(Section):
         return self
 
 
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685): they train, and the weights stay what they were."""
+
+    rank: Positive | None = None
+    """r of the adapters; null: none, the weights themselves train."""
+    alpha: float = Field(32.0, gt=0)
+    """The adapters' product is multiplied by alpha / r."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """sqrt_rank: by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), under which a large rank learns as fast as a small one."""
+    targets: list[Target] = Field(["q", "k", "v", "o", "gate", "up", "down"], min_length=1)
+    """Matrices that have an adapter."""
+    kind: Literal["lora", "dora"] = "lora"
+    """dora (arXiv 2402.09353) also trains the norm of every output's weights, which costs a pass over the weights a layer."""
+    learning_rate_ratio: float = Field(1.0, gt=0)
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, which uses 16)."""
+    weights: str | None = None
+    """PEFT adapter to start from: a directory with adapter_config.json, whose rank, scale and targets are those given here;
+    null: A is drawn and B zero, so that the run begins with the model as it is."""
+
+    @model_validator(mode="after")
+    def _of_adapters(self):
+        if self.rank is None and (given := self.model_fields_set - {"rank"}):
+            changed = [name for name in sorted(given) if getattr(self, name) != type(self).model_fields[name].default]
+            if changed:
+                raise ValueError(f"lora.{changed[0]} is of adapters, and there are none: set lora.rank, e.g. 16")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets names one twice: {', '.join(self.targets)}")
+        return self
+
+
 class Problems(Section):
     source: str
     """``embedded:NAME``, ``reasoning-gym:NAME``, a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also
@@ -303,10 +336,21 @@ class Task(Grading, Decode):
     """A file or directory of those examples; null: the benchmark's own split of them."""
 
 
+def check_lora(lora: Lora, model: Model, train: Train) -> None:
+    """What adapters do not combine with in every kind of run. Raises ValueError."""
+    if lora.rank is None:
+        return
+    if model.weights is None:
+        raise ValueError("lora.rank: adapters change a model that is there, and random weights are none: set model.weights")
+    if train.freeze:
+        raise ValueError("train.freeze: beside adapters everything is frozen already; choose what they change by lora.targets")
+
+
 class SftConfig(Section):
     algorithm: Literal["sft"]
     run: Run
     model: Model
+    lora: Lora = Lora()
     data: Data
     loss: SftLoss = SftLoss()
     teacher: SftTeacher = SftTeacher()
@@ -316,3 +360,13 @@ class SftConfig(Section):
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
     resolved: Resolved = Resolved()
+
+    @model_validator(mode="after")
+    def _adapters(self):
+        check_lora(self.lora, self.model, self.train)
+        if self.lora.rank is not None and self.reference.refresh_every is not None:
+            raise ValueError(
+                "reference.refresh_every: beside adapters the reference is the model without them, which is not copied; "
+                "leave it null"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 from jaxreason.hf.config import config_from_hf, config_to_hf
 from jaxreason.hf.hub import fetch
+from jaxreason.hf.peft import load_adapters, peft_tensors, save_adapters
 from jaxreason.hf.read import Leaf, Placement, load, read_config, stored_dtype
 from jaxreason.hf.write import save
 
@@ -12,7 +13,10 @@ __all__ = [
     "config_to_hf",
     "fetch",
     "load",
+    "load_adapters",
+    "peft_tensors",
     "read_config",
     "save",
+    "save_adapters",
     "stored_dtype",
 ]

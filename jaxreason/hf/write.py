@@ -51,21 +51,27 @@ def save(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
-    target = local(path).resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} exists and is not an empty directory; give another path or remove it")
+    target = open_target(path)
     files = {
         "config.json": json.dumps(config_to_hf(config, dtype), indent=2) + "\n",
         "generation_config.json": json.dumps(generation_to_hf(config), indent=2) + "\n",
         "README.md": model_card(config, dtype, card or {}),
     }
     shards = _plan_shards(_check_tree(params, config), jnp.dtype(dtype).itemsize, shard_bytes)
-    with _all_or_nothing(target, sum(size for _, size in shards)) as directory:
+    with all_or_nothing(target, sum(size for _, size in shards)) as directory:
         _write_weights(directory, shards, params, dtype)
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             (tokenizer.save_pretrained if hasattr(tokenizer, "save_pretrained") else tokenizer.save)(str(directory))
+
+
+def open_target(path: str | os.PathLike) -> Path:
+    """Where an export goes. Raises UserError where something is."""
+    target = local(path).resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty directory; give another path or remove it")
+    return target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +155,7 @@ def _to_numpy(leaf: Array | np.ndarray, source: _Source, dtype: str) -> np.ndarr
 
 
 @contextlib.contextmanager
-def _all_or_nothing(target: Path, size: int) -> Iterator[Path]:
+def all_or_nothing(target: Path, size: int) -> Iterator[Path]:
     """A directory next to ``target`` that becomes it at the end, and is removed if anything fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < size + _SLACK_BYTES:

@@ -1,12 +1,14 @@
 """The network: decoders of several families in Flax Linen, their attention, and their vocabulary head."""
 
-from jaxreason.model.config import Architecture, Execution, ModelConfig, RopeScaling
+from jaxreason.model.config import Adapter, Architecture, Execution, ModelConfig, RopeScaling
 from jaxreason.model.decoder import (
     add_gradients,
     cast_layers,
+    full_shapes,
     head_kernel,
     hidden,
     init,
+    init_adapters,
     logits,
     next_logits,
     param_count,
@@ -22,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "HUB",
     "PRESETS",
+    "Adapter",
     "Architecture",
     "Execution",
     "Family",
@@ -31,9 +34,11 @@ __all__ = [
     "add_gradients",
     "cast_layers",
     "family_of",
+    "full_shapes",
     "head_kernel",
     "hidden",
     "init",
+    "init_adapters",
     "logits",
     "make_config",
     "next_logits",

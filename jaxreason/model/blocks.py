@@ -16,8 +16,10 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxreason.errors import present
 from jaxreason.model.attention import attention, cached_attention
 from jaxreason.model.config import ModelConfig
+from jaxreason.model.lora import adapted
 from jaxreason.model.product import times_transposed
 from jaxreason.model.rope import rotate
 
@@ -71,7 +73,10 @@ class Norm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x [rows, in] · kernel [in, out] (+ bias); ``unstack`` stores the kernel as ``transposed`` [out, in]."""
+    """x [rows, in] · kernel [in, out] (+ bias); ``unstack`` stores the kernel as ``transposed`` [out, in].
+
+    Where the parameters hold an adapter of it, its part is added (``model/lora.py``).
+    """
 
     features: int
     use_bias: bool
@@ -84,7 +89,10 @@ class Dense(nn.Module):
             out = times_transposed(x, self.get_variable("params", "transposed"))
         else:
             drawn = nn.initializers.normal(self.config.arch.init_std)
-            out = x @ self.param("kernel", drawn, (x.shape[-1], self.features), dtype).astype(x.dtype)
+            kernel = self.param("kernel", drawn, (x.shape[-1], self.features), dtype)
+            out = x @ kernel.astype(x.dtype)
+            if self.has_variable("params", "lora_a"):
+                out = adapted(out, x, self.variables["params"], present(self.config.adapter, "ModelConfig.adapter"))
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
         return out

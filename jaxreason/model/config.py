@@ -69,14 +69,34 @@ class Execution:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What low-rank adapters on some Denses are (``model/lora.py``).
+
+    Args:
+      rank: r, columns of A and rows of B.
+      scale: what A·B is multiplied by.
+      targets: names of the Denses that have one.
+      kind: ``lora``, or ``dora``, which trains the norm of each output's weights apart from their direction.
+    """
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+    kind: Literal["lora", "dora"] = "lora"
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     arch: Architecture
     execution: Execution = Execution()
+    adapter: Adapter | None = None  # None: the network is its own weights alone
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """The same with fields of either record changed. Raises TypeError for a name that neither record has."""
+        """The same with fields of architecture or execution changed. Raises TypeError for a name that neither has."""
         arch, run = split(changes)
-        return ModelConfig(dataclasses.replace(self.arch, **arch), dataclasses.replace(self.execution, **run))
+        return dataclasses.replace(
+            self, arch=dataclasses.replace(self.arch, **arch), execution=dataclasses.replace(self.execution, **run)
+        )
 
 
 def split(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
+from jaxreason.model import lora
 from jaxreason.model.attention import resolve
 from jaxreason.model.blocks import Norm
 from jaxreason.model.config import Architecture, Execution, ModelConfig
@@ -24,6 +25,7 @@ from jaxreason.model.families import family_of
 from jaxreason.model.placement import pin_rows
 from jaxreason.model.product import times_transposed
 from jaxreason.model.rope import rope_tables
+from jaxreason.types import merge
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -98,6 +100,17 @@ def shapes(config: ModelConfig) -> dict:
     """Shape and dtype of every parameter, as ``jax.ShapeDtypeStruct``; nothing is allocated."""
     leaves, tree = _shapes(config.arch, config.execution.param_dtype)
     return jax.tree.unflatten(tree, leaves)
+
+
+def full_shapes(config: ModelConfig) -> dict:
+    """:func:`shapes`, with the adapters' in place where the config has them."""
+    own = shapes(config)
+    return own if config.adapter is None else merge(own, lora.shapes(own, config.adapter))
+
+
+def init_adapters(config: ModelConfig, key: Array) -> dict:
+    """The parameters of the config's adapters that need no weights: A drawn, B zero (:func:`jaxreason.model.lora.init`)."""
+    return lora.init(shapes(config), present(config.adapter, "ModelConfig.adapter"), key)
 
 
 @functools.lru_cache(maxsize=64)
@@ -191,7 +204,7 @@ def add_gradients(total: dict, grads: dict) -> dict:
 
 
 def unstack(params: dict, config: ModelConfig) -> dict:
-    """The same parameters in the compute dtype for decoding: ``layers`` a list with one dict a layer.
+    """The same parameters in the compute dtype for decoding: ``layers`` a list with one dict a layer, adapters merged.
 
     Kernels that multiply the same input are fused (``q_k_v``, ``gate_up``: the family's ``fused``) and stored [out, in],
     see ``product.py``; every other parameter stays where it is, so that none can be lost.
@@ -200,19 +213,23 @@ def unstack(params: dict, config: ModelConfig) -> dict:
     """
     found, wanted = (
         {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)}
-        for tree in (params, shapes(config))
+        for tree in (params, full_shapes(config))
     )
     for name in sorted(found ^ wanted):
         state = "unknown to" if name in found else "missing for"
         raise UserError(f"parameter {name} is {state} the architecture {config.arch.family}: decoding would be another model")
-    cast = jax.tree.map(lambda w: w.astype(config.execution.compute_dtype), params)
+    def cast(w: Array) -> Array:
+        return w.astype(config.execution.compute_dtype)
+
     fused = family_of(config).fused
 
     def one(i: int) -> dict:
-        layer = jax.tree.map(lambda w: w[i], cast["layers"])
+        layer = lora.merged(jax.tree.map(lambda w: w[i], params["layers"]), config.adapter)
+        layer = jax.tree.map(cast, layer)
         return {name: _fuse(child, fused[name]) if name in fused else child for name, child in layer.items()}
 
-    return {**cast, "layers": [one(i) for i in range(config.arch.num_layers)]}
+    rest = {name: child for name, child in params.items() if name != "layers"}
+    return {**jax.tree.map(cast, rest), "layers": [one(i) for i in range(config.arch.num_layers)]}
 
 
 def _fuse(module: dict, groups: tuple[tuple[str, ...], ...]) -> dict:

@@ -13,6 +13,7 @@ from jaxreason.plan.phases import Place
 from jaxreason.plan.programs import Shape
 from jaxreason.rl import shapes
 from jaxreason.rl.objective import objective_of
+from jaxreason.train.setup import adapter_of
 from jaxreason.types import BATCH_AXES
 
 _PHRASE_TOKENS = 64  # of a second turn's phrase and template, which no tokenizer is here to count
@@ -34,6 +35,7 @@ def shape_of(config: cfg.RunConfig, options: Options) -> Shape:
     """Where and in what sizes the config runs. Raises UserError."""
     target = targets.load(options.target)
     model, _ = architecture.resolve(config.model)
+    model = dataclasses.replace(model, adapter=adapter_of(config.lora, model))
     mesh = compile.mesh_of(target, options.hosts, options.devices, config.mesh)
     place = Place(target, mesh, config.run.deterministic)
     if config.algorithm == "sft":

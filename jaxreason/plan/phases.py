@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import losses
-from jaxreason.model import ModelConfig, shapes, unstack
+from jaxreason.model import ModelConfig, full_shapes, unstack
 from jaxreason.plan.compile import Program, compile_program
 from jaxreason.sampler import Engine
 from jaxreason.sampler.engine import cache
@@ -94,7 +94,7 @@ def weights(place: Place, name: str, config: ModelConfig) -> Program:
 
 def rollout_params(config: ModelConfig, mesh: Mesh) -> dict:
     """Per-layer weights in the compute dtype, whole on every device, as decoding reads them."""
-    return _whole(jax.eval_shape(lambda params: unstack(params, config), shapes(config)), mesh)
+    return _whole(jax.eval_shape(lambda params: unstack(params, config), full_shapes(config)), mesh)
 
 
 def prefill(place: Place, engine: Engine, prompts: int, length: int, name: str = "prefill") -> Program:

@@ -24,7 +24,7 @@ from jaxreason.sharding import device_bytes
 from jaxreason.train import sft
 from jaxreason.train import state as states
 from jaxreason.train.setup import abstract_batch
-from jaxreason.train.step import COMPARED, ITSELF, Compared
+from jaxreason.train.step import BASE, COMPARED, ITSELF, Compared
 from jaxreason.types import BATCH_AXES
 
 _PROBLEM_TOKENS = 512  # of a held-out problem's prompt in SFT, which has no limit of its own
@@ -112,11 +112,13 @@ def _sft(s: Shape, c: cfg.SftConfig) -> Programs:
     loss = sft.find_loss(c)
     weighted = (c.data.think_weight, c.data.answer_weight) != (1.0, 1.0)
     batch = abstract_batch(s.rows, s.length, s.place.mesh, ("token_weights",) if weighted else ())
-    other: ModelConfig | None = None
+    other: Compared | None = None
     frozen: dict[str, int] = {}
     if "teacher_divergence" in loss.needs:
-        other = architecture.teacher(c.model, present(c.teacher.weights, "teacher.weights"))
-        frozen = {"teacher model": _bytes_of(s, other)}
+        teacher = architecture.teacher(c.model, present(c.teacher.weights, "teacher.weights"))
+        other, frozen = teacher, {"teacher model": _bytes_of(s, teacher)}
+    elif not loss.needs.isdisjoint(COMPARED) and s.model.adapter:
+        other = BASE
     elif not loss.needs.isdisjoint(COMPARED):
         other, frozen = s.model, {"reference model": _bytes_of(s, s.model)}
 
@@ -147,6 +149,8 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
     models, offloaded, read = _untrained(s, c, loss)
     second: Compared | None = None if c.teacher.divergence is None else ITSELF if read is None else models[read]
     frozen = {f"{name} model": _bytes_of(s, model) for name, model in models.items() if not offloaded[name]}
+    if s.model.adapter:
+        frozen.pop("reference model", None)  # it is what the adapters stand beside
     state, moments = _state(s)
 
     def update() -> Program:
@@ -168,7 +172,9 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
         if name == read == "teacher":  # no pass of its own scores it
             continue
         beside = {key: size for key, size in frozen.items() if key != f"{name} model"}
-        planned[name] = Planned(scored(name, model, model.execution.compute_dtype), state | beside)
+        shared = name == "reference" and s.model.adapter is not None
+        dtype = model.execution.param_dtype if shared else model.execution.compute_dtype
+        planned[name] = Planned(scored(name, model, dtype), (moments if shared else state) | beside)
     if scores_old(c, loss):
         planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.execution.param_dtype), moments | frozen)
     if c.eval.problems:

@@ -10,7 +10,7 @@ from jaxreason.errors import UserError
 from jaxreason.model import param_count
 from jaxreason.model.attention import resolve as resolve_attention
 from jaxreason.model.cudnn import assume_capability
-from jaxreason.model.flops import matmul_weights
+from jaxreason.model.flops import weight_flops_per_token
 from jaxreason.plan import architecture, compile, phases, programs, roofline, speed
 from jaxreason.plan.changes import changes
 from jaxreason.plan.options import Options, fit_batch, shape_of
@@ -68,12 +68,12 @@ def _recompute(update: compile.Program, s: Shape) -> float:
     Attention's own are not among either, unless it is blockwise, whose products the compiled program shows.
     """
     done = compile.hlo.matmul_flops(update.text, s.microbatches)
-    return done / (6 * matmul_weights(s.model) * s.rows * s.length / s.devices)
+    return done / (weight_flops_per_token(s.model) * s.rows * s.length / s.devices)
 
 
 def _head_share(s: Shape) -> float:
     """The logits made once more, 2·V·D FLOPs a token, over the convention's."""
-    return s.model.arch.vocab_size * s.model.arch.embed_dim / (3 * matmul_weights(s.model))
+    return s.model.arch.vocab_size * s.model.arch.embed_dim / (weight_flops_per_token(s.model) / 2)
 
 
 def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Options) -> dict:
@@ -90,7 +90,7 @@ def _program(p: compile.Program, beside: dict[str, int], s: Shape, options: Opti
 
 def _memory(made: dict[str, compile.Program], run: Programs, s: Shape) -> dict:
     target, state = s.place.target, phases.abstract_state(s.model, s.config.optimizer, s.place.mesh, s.config.train.freeze)
-    params, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
+    params, optimizer = device_bytes(state.model_params), device_bytes(state.opt_state)
     weights = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     temporary = made["update"].temp_bytes
     # Accumulating, the sum and one microbatch's gradient are float32 side by side; without, they need not all live at once.

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxreason import config as cfg
 from jaxreason.errors import present
-from jaxreason.model.flops import matmul_weights, train_flops_per_token
+from jaxreason.model.flops import train_flops_per_token, weight_flops_per_token
 from jaxreason.plan import hlo, roofline, timing
 from jaxreason.plan import phases as phases_of
 from jaxreason.plan.compile import Program
@@ -98,7 +98,7 @@ def _roofline(s: Shape, update: Program, options: Options, backend: str) -> dict
     not see into, those of the convention.
     """
     target = s.place.target
-    attention = train_flops_per_token(s.model, [_document(s, options)]) - 6 * matmul_weights(s.model)
+    attention = train_flops_per_token(s.model, [_document(s, options)]) - weight_flops_per_token(s.model)
     unseen = attention * s.rows * s.length / s.devices if backend == "cudnn" else 0
     flops = hlo.matmul_flops(update.text, s.microbatches) + unseen
     moved = update.argument_bytes + update.output_bytes

@@ -119,7 +119,8 @@ def _speed(report: dict, console: Console, devices: int) -> None:
     cost = "{hours:.3g} hours, {usd:.0f} USD; ".format(**speed["recipe"]) if "recipe" in speed else ""
     console.print(
         f"{steps}; {cost}{speed['usd_per_gpu_hour']:.2f} USD a GPU hour (--price). Start, evaluation, grading and checkpoints "
-        f"come on top. {speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix product, and causal "
+        f"come on top. {speed['flops_per_token'] / 1e9:.2f} GFLOP a token: 6 for every weight of a matrix "
+        "product (4 beside adapters), and causal "
         f"attention within documents of {speed['document_tokens']} tokens (--document-tokens); recomputed work is not counted."
     )
     console.print(

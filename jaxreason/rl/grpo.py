@@ -48,6 +48,7 @@ from jaxreason.train.scoring import FrozenModel, ScoringModel, moved
 from jaxreason.train.setup import (
     Other,
     Setup,
+    adapter_rows,
     check_held_out,
     held_out_problems,
     open_model,
@@ -83,12 +84,12 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     shapes = shapes_of(
         config, objective.loss, inputs.longest_prompt, mesh, jax.process_count(), context_tokens=inputs.context_tokens
     )
-    optimizer = opt.make(config.optimizer, span.all_updates, config.run.seed)
+    optimizer = opt.of_run(config, span.all_updates)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     config = with_slots(config, inputs, shapes, abstract, mesh)
     sampler = samplers.make(config.rollout.sampler, model, setup.tokenizer.stop_ids, mesh)
     show_table("grpo", [
-        *inputs.rows(config, shapes, problems, total),
+        *inputs.rows(config, shapes, problems, total), *adapter_rows(model, abstract),
         ("KV cache", gib(sampler.memory_bytes(inputs.longest_prompt, rollout_job(config)))),
         ("mesh", " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("state", gib(sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(abstract)))),
@@ -108,7 +109,9 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
             write_json(folder.path / "data_report.json", inputs.prompts.report(config.data.source))
-        state, carried = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
+        state, carried = loop.restore(
+            abstract, lambda: start_state(config, setup, optimizer, mesh), lambda: setup.base_params(mesh)
+        )
         reference = restored_reference(config, loop, model, mesh)
         others = scoring_models(config, inputs, score, shapes, mesh, reference)
         teacher = distilled_from(config, inputs, mesh, others)
@@ -130,6 +133,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             sampler.release()  # the rollout's copy is freed before the update needs the memory
             state = shelf.take(state)
             cursor, update_clock = rollout.cursor, time.monotonic()
+            follow_base(model, others, state)
             sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, coefs.now)
             reselected, second = functools.partial(batcher.reselected, step), teacher.params() if teacher else None
             state, record = update(train_step, state, batches, updates, loop, reselected, second)
@@ -242,7 +246,8 @@ def compared_with(config: cfg.GrpoConfig, inputs: Inputs) -> Compared | None:
 def with_slots(config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, abstract: TrainState, mesh: Mesh) -> cfg.GrpoConfig:
     """The config with a number in place of ``rollout.slots: auto``. Raises UserError where nothing fits."""
     kept: list = [] if config.rollout.offload_state else [abstract]
-    others = [inputs.setup.config] if keeps_reference(config, inputs.objective.loss) and not config.kl.offload else []
+    own = keeps_reference(config, inputs.objective.loss) and not config.kl.offload and not config.lora.rank
+    others = [inputs.setup.config] if own else []
     apart = not (config.teacher.offload or shares_reference(config, inputs.objective.loss))
     others += [inputs.teacher.config] if inputs.teacher and apart else []
     kept += [states.abstract_params(model, mesh, model.execution.compute_dtype) for model in others]
@@ -281,18 +286,33 @@ def scoring_models(
 ) -> dict[str, ScoringModel]:
     """The reference and the teacher, as far as the config has them, by the field of a sequence that each fills.
 
-    ``reference``: its parameters, where it is no longer what the run started from.
+    ``reference``: its parameters, where it is no longer what the run started from. Beside adapters it has none of its own
+    (:func:`follow_base`).
     """
     found = {}
     if keeps_reference(config, inputs.objective.loss):
-        start = inputs.setup.reference_params(mesh) if reference is None else reference
+        start = {} if inputs.setup.config.adapter else inputs.setup.reference_params(mesh) if reference is None else reference
         found["ref_logp"] = ScoringModel(score, start, config.kl.offload)
     if config.teacher.divergence is None and shares_reference(config, inputs.objective.loss):
         found["teacher_logp"] = found["ref_logp"]
     elif config.teacher.divergence is None and inputs.teacher:
         judge = compile_score(inputs.teacher.config, shapes, config.rollout.temperature, mesh)
-        found["teacher_logp"] = ScoringModel(judge, inputs.teacher.params(mesh), config.teacher.offload)
+        found["teacher_logp"] = ScoringModel(judge, weights_of(inputs.teacher, mesh), config.teacher.offload)
     return found
+
+
+def follow_base(model: ModelConfig, others: dict[str, ScoringModel], state: TrainState) -> None:
+    """Beside adapters the reference is what they stand beside: it scores with the state's own frozen parameters.
+
+    Before every update anew, because a step is given the state's arrays and returns others.
+    """
+    if model.adapter and "ref_logp" in others:
+        others["ref_logp"].put(state.frozen)
+
+
+def weights_of(teacher: Other, mesh: Mesh) -> dict:
+    """A teacher's own parameters; the config refuses one that has none."""
+    return present(teacher.params, f"the parameters of {teacher.name}")(mesh)
 
 
 def distilled_from(
@@ -306,7 +326,7 @@ def distilled_from(
         return None
     if shares_reference(config, inputs.objective.loss):
         return others["ref_logp"]
-    return FrozenModel(inputs.teacher.params(mesh), config.teacher.offload)
+    return FrozenModel(weights_of(inputs.teacher, mesh), config.teacher.offload)
 
 
 def restored_reference(config: cfg.GrpoConfig, loop: Loop, model: ModelConfig, mesh: Mesh) -> dict | None:

@@ -11,8 +11,8 @@ import yaml
 
 from jaxreason import config as cfg
 from jaxreason import origin
+from jaxreason.checkpoint import Base, Checkpoints, write_json
 from jaxreason.checkpoint import steps as checkpoint_steps
-from jaxreason.checkpoint import write_json
 from jaxreason.errors import UserError
 from jaxreason.locks import Owner
 from jaxreason.paths import local
@@ -92,6 +92,12 @@ class RunFolder:
             return dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; remove it, and the same command writes it again") from None
+
+    def saved(self) -> Checkpoints:
+        """The run's checkpoints."""
+        resolved = self.resolved
+        base = Base(resolved.weights, resolved.weights_digest) if self._config.lora.rank and resolved.weights else None
+        return Checkpoints(self.checkpoints, self._config.train.keep_checkpoints, base)
 
     def finished(self, updates: int) -> dict | None:
         """The summary, if nothing of a run of ``updates`` optimizer steps is left to do."""

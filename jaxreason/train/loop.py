@@ -3,7 +3,7 @@
 A loop is then its own steps and nothing else:
 
     with Loop(folder, config, plan, meter) as loop:
-        state, data = loop.restore(abstract, fresh)
+        state, data = loop.restore(abstract, fresh, base)
         for step in loop:
             state, metrics = train_step(state, batch)
             loop.end(state, loop.fetch(metrics, state, batch) | {...}, data_state)
@@ -21,7 +21,6 @@ from typing import Any
 import jax
 
 from jaxreason import config as cfg
-from jaxreason.checkpoint import Checkpoints
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.terminal import console
@@ -79,7 +78,7 @@ class Loop:
 
     def __enter__(self) -> "Loop":
         self._folder.start(None if self._folder.resume is None else self._start)
-        self._checkpoints = Checkpoints(self._folder.checkpoints, self._config.train.keep_checkpoints)
+        self._checkpoints = self._folder.saved()
         for path in self._checkpoints.remove_unfinished():
             console.print(f"removed {path}: its writing was cut off, so it was never a checkpoint")
         self._log = Log(self._folder.path, self._config, self._span.total, self._start, self._span.shown)
@@ -96,14 +95,18 @@ class Loop:
             last.callback(self._trace.close)
 
     def restore(
-        self, abstract: TrainState, fresh: Callable[[], TrainState]
+        self, abstract: TrainState, fresh: Callable[[], TrainState], base: Callable[[], dict]
     ) -> tuple[TrainState, Any]:
-        """The state to go on from, and the loop's own part of its checkpoint; from ``fresh``, with None, for a new run."""
+        """The state to go on from, and the loop's own part of its checkpoint; from ``fresh``, with None, for a new run.
+
+        ``base``: gives what a run's adapters stand beside.
+        """
         if self._folder.resume is None:
             state, data = fresh(), None
         else:
             console.print(f"resuming {self._folder.path} from step {self._start}")
-            state, saved = self._checkpoints.restore(self._folder.resume, abstract)
+            frozen = base() if self._model.adapter else None
+            state, saved = self._checkpoints.restore(self._folder.resume, abstract, frozen)
             data = saved["data"]
             self._counters |= saved["counters"]
         if self._start == 0 and self._evaluate_first and (found := self._measured(state)):

@@ -44,7 +44,7 @@ def schedule(optimizer: cfg.Optimizer, steps: int) -> optax.Schedule:
 
 def decays(params: Any) -> Any:
     """True for the leaves that weight decay applies to: all matrices, embedding and head included; not norms or biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", "magnitude"), params)
 
 
 def stochastic_round(x: Array, words: Array) -> Array:
@@ -100,10 +100,16 @@ def stored_as(inner: optax.GradientTransformation, dtype: str, seed: int = 0) ->
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
-def make(optimizer: cfg.Optimizer, steps: int, seed: int = 0) -> optax.GradientTransformation:
+def of_run(config: cfg.RunConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of ``steps`` updates (:func:`make`)."""
+    return make(config.optimizer, steps, config.run.seed, config.lora.learning_rate_ratio)
+
+
+def make(optimizer: cfg.Optimizer, steps: int, seed: int = 0, b_ratio: float = 1.0) -> optax.GradientTransformation:
     """Clip → Adam → decoupled decay → −rate. Gradients arrive in float32; parameters may be stored in less.
 
-    ``steps``: optimizer updates of the whole run, for the schedule; ``seed``: of the rounding of bfloat16 moments.
+    ``steps``: optimizer updates of the whole run, for the schedule; ``seed``: of the rounding of bfloat16 moments; ``b_ratio``:
+    learning rate of the adapters' B over that of everything else (LoRA+, arXiv 2402.12354).
     """
     parts = []
     if optimizer.max_grad_norm is not None:
@@ -113,7 +119,13 @@ def make(optimizer: cfg.Optimizer, steps: int, seed: int = 0) -> optax.GradientT
     if optimizer.weight_decay:
         parts.append(optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
     parts.append(optax.scale_by_learning_rate(schedule(optimizer, steps)))
+    if b_ratio != 1.0:
+        parts.append(optax.stateless(lambda updates, _: _scaled_b(updates, b_ratio)))
     return optax.chain(*parts)
+
+
+def _scaled_b(updates: Any, ratio: float) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, u: u * ratio if path[-1].key == "lora_b" else u, updates)
 
 
 def apply(params: Any, updates: Any, step: Array | int, seed: int = 0) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from jaxreason.data.prompts import Prompts, load_prompts
 from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError, present
-from jaxreason.model import ModelConfig, init, preset
+from jaxreason.hf import load_adapters
+from jaxreason.model import Adapter, ModelConfig, full_shapes, init, preset
 from jaxreason.sharding import batch_sharding, shardings
 from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
 from jaxreason.train.state import start_key
+from jaxreason.train.step import BASE, Compared
 from jaxreason.types import Batch, TeacherView, TrainState
 from jaxreason.weights import WeightSource, locate
 
@@ -38,6 +41,10 @@ class Setup:
     source: WeightSource | None  # None: random weights
     seed: int  # of the random weights
     resolved: cfg.Resolved  # where the weights were found, and their digest
+
+    def base_params(self, mesh: Mesh) -> dict:
+        """What a run's adapters stand beside, as its checkpoints do not hold it. Raises UserError."""
+        return present(self.source, "model.weights").params(self.config, mesh)
 
     def reference_params(self, mesh: Mesh) -> dict:
         """The run's true starting weights in the compute dtype, also where the run is resumed. Raises UserError.
@@ -68,7 +75,7 @@ def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
         found = preset(present(model.preset, "model.preset"), model.overrides)
         found = found.replace(param_dtype=model.param_dtype, compute_dtype=model.compute_dtype)
     else:
-        source = _source(model.weights, folder, resolved)
+        source = _source(model.weights, folder, resolved, pinned=config.lora.rank is not None)
         found = source.config(model.param_dtype, model.compute_dtype)
         if resolved.weights is None:
             resolved = cfg.Resolved(weights=str(source.path), weights_digest=source.digest())
@@ -85,14 +92,40 @@ def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
     found = found.replace(
         attention=model.attention, remat=model.remat, scan_layers=model.scan_layers, stop_ids=stops, bos_id=bos_id
     )
+    found = dataclasses.replace(found, adapter=adapter_of(config.lora, found))
     return Setup(found, tokenizer, source, config.run.seed, resolved)
+
+
+def adapter_of(lora: cfg.Lora, model: ModelConfig) -> Adapter | None:
+    """The adapters that the section asks for. Raises UserError for a rank that a matrix of the model does not have."""
+    if lora.rank is None:
+        return None
+    scale = lora.alpha / (lora.rank if lora.scaling == "rank" else math.sqrt(lora.rank))
+    adapter = Adapter(lora.rank, scale, tuple(lora.targets), lora.kind)
+    full_shapes(dataclasses.replace(model, adapter=adapter))
+    return adapter
+
+
+def adapter_rows(model: ModelConfig, abstract: TrainState) -> list[tuple[str, str]]:
+    """What the table at the start says of adapters."""
+    if model.adapter is None:
+        return []
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    found = model.adapter
+    said = f"{count:,} parameters ({found.kind}, rank {found.rank}, scale {found.scale:g}, {', '.join(found.targets)})"
+    return [("adapters", f"{said}; the rest is frozen")]
 
 
 def start_state(config: cfg.RunConfig, setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state of step 0: loaded, or random."""
     model, freeze = setup.config, config.train.freeze
     if setup.source:
-        return states.adopt(setup.source.params(model, mesh), model, optimizer, mesh, freeze)
+        params = setup.source.params(model, mesh)
+        adapters = states.draw_adapters(model, params, mesh, setup.seed)
+        if config.lora.weights:
+            given = load_adapters(config.lora.weights, model)
+            adapters = jax.tree.map(jax.device_put, given, shardings(given, mesh))
+        return states.adopt(params, model, optimizer, mesh, freeze, adapters)
     return states.create(model, optimizer, mesh, config.run.seed, freeze)
 
 
@@ -107,9 +140,11 @@ def _pinned(path: str, digest: str | None, needed_for: str) -> WeightSource:
     return source
 
 
-def _source(weights: str, folder: RunFolder | None, resolved: cfg.Resolved) -> WeightSource:
+def _source(weights: str, folder: RunFolder | None, resolved: cfg.Resolved, pinned: bool) -> WeightSource:
     if folder is None or resolved.weights is None:
         return locate(weights)
+    if pinned:  # a checkpoint of adapters does not hold them
+        return _pinned(resolved.weights, resolved.weights_digest, "what its adapters change")
     if Path(resolved.weights).exists():
         return WeightSource.at(resolved.weights)
     own = locate(str(folder.path))
@@ -182,11 +217,18 @@ class Other:
 
     name: str
     config: ModelConfig
-    params: Callable[[Mesh], dict]  # reads its weights onto the devices
+    params: Callable[[Mesh], dict] | None  # reads its weights onto the devices; None: they are the frozen ones of the state
+
+    @property
+    def compared(self) -> Compared:
+        """What a step that compares with it is made for."""
+        return BASE if self.params is None else self.config
 
 
 def starting_model(setup: Setup) -> Other:
-    """The run's true starting weights."""
+    """The run's true starting weights; beside adapters they are where they were."""
+    if setup.config.adapter:
+        return Other("the base without its adapters", dataclasses.replace(setup.config, adapter=None), None)
     half = setup.config.replace(param_dtype=setup.config.execution.compute_dtype)
     return Other("the starting weights", half, setup.reference_params)
 

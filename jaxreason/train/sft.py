@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxreason import config as cfg
 from jaxreason import losses
-from jaxreason.checkpoint import write_json
+from jaxreason.checkpoint import stored_params, write_json
 from jaxreason.data.batches import loader
 from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
@@ -33,6 +33,7 @@ from jaxreason.train.setup import (
     Other,
     Setup,
     abstract_batch,
+    adapter_rows,
     check_held_out,
     held_out_problems,
     open_model,
@@ -69,14 +70,15 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     mesh, segments = make_mesh(config.mesh), max(part.max_segments(total) for part in (data.train, data.eval) if part)
     model = setup.config.replace(max_segments=segment_bound(segments))
     folder.agree(total)
-    optimizer = opt.make(config.optimizer, total, config.run.seed)
+    optimizer = opt.of_run(config, total)
     abstract = states.abstract(model, optimizer, mesh, config.train.freeze)
     clock = time.monotonic()
     step_of, second_shape = compile_step(config, loss, model, data, compared, abstract, optimizer, mesh, total)
+    saved = _bytes((stored_params(abstract, model), abstract.opt_state))
     memory = present(step_of.memory_analysis(), "the memory of XLA's program")
     show_table("model", [
-        *_rows_of(config, data, model, mesh, total), *_compared_rows(compared, second_shape),
-        ("state", f"{gib(_bytes(abstract))}; a checkpoint takes as much disk, {config.train.keep_checkpoints} are kept"),
+        *_rows_of(config, data, model, mesh, total), *adapter_rows(model, abstract), *_compared_rows(compared, second_shape),
+        ("state", f"{gib(_bytes(abstract))}; a checkpoint takes {gib(saved)} of disk, {config.train.keep_checkpoints} are kept"),
         ("step's memory", f"{gib(memory.temp_size_in_bytes)} in addition to the state, per device"),
         ("compiled in", f"{time.monotonic() - clock:.1f} s"),
     ])  # fmt: skip
@@ -92,13 +94,15 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", data.chat.template)
             write_json(folder.path / "data_report.json", data.report.to_dict())
-        state, data_state = loop.restore(abstract, lambda: start_state(config, setup, optimizer, mesh))
+        state, data_state = loop.restore(
+            abstract, lambda: start_state(config, setup, optimizer, mesh), lambda: setup.base_params(mesh)
+        )
         batches = loader(data.train, total, process_index=jax.process_index(), process_count=jax.process_count())
         if data_state is not None:
             batches.set_state(data_state)
         every, meter = config.reference.refresh_every, Meter(model, jax.local_devices())
         second = None if every is None else loop.restore_more("reference", second_shape)
-        if second is None and compared is not None:
+        if second is None and compared is not None and compared.params is not None:
             second = compared.params(mesh)
         for step in loop:
             clock, batch = time.monotonic(), next(batches)
@@ -133,10 +137,10 @@ def compile_step(
     batch = abstract_batch(rows, data.train.length, mesh, weighted)
     step = make_train_step(
         model, loss, optimizer, opt.schedule(config.optimizer, total), rows // micro,
-        second_config=None if compared is None else compared.config, noise=noise_of(config), seed=config.run.seed,
+        second_config=None if compared is None else compared.compared, noise=noise_of(config), seed=config.run.seed,
         skips=config.train.max_skipped_updates is not None,
     )  # fmt: skip
-    second = abstract_second(compared.config if compared else None, mesh)
+    second = abstract_second(compared.compared if compared else None, mesh)
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
     with jax.set_mesh(mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(abstract, batch, second).compile(), second
@@ -162,7 +166,8 @@ def _rows_of(config: cfg.SftConfig, data: Prepared, model: ModelConfig, mesh: Me
 
 
 def _compared_rows(compared: Other | None, shapes: dict | None) -> list[tuple[str, str]]:
-    return [("compared with", f"{compared.name}, {gib(_bytes(shapes))} kept on the devices")] if compared else []
+    kept = "" if shapes is None else f", {gib(_bytes(shapes))} kept on the devices"
+    return [("compared with", f"{compared.name}{kept}")] if compared else []
 
 
 def find_loss(config: cfg.SftConfig) -> losses.Loss:

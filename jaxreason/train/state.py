@@ -1,6 +1,10 @@
-"""The train state: made sharded, from random weights or given ones, with what trains and what does not told apart."""
+"""The train state: made sharded, from random weights or given ones, with what trains and what does not told apart.
+
+Of a model with adapters these are what trains, and all of its own parameters are frozen beside them.
+"""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,7 +13,8 @@ import optax
 from jax.sharding import Mesh
 
 from jaxreason.errors import UserError
-from jaxreason.model import ModelConfig, init, shapes
+from jaxreason.model import ModelConfig, full_shapes, init, init_adapters
+from jaxreason.model.lora import with_magnitudes
 from jaxreason.plugins import nearest
 from jaxreason.sharding import shardings
 from jaxreason.types import TrainState
@@ -19,20 +24,42 @@ def abstract(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = ()
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated. ``freeze``: see :func:`split`."""
-    shapes = jax.eval_shape(lambda: _fresh(init(config, jax.random.key(0)), optimizer, freeze))
+    shapes = jax.eval_shape(lambda: _drawn(config, optimizer, jax.random.key(0), freeze))
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings(shapes, mesh)
     )
 
 
-def _fresh(params: dict, optimizer: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:
-    trainable, frozen = split(params, freeze)
+def _fresh(
+    params: dict, adapters: dict | None, optimizer: optax.GradientTransformation, freeze: Sequence[str]
+) -> TrainState:
+    trainable, frozen = split(params, freeze) if adapters is None else (adapters, params)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
 
 
+def _drawn(
+    config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array, freeze: Sequence[str]
+) -> TrainState:
+    params = init(config, key)
+    return _fresh(params, _drawn_adapters(config, params, key), optimizer, freeze)
+
+
+def _drawn_adapters(config: ModelConfig, params: dict, key: jax.Array) -> dict | None:
+    if config.adapter is None:
+        return None
+    return with_magnitudes(init_adapters(config, jax.random.fold_in(key, 1)), params)
+
+
+def draw_adapters(config: ModelConfig, params: dict, mesh: Mesh, seed: int) -> dict | None:
+    """The adapters that a run begins with beside ``params``; they change nothing yet. None where the config has none."""
+    draw = functools.partial(_drawn_adapters, config)
+    out = shardings(jax.eval_shape(draw, params, start_key(seed)), mesh)
+    return jax.jit(draw, out_shardings=out)(params, start_key(seed))
+
+
 def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str) -> dict:
-    """Sharded parameters in ``dtype``."""
-    wanted, stored = shapes(config), jnp.dtype(dtype)
+    """Sharded parameters in ``dtype``, those of its adapters included."""
+    wanted, stored = full_shapes(config), jnp.dtype(dtype)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, stored, sharding=place), wanted, shardings(wanted, mesh)
     )
@@ -43,7 +70,7 @@ def create(
 ) -> TrainState:
     """A state with random weights, each leaf born on its own devices."""
     out = jax.tree.map(lambda s: s.sharding, abstract(config, optimizer, mesh, freeze))
-    make: Callable = jax.jit(lambda key: _fresh(init(config, key), optimizer, freeze), out_shardings=out)
+    make: Callable = jax.jit(lambda key: _drawn(config, optimizer, key, freeze), out_shardings=out)
     return make(start_key(seed))
 
 
@@ -53,12 +80,13 @@ def start_key(seed: int) -> jax.Array:
 
 
 def adopt(
-    params: dict, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = ()
-) -> TrainState:
-    """A state at step 0 around given parameters of the whole model."""
+    params: dict, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = (),
+    adapters: dict | None = None,
+) -> TrainState:  # fmt: skip
+    """A state at step 0 around given parameters of the whole model and, where the config has them, of its adapters."""
     out = jax.tree.map(lambda s: s.sharding, abstract(config, optimizer, mesh, freeze))
-    params = jax.tree.map(jax.device_put, params, out.model_params)
-    return jax.jit(lambda p: _fresh(p, optimizer, freeze), out_shardings=out, donate_argnums=0)(params)
+    params = jax.tree.map(jax.device_put, params, out.model_params if adapters is None else out.frozen)
+    return jax.jit(lambda p, a: _fresh(p, a, optimizer, freeze), out_shardings=out, donate_argnums=(0, 1))(params, adapters)
 
 
 def split(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:

@@ -56,7 +56,9 @@ _WHOLE_LOGITS = frozenset({*COMPARED, "topk_entropy"})
 
 Second = tuple[ModelConfig, dict]  # the model that a loss compares with: its architecture and its parameters
 ITSELF: Literal["itself"] = "itself"
-Compared = ModelConfig | Literal["itself"]  # what a loss compares with: another model, or this one as it is, without a gradient
+BASE: Literal["base"] = "base"
+# What a loss compares with: another model; this one as it is, without a gradient; or what its adapters stand beside.
+Compared = ModelConfig | Literal["itself", "base"]
 
 
 def batch_loss(
@@ -195,8 +197,8 @@ def make_gradient(
     """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
 
     Accumulated over ``count`` microbatches by a loop, with layers cast to the compute dtype before it. ``second_config``: of
-    the model whose parameters are passed as ``second_params``, or ``ITSELF``, which needs none; ``step`` decides the noise;
-    ``frozen`` holds the parameters of the model that get no gradient.
+    the model whose parameters are passed as ``second_params``, or ``ITSELF`` or ``BASE``, which need none; ``step`` decides the
+    noise; ``frozen`` holds the parameters of the model that get no gradient.
     """
 
     def gradient(
@@ -221,6 +223,8 @@ def make_gradient(
             second = second_config, present(second_params, "second_params")
         elif second_config == ITSELF:
             second = config, merge(weights, rest)
+        elif second_config == BASE:
+            second = config, rest
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
             value, metrics, grads = one(batch)
