@@ -14,7 +14,7 @@ import config_keys_sft as shared
 import jax
 import numpy as np
 import yaml
-from config_keys_sft import Places, digest
+from config_keys_sft import Places, digest, mixture_rows
 from helpers import grpo_words
 
 from jaxreason import checkpoint, cli, losses, xla
@@ -238,6 +238,7 @@ ROWS: dict[str, tuple] = {
     "data.template": (prompts, "r1_zero", "data.max_prompt_tokens=512"),
     "data.trust_special_tokens": (prompts, "true", "data.source={marked}", "data.max_rows=null"),
     "data.max_rows": (prompts, 20),
+    **mixture_rows(prompts, NOT_EMBEDDED),
     "data.keep_columns": (prompts, "[level]", *NOT_EMBEDDED),
     "data.eval_source": (prompts, "{other}", "eval.problems=5"),
     "data.eval_split": (prompts, "validation", *SPLITS, "eval.problems=5", "data.eval_source={splits}"),

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import data_helpers
@@ -103,6 +104,20 @@ def data(places: Places, words: list[str]) -> object:
     batches = [found.train.batch(i) for i in (0, 1, found.train.num_steps())]
     batches += [found.eval.batch(0)] if found.eval else []
     return digest(*jax.tree.leaves(batches)), found.chat, [b.tokens.shape for b in batches]
+
+
+def mixture_rows(observe: Callable, context: list[str]) -> dict[str, tuple]:
+    """The rows of ``data.mixture``, whose one source is the other file where a row does not say more."""
+
+    def see(places: Places, words: list[str]) -> object:
+        part = {"source": str(places.other)}
+        part |= dict(word.removeprefix("data.mixture.").split("=", 1) for word in words if word.startswith("data.mixture."))
+        rest = [word for word in words if not word.startswith("data.mixture.")]
+        return observe(places, [*rest, f"data.mixture=[{{{', '.join(f'{key}: {value}' for key, value in part.items())}}}]"])
+
+    changes = {"source": "{marked}", "schema": "problem_answer", "max_rows": 20, "weight": 0.5}
+    found = {f"data.mixture.{key}": (see, value, *context) for key, value in changes.items()}
+    return found | {"data.mixture.split": (see, "test", "data.mixture.source={splits}", *context)}
 
 
 def problems(places: Places, words: list[str]) -> object:
@@ -214,6 +229,7 @@ ROWS: dict[str, tuple] = {
     "data.template": (data, "r1_zero", "data.max_length=512"),
     "data.trust_special_tokens": (data, "true", "data.source={marked}", "data.max_rows=null", "data.max_length=256"),
     "data.max_rows": (data, 50),
+    **mixture_rows(data, NOT_EMBEDDED),
     "data.keep_columns": (problems, "[level]", *NOT_EMBEDDED, "data.eval_source={other}"),
     "data.eval_source": (data, "{other}", "data.max_length=256"),
     "data.eval_split": (data, "validation", *SPLITS, "data.eval_source={splits}"),

@@ -12,7 +12,6 @@ from jaxreason.data import chat as chats
 from jaxreason.data import tokenizer as tokenizers
 from jaxreason.data.example import Example
 from jaxreason.data.prompts import Prompt
-from jaxreason.data.tally import Tally
 from jaxreason.errors import UserError
 from jaxreason.model import preset
 from jaxreason.rl import adaptive, grpo, turns
@@ -131,7 +130,7 @@ def test_a_loss_that_adds_tokens_up_says_so_at_the_start():
     """In the table that a run begins with: tic_grpo's ratio is of the whole sequence; grpo has nothing to say."""
     for name, words in (("tic_grpo", "about as many times grpo's as completions have tokens"), ("luspo", "adds"), ("grpo", None)):
         config = settings(loss={"name": name})
-        prompts = Fake(tally=Tally(), rows=1, unread=())
+        prompts = Fake(sources=())
         inputs = grpo.Inputs(Fake(config=preset("embedded-tiny")), objective_of(config), None, prompts, 8, None, None)
         notes = dict(inputs.rows(config, Fake(rows=8, row_length=16, microbatch=8), None, 1)).get("note")
         assert (notes is None) == (words is None) and (words is None or words in notes), name

@@ -104,7 +104,7 @@ def test_a_line_of_other_fields_is_counted(tmp_path, config):
     (tmp_path / "a.csv").write_text('question,answer\nq,"1\n"\nq,1,2\nq\nq,\nr,2\n')
     prompts = load(config(tmp_path / "a.csv"))
     assert golds(prompts) == ["1", "2"] and prompts.dropped == {"another number of fields than of columns": 2, "no answer": 1}
-    first = prompts.report("x")["sources"][0]["first_dropped"]["another number of fields than of columns"]
+    first = prompts.report()["sources"][0]["first_dropped"]["another number of fields than of columns"]
     assert first == f"{tmp_path / 'a.csv'}, row 2: 3 for 2"
 
 
@@ -132,7 +132,7 @@ def test_what_save_to_disk_wrote(tmp_path, config):
     assert load(config(tmp_path / "both")).rows == 5 and load(config(tmp_path / "both", split="test")).rows == 3
     one = load(config(tmp_path / "one"))
     assert one.rows == 20 and one.dropped == {}  # dataset_info.json and state.json are no rows
-    assert one.unread == ("dataset_info.json (no kind of file that is read)", "state.json (no kind of file that is read)")
+    assert one.sources[0].unread == ("dataset_info.json (no kind of file that is read)", "state.json (no kind of file that is read)")
 
 
 def test_patterns(tmp_path, config):
@@ -163,7 +163,7 @@ def test_what_is_not_read_is_listed(tmp_path, config):
     for name in ("README.md", "a.txt", ".hidden"):
         (tmp_path / "d" / name).write_text("x")
     unread = ("README.md (no kind of file that is read)", "a.txt (no kind of file that is read)", "test.jsonl (split test)")
-    assert load(config(tmp_path / "d")).report("x")["sources"][0]["unread"] == list(unread)
+    assert load(config(tmp_path / "d")).report()["sources"][0]["unread"] == list(unread)
     report = prepare(config(tmp_path / "d"), helpers.llama(), 0, progress=False).report
     assert report.sources[0].unread == unread and report.to_dict()["sources"][0]["unread"] == unread
     console = Console(width=250, record=True, file=open(os.devnull, "w"))

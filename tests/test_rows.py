@@ -156,7 +156,7 @@ def test_a_row_that_is_none_is_counted_and_the_run_goes_on(layout, kind, tmp_pat
     report = prepared.report.sources[0]
     for dropped, first in (
         (report.dropped, report.first_dropped),
-        (prompts.dropped, prompts.report("x")["sources"][0]["first_dropped"]),
+        (prompts.dropped, prompts.report()["sources"][0]["first_dropped"]),
     ):
         assert list(dropped.values()) == [2]
         [(reason, place)] = first.items()
@@ -234,7 +234,7 @@ def test_several_formats_in_one_file(kind, tmp_path, config):
     assert f"(messages {messages}, question_answer 1, prompt_completion 1)" in console.export_text()
     prompts = load_prompts(config(path), helpers.llama(), 0)
     assert [prompt.gold for prompt in prompts.prompts] == ["2", "4", "3"]
-    assert prompts.report("x")["sources"][0]["formats"] == report.formats
+    assert prompts.report()["sources"][0]["formats"] == report.formats
     assert format_of({"text": "x"}, "messages") == "messages"  # a named format is every row's
 
 

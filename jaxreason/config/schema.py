@@ -109,6 +109,21 @@ class Lora(Section):
         return self
 
 
+class Portion(Section):
+    """A further source of ``data.mixture``."""
+
+    source: str
+    """What ``data.source`` takes."""
+    split: str | None = "train"
+    """Split of a hub data set, or of a directory whose files are named after splits; null: files that no split is named for."""
+    row_schema: str = Field("auto", alias="schema")
+    """Row format; auto: detected from the columns."""
+    max_rows: Positive | None = None
+    """Use only the first rows of the source."""
+    weight: float = Field(1.0, gt=0)
+    """Passes over this source in one over ``data.source``: 2: each row twice; 0.25: a quarter of the rows, another each epoch."""
+
+
 class Problems(Section):
     source: str
     """``embedded:NAME``, ``reasoning-gym:NAME``, a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also
@@ -126,6 +141,8 @@ class Problems(Section):
     is in what a user, a system message or an earlier turn says, and a row whose answer holds one is dropped and counted."""
     max_rows: Positive | None = None
     """Use only the first rows of the source."""
+    mixture: list[Portion] = []
+    """Further sources, ``[{source: b.jsonl, weight: 0.5}]``: an epoch is one pass over ``source`` and ``weight`` over each."""
     keep_columns: list[str] = []
     """Columns of a row that your reward function reads as ``sample.row[name]``."""
     eval_source: str | None = None

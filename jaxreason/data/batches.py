@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from jaxreason.data.mixture import Shares
 from jaxreason.data.pack import Packing, pack
 from jaxreason.data.store import Store
 from jaxreason.types import Batch
@@ -27,7 +28,7 @@ class Rows:
 
     With ``endless`` the epochs follow each other without a seam: the batch that ends one epoch is filled from the
     next. Without, there is one epoch, and the last batch is filled with empty rows. ``weights``: of the targets of a
-    thought, and of what follows it.
+    thought, and of what follows it. ``shares``: which of the examples an epoch holds; None: all.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class Rows:
         pad_id: int,
         endless: bool,
         weights: tuple[float, float] | None = None,
+        shares: Shares | None = None,
     ):
         self.length, self.batch_size, self.endless = length, batch_size, endless
         self.index, self.lengths = index, lengths
         self._store, self._pad_id, self.weights = store, pad_id, weights
-        self._order = order
+        self._order, self._shares = order, shares
         self._lock = threading.Lock()  # grain reads steps from threads
         self._packings: dict[int, Packing] = {}
         self._ends: list[int] = []  # rows in epochs 0..e together
@@ -54,6 +56,14 @@ class Rows:
     def rows_per_epoch(self, epoch: int = 0) -> int:
         end = self._end(epoch)
         return end - (self._end(epoch - 1) if epoch else 0)
+
+    def examples_per_epoch(self) -> int:
+        return len(self.lengths) if self._shares is None else len(self._shares)
+
+    def filled(self) -> float:
+        """Tokens of the first epoch over what its rows have room for."""
+        made = self._packing(0)
+        return float(self.lengths[made.order].sum() / (len(made) * self.length))
 
     def num_steps(self, epochs: float = 1.0) -> int:
         """Optimizer steps that cover ``epochs`` passes."""
@@ -134,7 +144,9 @@ class Rows:
     def _packing(self, epoch: int) -> Packing:
         with self._lock:
             if epoch not in self._packings:
-                made = pack(self.lengths, self.length, epoch=epoch, **vars(self._order))
+                chosen = np.arange(len(self.lengths)) if self._shares is None else self._shares.epoch(epoch)
+                made = pack(self.lengths[chosen], self.length, epoch=epoch, **vars(self._order))
+                made = dataclasses.replace(made, order=chosen[made.order])
                 self._packings = {e: p for e, p in self._packings.items() if abs(e - epoch) == 1} | {epoch: made}
                 if len(self._ends) == epoch:
                     self._ends.append((self._ends[-1] if epoch else 0) + len(made))

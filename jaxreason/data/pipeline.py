@@ -8,9 +8,9 @@ import itertools
 import numpy as np
 from rich.text import Text
 
-from jaxreason.config import Data, Problems
+from jaxreason.config import Data, Portion, Problems
 from jaxreason.data import chat as chats
-from jaxreason.data import files
+from jaxreason.data import files, mixture
 from jaxreason.data.batches import Order, Rows
 from jaxreason.data.chat import Chat
 from jaxreason.data.encode import Encoder, Fit, fit
@@ -49,19 +49,23 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     eval_source = eval_split = None
     if data.eval_source is not None or data.eval_split is not None:
         eval_source, eval_split = held_out_source(data)
-    store, kept, source = _source(data, data.source, data.split, data.max_rows, tokenizer, chat, seed, progress)
-    sources, held_out, train = [source], None, kept
+    read = functools.partial(_source, data, tokenizer=tokenizer, chat=chat, seed=seed, progress=progress)
+    mixed = mixture.portions(data)
+    stores, fits, sources = map(list, zip(*map(read, mixed)))
+    store, held_out, train = mixture.joined(stores), None, _joined(fits, stores)
     if eval_source is not None:
         limit = data.eval_rows or None
-        eval_store, held_out, of_eval = _source(data, eval_source, eval_split, limit, tokenizer, chat, seed, progress)
-        sources.append(of_eval)
+        of_eval = Portion(source=eval_source, split=eval_split, row_schema=data.row_schema, max_rows=limit)
+        eval_store, held_out, of_held_out = read(of_eval)
+        sources.append(of_held_out)
     elif data.eval_rows:
-        eval_store, (held_out, train) = store, _split(kept, data, seed)
+        eval_store, (held_out, train) = store, _split(train, data, seed)
+    shares = _shares(data, train, stores, seed)
 
     length = _row_length(data, [train] if held_out is None else [train, held_out])
     make = functools.partial(Rows, length=length, batch_size=data.batch_size, pad_id=tokenizer.pad_id)
     order = Order(data.packing, data.shuffle, seed)
-    rows = make(store, train.index, train.lengths, order=order, endless=True, weights=_weights(data))
+    rows = make(store, train.index, train.lengths, order=order, endless=True, weights=_weights(data), shares=shares)
     eval_rows = None
     if held_out is not None:
         in_order = dataclasses.replace(order, shuffle=False)
@@ -69,12 +73,32 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     eval_report = None if eval_rows is None else _rows_report(eval_rows)
     report = Report(tuple(sources), _rows_report(rows), eval_report, chat.origin)
     used = [(store, train)] if held_out is None else [(store, train), (eval_store, held_out)]
-    return Prepared(rows, eval_rows, report, chat, _fingerprint(used), store, tokenizer)
+    return Prepared(rows, eval_rows, report, chat, _fingerprint(used, shares), store, tokenizer)
 
 
-def _fingerprint(used: list[tuple[Store, Fit]]) -> str:
+def _joined(fits: list[Fit], stores: list[Store]) -> Fit:
+    """What is used of the stores, end to end."""
+    if len(fits) == 1:
+        return fits[0]
+    firsts = np.cumsum([0, *(len(store.starts) for store in stores)])
+    index = np.concatenate([fit.index + first for fit, first in zip(fits, firsts)])
+    return Fit(index, np.concatenate([fit.lengths for fit in fits]), sum(fit.truncated for fit in fits), {})
+
+
+def _shares(data: Data, train: Fit, stores: list[Store], seed: int) -> mixture.Shares | None:
+    """How often the sources' rows come, of which some may be held out; None: there is one source."""
+    if len(stores) == 1:
+        return None
+    ends = np.searchsorted(train.index, np.cumsum([len(store.starts) for store in stores]))
+    sizes, weights = np.diff(ends, prepend=0).tolist(), [portion.weight for portion in mixture.portions(data)]
+    return mixture.Shares(tuple(sizes), tuple(weights), seed, data.shuffle)
+
+
+def _fingerprint(used: list[tuple[Store, Fit]], shares: mixture.Shares | None) -> str:
     """A digest of the tokens and of which examples are used to what length: no path, time or file format is in it."""
     state = hashlib.sha256()
+    if shares is not None:
+        state.update(repr((shares.sizes, shares.weights)).encode())
     for store, kept in used:
         state.update(store.meta["content"].encode())
         state.update(kept.index.astype(np.int64))
@@ -96,7 +120,8 @@ def held_out_source(data: Problems) -> tuple[str, str | None]:
     """
     source = data.eval_source or data.source
     split = data.eval_split or held_out_split(source)
-    if shared := parts(source, split) & parts(data.source, data.split):
+    trained = frozenset[str]().union(*(parts(each.source, each.split) for each in mixture.portions(data)))
+    if shared := parts(source, split) & trained:
         raise UserError(
             f"data.eval_source {source}: {min(shared)} is what is trained; set data.eval_split or data.eval_source to rows "
             "that are not"
@@ -106,7 +131,9 @@ def held_out_source(data: Problems) -> tuple[str, str | None]:
 
 def too_few_rows(data: Data) -> str | None:
     """What is wrong where ``data.eval_rows`` are to be held out of a file that has no more; only so many rows are read."""
-    if not data.eval_rows or data.eval_source or data.eval_split or splits_itself(data.source) or not files.exists(data.source):
+    if not data.eval_rows or data.eval_source or data.eval_split or data.mixture:
+        return None
+    if splits_itself(data.source) or not files.exists(data.source):
         return None
     rows = (1 for chunk in open_source(data.source, data.split, None, 0).chunks() for _ in chunk.rows())
     most = data.eval_rows + 1 if data.max_rows is None else min(data.max_rows, data.eval_rows + 1)
@@ -122,14 +149,15 @@ def _nothing_left(data: Data, found: str) -> str:
 
 
 def _source(
-    data: Data, name: str, split: str | None, max_rows: int | None, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
+    data: Data, portion: Portion, *, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
 ) -> tuple[Store, Fit, SourceReport]:
-    source = open_source(name, split, max_rows, seed)
+    name = portion.source
+    source = open_source(name, portion.split, portion.max_rows, seed)
     store = tokenize(
         source,
         Encoder(tokenizer, chat, data.keep_only_correct, spans=_weights(data) is not None),
-        schema=data.row_schema,
-        max_rows=max_rows,
+        schema=portion.row_schema,
+        max_rows=portion.max_rows,
         workers=data.workers,
         cache=cache_root(data.cache_dir),
         progress=progress,
@@ -168,10 +196,10 @@ def _row_length(data: Data, fits: list[Fit]) -> int:
 def _rows_report(rows: Rows) -> RowsReport:
     count = rows.rows_per_epoch()
     return RowsReport(
-        examples=len(rows.index),
+        examples=rows.examples_per_epoch(),
         rows_per_epoch=count,
         row_length=rows.length,
-        packing_efficiency=float(rows.lengths.sum() / (count * rows.length)),
+        packing_efficiency=rows.filled(),
         batch_size=rows.batch_size,
         steps_per_epoch=rows.steps_per_epoch(),
     )

@@ -1,5 +1,6 @@
 """Prompts with golds for GRPO and evaluation, from the same rows and through the same template as SFT."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -9,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreason.config import Problems
+from jaxreason.config import Portion, Problems
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.chunks import Chunk
 from jaxreason.data.encode import end_at_stop
 from jaxreason.data.example import Example, Reject
+from jaxreason.data.mixture import Shares, portions
+from jaxreason.data.report import formats_line, unread_line
 from jaxreason.data.schema import format_of, known, parse
 from jaxreason.data.sources import open_source
 from jaxreason.data.tally import Tally, reasons
@@ -45,30 +48,56 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Usable prompts in the source's order, and what became of the other rows."""
+class SourceRows:
+    """What became of the rows of a source."""
 
-    prompts: tuple[Prompt, ...]
+    source: str
+    weight: float  # passes over it in an epoch
+    kept: int
     tally: Tally
     unread: tuple[str, ...] = ()  # files of the source that are not read, with why
 
+    def report(self) -> dict[str, Any]:
+        """JSON-able, for data_report.json."""
+        tally = self.tally
+        rows = {"source": self.source, "formats": dict(tally.formats), "rows": tally.rows, "kept": self.kept}
+        return rows | {"dropped": tally.dropped, "first_dropped": tally.first_dropped, "unread": list(self.unread)}
+
+    def table(self, several: bool) -> list[tuple[str, str]]:
+        """Lines of the table at the start; of one among ``several`` with its name and weight."""
+        tally = self.tally
+        name = f"of {self.source}, weight {self.weight:g}: " if several else ""
+        lines = [("problems", f"{name}{self.kept:,} of {tally.rows:,} rows ({formats_line(tally.formats)})")]
+        lines += [(f"dropped: {reason}", f"{n:,}, first: {tally.first_dropped[reason]}") for reason, n in tally.dropped.items()]
+        return lines + ([("files not read", unread_line(self.unread))] if self.unread else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Usable prompts, source by source and in each one's order, and what became of the other rows."""
+
+    prompts: tuple[Prompt, ...]
+    sources: tuple[SourceRows, ...]
+
     @property
     def rows(self) -> int:
-        return self.tally.rows
+        return sum(source.tally.rows for source in self.sources)
 
     @property
     def dropped(self) -> dict[str, int]:
-        return self.tally.dropped
+        return dict(sum((collections.Counter(source.tally.dropped) for source in self.sources), collections.Counter()))
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def report(self, source: str) -> dict[str, Any]:
-        """JSON-able, for data_report.json: what became of the rows of ``source``."""
-        tally = self.tally
-        rows = {"source": source, "formats": dict(tally.formats), "rows": tally.rows, "kept": len(self)}
-        dropped = {"dropped": tally.dropped, "first_dropped": tally.first_dropped}
-        return {"sources": [rows | dropped | {"unread": list(self.unread)}]}
+    def report(self) -> dict[str, Any]:
+        """JSON-able, for data_report.json: what became of the rows of every source."""
+        return {"sources": [source.report() for source in self.sources]}
+
+    def shares(self, seed: int, shuffle: bool) -> Shares:
+        """Which of the prompts an epoch holds."""
+        sizes, weights = zip(*((source.kept, source.weight) for source in self.sources))
+        return Shares(sizes, weights, seed, shuffle)
 
     def __getitem__(self, at: int) -> Prompt:
         return self.prompts[at]
@@ -77,6 +106,8 @@ class Prompts:
     def fingerprint(self) -> str:
         """A digest of all that a rollout and a grader read, in order: other prompts are another run."""
         state = hashlib.sha256()
+        if len(self.sources) > 1:
+            state.update(repr([(source.kept, source.weight) for source in self.sources]).encode())
         for prompt in self.prompts:
             row = None if prompt.row is None else json.dumps(prompt.row, default=repr, sort_keys=True)
             state.update(repr((len(prompt.ids), prompt.text, prompt.gold, row)).encode())
@@ -87,20 +118,22 @@ class Prompts:
 class PromptStream:
     """The endless stream of epochs of prompts, each in its own order.
 
-    Epoch e has the order ``numpy.random.default_rng([seed, e]).permutation(n)``, or the source's without ``shuffle``.
+    Epoch e has the order ``numpy.random.default_rng([seed, e]).permutation(n)`` of its prompts, or the source's without
+    ``shuffle``. Of one source these are all; of several, :class:`~jaxreason.data.mixture.Shares` says which.
     """
 
     def __init__(self, prompts: Prompts, seed: int, shuffle: bool):
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
+        self._shares = prompts.shares(seed, shuffle)
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def at(self, cursor: int) -> Prompt:
         """Prompt number ``cursor`` of the stream, from 0."""
-        epoch, place = divmod(cursor, len(self._prompts))
-        if not self._shuffle:
-            return self._prompts[place]
+        epoch, place = divmod(cursor, len(self._shares))
         if epoch != self._epoch:  # the order of 400,000 prompts takes 30 ms: once an epoch, not once a prompt
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+            order = self._shares.epoch(epoch)
+            if self._shuffle:
+                order = order[np.random.default_rng([self._seed, epoch]).permutation(len(order))]
             self._epoch, self._order = epoch, order
         return self._prompts[int(self._order[place])]
 
@@ -109,18 +142,31 @@ def load_prompts(
     data: Problems, tokenizer: Tokenizer, seed: int, *, max_prompt_tokens: int | None = None, chat: Chat | None = None,
     max_reply_tokens: int | None = None,
 ) -> Prompts:  # fmt: skip
-    """Prompts of ``data.source``; rows without a gold, or longer than ``max_prompt_tokens``, are counted.
+    """Prompts of ``data.source`` and ``data.mixture``; rows without a gold, or longer than ``max_prompt_tokens``, are counted.
 
     Only prompts are held in memory, not the rows' answers, unless ``max_reply_tokens`` asks for them; rows without an answer,
     or with a longer one, are then counted, too. Raises UserError where no row is usable.
     """
     chat = chat or chats.of_data(data, tokenizer)
-    known(data.row_schema)
-    source = open_source(data.source, data.split, data.max_rows, seed)
+    prompts: list[Prompt] = []
+    sources = []
+    for portion in portions(data):
+        found, rows = _of_source(data, portion, tokenizer, seed, chat, max_prompt_tokens, max_reply_tokens)
+        prompts += found
+        sources.append(rows)
+    return Prompts(tuple(prompts), tuple(sources))
+
+
+def _of_source(
+    data: Problems, portion: Portion, tokenizer: Tokenizer, seed: int, chat: Chat, max_prompt_tokens: int | None,
+    max_reply_tokens: int | None,
+) -> tuple[list[Prompt], SourceRows]:  # fmt: skip
+    known(portion.row_schema)
+    source = open_source(portion.source, portion.split, portion.max_rows, seed)
     prompts: list[Prompt] = []
     tally = Tally()
     for chunk in source.chunks():
-        found = _examples(chunk, data, tally)
+        found = _examples(chunk, portion, data.keep_columns, tally)
         texts = _rendered(found, chat, tally)
         for row, text, ids in zip(found, texts, tokenizer.encode_batch(texts)):
             example = row.example
@@ -136,12 +182,12 @@ def load_prompts(
                 prompts.append(prompt)
             except Reject as reject:
                 tally.reject(reject, row.place)
-        if tally.rows == data.max_rows:
+        if tally.rows == portion.max_rows:
             break
     if not prompts:
         told = reasons(tally.dropped, tally.first_dropped)
-        raise UserError(f"data.source {data.source}: no usable prompt in {tally.rows} rows {told}; check data.schema")
-    return Prompts(tuple(prompts), tally, source.unread)
+        raise UserError(f"data.source {portion.source}: no usable prompt in {tally.rows} rows {told}; check data.schema")
+    return prompts, SourceRows(portion.source, portion.weight, len(prompts), tally, source.unread)
 
 
 class _Found(NamedTuple):
@@ -172,19 +218,19 @@ def _rendered(found: list[_Found], chat: Chat, tally: Tally) -> list[str]:
     return texts
 
 
-def _examples(chunk: Chunk, data: Problems, tally: Tally) -> list[_Found]:
+def _examples(chunk: Chunk, portion: Portion, keep: Sequence[str], tally: Tally) -> list[_Found]:
     """The chunk's usable rows; all of them are counted."""
     found = []
     for key, row in chunk.rows():
-        if tally.rows == data.max_rows:
+        if tally.rows == portion.max_rows:
             break
         place = functools.partial(chunk.place, key)
         try:
-            name = format_of(row, data.row_schema)
+            name = format_of(row, portion.row_schema)
             tally.formats[name] += 1
             example = parse(row, _FORMAT.get(name, name), False)
-            if data.keep_columns and isinstance(row, dict):
-                example = dataclasses.replace(example, row=_columns(row, data.keep_columns))
+            if keep and isinstance(row, dict):
+                example = dataclasses.replace(example, row=_columns(row, keep))
             if example.user is None:
                 raise Reject("plain text asks nothing")
             if example.gold is None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -37,11 +38,17 @@ class TokenFile:
         return np.frombuffer(found, self._dtype)
 
 
+class Tokens(Protocol):
+    """What gives tokens a slice at a time: an array, or a file."""
+
+    def __getitem__(self, part: slice) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Store:
     """Example i is ``tokens[offsets[i]:offsets[i + 1]]``, trained from its token ``starts[i]`` on."""
 
-    tokens: np.ndarray | TokenFile  # [sum of lengths] uint16 or uint32
+    tokens: Tokens  # [sum of lengths] uint16 or uint32
     offsets: np.ndarray  # [n + 1] int64
     starts: np.ndarray  # [n] int32
     answers: np.ndarray  # [n] int32, first token after the thought

@@ -20,7 +20,6 @@ from jaxreason.checkpoint import write_json
 from jaxreason.data import chat as chats
 from jaxreason.data.chat import Chat
 from jaxreason.data.prompts import Prompts, PromptStream, load_prompts
-from jaxreason.data.report import formats_line, unread_line
 from jaxreason.errors import present
 from jaxreason.evaluate.accuracy import grading_of
 from jaxreason.model import ModelConfig, param_count
@@ -108,7 +107,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     ):
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
-            write_json(folder.path / "data_report.json", inputs.prompts.report(config.data.source))
+            write_json(folder.path / "data_report.json", inputs.prompts.report())
         state, carried = loop.restore(
             abstract, lambda: start_state(config, setup, optimizer, mesh), lambda: setup.base_params(mesh)
         )
@@ -172,13 +171,10 @@ class Inputs:
     def rows(self, config: cfg.GrpoConfig, shapes: Shapes, problems: Prompts | None, total: int) -> list[tuple[str, str]]:
         """The table at the start."""
         model, rollout, again = self.setup.config, config.rollout, config.second_turn
-        tally = self.prompts.tally
         return [
             ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
             ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
-            ("problems", f"{len(self.prompts):,} of {tally.rows:,} rows ({formats_line(tally.formats)})"),
-            *((f"dropped: {reason}", f"{n:,}, first: {tally.first_dropped[reason]}") for reason, n in tally.dropped.items()),
-            *([("files not read", unread_line(self.prompts.unread))] if self.prompts.unread else []),
+            *(row for source in self.prompts.sources for row in source.table(len(self.prompts.sources) > 1)),
             ("held out", f"{len(problems)} problems" if problems else "none"),
             ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.group_size}, at most "
                         f"{rollout.max_completion_tokens} tokens, {rollout.slots} slots"),

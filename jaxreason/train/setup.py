@@ -179,7 +179,7 @@ def held_out_problems(config: cfg.RunConfig, setup: Setup, chat: Chat) -> Prompt
     if lack := _no_problems(config):
         raise UserError(lack)
     source, split = held_out_source(data)
-    changes = {"source": source, "split": split, "max_rows": config.eval.problems}
+    changes: dict[str, Any] = {"source": source, "split": split, "max_rows": config.eval.problems, "mixture": []}
     return load_prompts(config.data.model_copy(update=changes), setup.tokenizer, _HELD_OUT_SEED, chat=chat)
 
 
