@@ -132,7 +132,8 @@ def test_what_save_to_disk_wrote(tmp_path, config):
     assert load(config(tmp_path / "both")).rows == 5 and load(config(tmp_path / "both", split="test")).rows == 3
     one = load(config(tmp_path / "one"))
     assert one.rows == 20 and one.dropped == {}  # dataset_info.json and state.json are no rows
-    assert one.sources[0].unread == ("dataset_info.json (no kind of file that is read)", "state.json (no kind of file that is read)")
+    unread = ("dataset_info.json (no kind of file that is read)", "state.json (no kind of file that is read)")
+    assert one.sources[0].unread == unread
 
 
 def test_patterns(tmp_path, config):

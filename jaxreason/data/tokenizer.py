@@ -1,12 +1,13 @@
 """The one tokenizer wrapper: ids without hidden special tokens, and the stop ids that training and generation share."""
 
+import contextlib
 import copy
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,16 +169,22 @@ def load(name_or_dir: str | Path) -> Tokenizer:
     return Tokenizer(hf, _hub_generation_config(name, offline))
 
 
-def _auto_tokenizer() -> "type[AutoTokenizer]":
-    """transformers' AutoTokenizer, imported without the advice that torch is missing: nothing here needs it."""
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """transformers advises at its import that torch is missing; nothing here needs it."""
     before = os.environ.get(_NO_ADVICE)
     os.environ[_NO_ADVICE] = "1"
     try:
-        from transformers import AutoTokenizer
+        yield
     finally:
         del os.environ[_NO_ADVICE]
         if before is not None:
             os.environ[_NO_ADVICE] = before
+
+
+def _auto_tokenizer() -> "type[AutoTokenizer]":
+    with _without_advice():
+        from transformers import AutoTokenizer
     return AutoTokenizer
 
 
@@ -185,13 +192,12 @@ def _class_for(path: Path) -> "type[AutoTokenizer | PreTrainedTokenizerFast]":
     """What reads ``tokenizer.json`` as it is, where there is one.
 
     AutoTokenizer would make some model types' own tokenizer of it instead (any directory of a Qwen2 gets Qwen2's rules for
-    splitting text), and would follow an ``auto_map`` to code.
+    splitting text), and would follow an ``auto_map`` to code. Its import takes 2 s more than that of the other.
     """
-    auto = _auto_tokenizer()
     if not (path / "tokenizer.json").is_file():
-        return auto
-    from transformers import PreTrainedTokenizerFast
-
+        return _auto_tokenizer()
+    with _without_advice():
+        from transformers import PreTrainedTokenizerFast
     return PreTrainedTokenizerFast
 
 

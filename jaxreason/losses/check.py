@@ -16,7 +16,7 @@ from jaxreason.losses.reads import reads
 from jaxreason.losses.reduce import whole_step
 from jaxreason.plugins import nearest
 
-_PADDING = 3  # columns that a row may have more
+_PADDING = 2  # columns that a row may have more: of 8, which makes it as long as a quarter of all tokens, and one program of two
 _ROWS = "microbatches of one row"
 _PADDED_ROWS = f"microbatches of one row with {_PADDING} more columns of padding"
 _OF_TRACING = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
@@ -37,9 +37,7 @@ def check(loss: Any) -> None:
     Raises:
       UserError: which rule the loss breaks, with the numbers and the usual fix.
     """
-    inputs = whole_step(tiny_inputs(loss.kind, sorted(loss.extras)))
-    if loss.select is not None:
-        inputs = dataclasses.replace(inputs, selected=loss.select(inputs))
+    inputs = _on_host(jax.jit(_filled, static_argnums=0)(loss.select, tiny_inputs(loss.kind, sorted(loss.extras))))
     inputs = only(inputs, loss.needs)
     evaluate = _evaluator(loss)
     value, metrics, grads = evaluate(inputs)
@@ -52,14 +50,14 @@ def check(loss: Any) -> None:
     _check_poison(loss.name, evaluate, inputs, value, metrics, grads)
     rows = [_slice(inputs, np.s_[r : r + 1]) for r in range(inputs.mask.shape[0])]
     # Both at once, which is one program less to compile; what a loss breaks is told apart when it breaks one.
-    padded_grads = {key: jnp.pad(grad, ((0, 0), (0, _PADDING))) for key, grad in grads.items()}
+    padded_grads = {key: np.pad(grad, ((0, 0), (0, _PADDING))) for key, grad in grads.items()}
     try:
         _check_parts(loss.name, evaluate, [_padded(x) for x in rows], value, metrics, padded_grads, _PADDED_ROWS, axis=0)
     except UserError:
         _check_parts(loss.name, evaluate, rows, value, metrics, grads, _ROWS, axis=0)
         raise
     if loss.tokenwise:
-        flat = jax.tree.map(lambda x: x.reshape(1, -1) if jnp.ndim(x) else x, inputs)
+        flat = jax.tree.map(lambda x: x.reshape(1, -1) if np.ndim(x) else x, inputs)
         size = flat.mask.shape[1] // 4
         chunks = [_slice(flat, np.s_[:, k * size : (k + 1) * size]) for k in range(4)]
         flat_grads = {key: grad.reshape(1, -1) for key, grad in grads.items()}
@@ -67,52 +65,63 @@ def check(loss: Any) -> None:
         _check_parts(loss.name, evaluate, chunks, value, metrics, flat_grads, what, axis=1)
 
 
+def _filled(select: Callable[[Inputs], Array] | None, inputs: Inputs) -> Inputs:
+    """The inputs with all that a caller computes over the whole step."""
+    inputs = whole_step(inputs)
+    return dataclasses.replace(inputs, selected=select(inputs)) if select and isinstance(inputs, PolicyInputs) else inputs
+
+
+def _on_host(tree: Any) -> Any:
+    """The tree as numpy arrays: on jax's, each little step of this check is a program to compile."""
+    return jax.tree.map(np.asarray, tree)
+
+
 def tiny_inputs(kind: str, extras: Iterable[str] = ()) -> Inputs:
     """Five rows of eight tokens, every optional input and the ``extras`` present: unequal lengths, two packed rows, one of
     padding only. An extra is drawn from a normal distribution; as an entropy it is positive."""
     rng = np.random.default_rng(0)
-    mask = np.array(
+    mask: Any = np.array(
         [[1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 1, 0, 0],
          [0, 0, 0, 0, 0, 0, 0, 0]], np.float32
     )  # fmt: skip
-    ids = np.array([[0] * 8, [1] * 4 + [2] * 4, [3] * 8, [4] * 4 + [5] * 4, [6] * 8], np.int32)
+    ids: Any = np.array([[0] * 8, [1] * 4 + [2] * 4, [3] * 8, [4] * 4 + [5] * 4, [6] * 8], np.int32)
 
-    def normal(scale: float = 1.0) -> Array:
-        return jnp.asarray(rng.normal(scale=scale, size=mask.shape), jnp.float32)
+    def normal(scale: float = 1.0) -> Any:  # numpy's arrays stand for jax's here
+        return rng.normal(scale=scale, size=mask.shape).astype(np.float32)
 
-    def more() -> dict[str, Array]:
-        return {name: jnp.abs(normal()) if "entropy" in name else normal() for name in extras}
+    def more() -> dict[str, Any]:
+        return {name: np.abs(normal()) if "entropy" in name else normal() for name in extras}
 
-    logp = -jnp.abs(normal()) - 0.05
-    entropy, sequence_ids = jnp.abs(normal()) + 0.1, jnp.asarray(ids)
+    logp = -np.abs(normal()) - np.float32(0.05)
+    entropy, sequence_ids = np.abs(normal()) + np.float32(0.1), ids
     if kind == "sft":
         return SftInputs(
             logp=logp,
-            mask=jnp.asarray(mask),
+            mask=mask,
             sequence_ids=sequence_ids,
             entropy=entropy,
             logsumexp=normal(),
-            mean_logp=-jnp.abs(normal()) - 3.0,
+            mean_logp=-np.abs(normal()) - 3.0,
             ref_logp=logp + normal(0.3),
-            ref_kl=jnp.abs(normal(0.1)),
-            teacher_divergence=jnp.abs(normal(0.1)),
-            topk_entropy=jnp.abs(normal()),
-            token_weights=jnp.abs(normal()),
+            ref_kl=np.abs(normal(0.1)),
+            teacher_divergence=np.abs(normal(0.1)),
+            topk_entropy=np.abs(normal()),
+            token_weights=np.abs(normal()),
             extras=more(),
         )
     old_logp = logp + normal(0.3)
     return PolicyInputs(
         logp=logp,
-        mask=jnp.asarray(mask),
+        mask=mask,
         sequence_ids=sequence_ids,
         entropy=entropy,
         old_logp=old_logp,
         advantages=normal(),
         ref_logp=old_logp + normal(0.3),
         sampler_logp=old_logp + normal(0.05),
-        group_ids=jnp.asarray(ids // 2),
+        group_ids=ids // 2,
         extras=more(),
-        teacher_divergence=jnp.abs(normal(0.1)),
+        teacher_divergence=np.abs(normal(0.1)),
     )
 
 
@@ -124,7 +133,7 @@ def reads_of(name: str, function: Callable, options: Mapping[str, Any], kind: st
         raise _failed(name, error) from error
 
 
-def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Array, dict, dict]]:
+def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Any, dict, dict]]:
     """inputs -> (value, metrics, gradient of the value by input)."""
 
     def value_and_metrics(parts: dict[str, Any], inputs: Inputs) -> tuple[Array, dict]:
@@ -134,10 +143,10 @@ def _evaluator(loss: Any) -> Callable[[Inputs], tuple[Array, dict, dict]]:
 
     differentiate = jax.jit(jax.value_and_grad(value_and_metrics, has_aux=True))
 
-    def evaluate(inputs: Inputs) -> tuple[Array, dict, dict]:
+    def evaluate(inputs: Inputs) -> tuple[Any, dict, dict]:
         parts = {key: value for key in _DIFFERENTIABLE if (value := getattr(inputs, key, None)) is not None}
         try:
-            (value, metrics), grads = differentiate(parts, inputs)
+            (value, metrics), grads = _on_host(differentiate(parts, inputs))
         except UserError:
             raise
         except (Exception, SystemExit) as error:
@@ -190,7 +199,7 @@ def _check_result(name: str, result: Any) -> None:
 
 def _check_finite(name: str, value: Array, metrics: dict, grads: dict, where: str) -> None:
     for what, x in {"its value": value, **{f"metric {key!r}": x for key, x in metrics.items()}}.items():
-        if not jnp.isfinite(x):
+        if not np.isfinite(x):
             raise UserError(f"loss {name}: {what} is {x} {where}")
     for key, grad in grads.items():
         if bad := np.argwhere(~np.isfinite(grad)).tolist():
@@ -202,10 +211,11 @@ def _check_finite(name: str, value: Array, metrics: dict, grads: dict, where: st
 
 def _moved(inputs: PolicyInputs) -> PolicyInputs:
     """Every second token became sure, the others all but impossible."""
-    sure = jnp.broadcast_to(jnp.arange(inputs.mask.shape[1]) % 2 == 0, inputs.mask.shape)
-    near, far = jnp.full(inputs.mask.shape, -0.05), jnp.full(inputs.mask.shape, -0.05 - _FAR)
-    before = jnp.where(sure, far, near)
-    return dataclasses.replace(inputs, logp=jnp.where(sure, near, far), old_logp=before, ref_logp=before, sampler_logp=before)
+    sure = np.broadcast_to(np.arange(inputs.mask.shape[1]) % 2 == 0, inputs.mask.shape)
+    near, far = np.float32(-0.05), np.float32(-0.05 - _FAR)
+    before: Any = np.where(sure, far, near)
+    now: Any = np.where(sure, near, far)
+    return dataclasses.replace(inputs, logp=now, old_logp=before, ref_logp=before, sampler_logp=before)
 
 
 def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, metrics: dict, grads: dict) -> None:
@@ -214,7 +224,7 @@ def _check_poison(name: str, evaluate: Callable, inputs: Inputs, value: Array, m
     fix = "; begin with `inputs, sequences = losses.clean(inputs)`, which puts 0 at masked positions before any exp"
     for poison in _POISONS:
         values = {key: getattr(inputs, key) for key in fields}
-        filled = jax.tree.map(lambda x, poison=poison: jnp.where(dead, poison, x), values)
+        filled = jax.tree.map(lambda x, poison=poison: np.where(dead, np.asarray(poison, x.dtype), x), values)
         poisoned, poisoned_metrics, poisoned_grads = evaluate(dataclasses.replace(inputs, **filled))
         size = _size(value, *grads.values())
         if not _close(value, poisoned, size):
@@ -243,29 +253,29 @@ def _check_parts(
         on = "the padding of its rows" if what == _PADDED_ROWS else "how the batch is split"
         raise UserError(f"loss {name} depends on {on}: {value} whole, {total} as the sum over {what}{fix}")
     for key, whole in metrics.items():
-        values = jnp.stack([part[1][key] for part in results])
+        values = np.stack([part[1][key] for part in results])
         combined = values.max() if key.endswith("_max") else values.min() if key.endswith("_min") else values.sum()
         if not _close(whole, combined, _size(whole, values)):
             raise UserError(f"loss {name}: metric {key!r} is {whole} whole but {combined} over {what}{fix}")
     for key, grad in grads.items():
-        if not _close(grad, jnp.concatenate([part[2][key] for part in results], axis=axis), size):
+        if not _close(grad, np.concatenate([part[2][key] for part in results], axis=axis), size):
             raise UserError(f"loss {name}: the gradient by inputs.{key} depends on the split, over {what}{fix}")
 
 
 def _padded(inputs: Inputs) -> Inputs:
     """Rows with more masked positions at their end, which belong to the last sequence and hold what the last position holds."""
-    wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, _PADDING)), mode="edge") if jnp.ndim(x) else x, inputs)
-    return dataclasses.replace(wide, mask=jnp.pad(inputs.mask, ((0, 0), (0, _PADDING))))
+    wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, _PADDING)), mode="edge") if np.ndim(x) else x, inputs)
+    return dataclasses.replace(wide, mask=np.pad(inputs.mask, ((0, 0), (0, _PADDING))))
 
 
 def _slice(inputs: Inputs, index: Any) -> Inputs:
-    return jax.tree.map(lambda x: x[index] if jnp.ndim(x) else x, inputs)
+    return jax.tree.map(lambda x: x[index] if np.ndim(x) else x, inputs)
 
 
-def _size(*arrays: Array) -> float:
+def _size(*arrays: Array | np.ndarray) -> float:
     """The largest finite magnitude: what rounding is measured by, so that a loss in small units is held as strictly as any."""
     return max(float(np.max(np.abs(np.where(np.isfinite(x), x, 0.0)), initial=0.0)) for x in arrays)
 
 
-def _close(a: Array, b: Array, size: float) -> bool:
+def _close(a: Array | np.ndarray, b: Array | np.ndarray, size: float) -> bool:
     return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * size))
