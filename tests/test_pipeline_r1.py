@@ -156,3 +156,13 @@ def test_stages_that_do_not_fit_together_are_one_message(stages, message):
 def test_a_wrong_word_is_one_message(word, message, capsys):
     assert cli.pipeline(["--config", "r1", word]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_pipeline_in_configs_loads():
+    """The one of three billion parameters fine-tunes the base model twice, as R1 does, the second time on what was built."""
+    names = sorted(path.stem for path in (ROOT / "configs" / "pipeline").glob("*.yaml"))
+    assert names == ["r1", "r1-llama3.2-3b"]
+    large = cfg.load_pipeline("r1-llama3.2-3b", ["dir=runs/x", "rejection.samples=8"])[1]
+    assert large["sft_2"].model.weights == large["cold_start"].model.weights == "meta-llama/Llama-3.2-3B"
+    assert large["sft_2"].data.source == "runs/x/rejection/rows.jsonl" and large["rl_2"].model.weights == "runs/x/sft_2"
+    assert not large["sft_2"].data.keep_only_correct  # its rows have no column of it
