@@ -59,7 +59,10 @@ from jaxreason.train.setup import (
 from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_sum_of_squares, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
-SHOWN = ("reward", "eval_accuracy", "completion_tokens", "entropy", "sampler_gap_max", "drawn_tokens_per_second")
+SHOWN = {
+    "reward": "reward", "eval_accuracy": "accuracy", "completion_tokens": "length", "entropy": "entropy",
+    "drawn_tokens_per_second": "tok/s", "sampler_gap_max": "gap",
+}  # fmt: skip
 _PATIENCE = 5  # steps in a row before a warning
 
 
