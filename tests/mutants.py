@@ -1014,7 +1014,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "distillation: the head may be empty",
     ),
     Mutant(
-        "cli.py",
+        "command.py",
         "        except OSError as error:\n",
         "        except MemoryError as error:\n",
         "tests/faults/test_refused.py::test_a_refusal_is_one_line_with_the_path_and_a_fix",

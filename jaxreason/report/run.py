@@ -70,10 +70,11 @@ def headline(run: Run, label: str) -> str:
     done = f"{label}: {run.last_step} steps" + ("" if run.summary else ", not finished")
     seconds = number((run.summary or {}).get("train_seconds"))
     done += f" in {seconds / 60:.1f} min" if seconds else ""
-    return f"{done}. {_learned(run)}"
+    return f"{done}. {learned(run)}"
 
 
-def _learned(run: Run) -> str:
+def learned(run: Run, interval: str = "") -> str:
+    """A sentence: what was measured before and after; ``interval``: the word before the ends of an accuracy's interval."""
     before, after = run.first("eval_accuracy"), run.last("eval_accuracy")
     if after is None:
         metric = "eval_loss" if run.last("eval_loss") is not None else "reward" if run.last("reward") is not None else "loss"
@@ -83,7 +84,7 @@ def _learned(run: Run) -> str:
     problems = run.last("eval_problems")
     on = f" on {problems:.0f} held-out problems" if problems else ""
     low, high = run.last("eval_accuracy_low"), run.last("eval_accuracy_high")
-    around = f" ({100 * low:.1f}–{100 * high:.1f})" if low is not None and high is not None else ""
+    around = f" ({interval}{100 * low:.1f}–{100 * high:.1f})" if low is not None and high is not None else ""
     if before is None:
         return f"Accuracy {100 * after:.1f} %{around}{on}; it was not measured before training."
     change = 100 * (after - before)
