@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 
 from jaxreason import config as cfg
 from jaxreason import distributed
@@ -85,7 +84,9 @@ def _convert_words(parser: argparse.ArgumentParser) -> None:
     out = verbs.add_parser("to-hf", help="a run or checkpoint to a directory that transformers and vLLM open")
     out.add_argument("model", metavar="RUN|CHECKPOINT")
     out.add_argument("out", metavar="OUT")
-    out.add_argument("--dtype", default=None, choices=["bfloat16", "float32"], help="default: the run's param_dtype")
+    out.add_argument(
+        "--dtype", default=None, choices=["bfloat16", "float32"], help="default: that of the weights that training began with"
+    )
     adapters = verbs.add_parser("to-peft", help="the adapters of a run with lora.rank to a directory that PEFT and vLLM open")
     adapters.add_argument("model", metavar="RUN|CHECKPOINT")
     adapters.add_argument("out", metavar="OUT")
@@ -301,6 +302,6 @@ def plan(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "train": train, "generate": generate, "evaluate": evaluate, "build-data": build_data, "pipeline": pipeline, "convert": convert,
-    "plan": plan, "compare": compare, "report": report, "replay": replay,
+    "train": train, "generate": generate, "evaluate": evaluate, "build-data": build_data, "pipeline": pipeline,
+    "convert": convert, "plan": plan, "compare": compare, "report": report, "replay": replay,
 }  # fmt: skip

@@ -1,7 +1,6 @@
 """The parser of the console command, and what a shell needs to complete its words."""
 
 import argparse
-from pathlib import Path
 
 import shtab
 

@@ -136,11 +136,12 @@ def _turn(
     except Reject as reject:
         _aside(f"not asked: {reject}")
         return ()
-    room = opened.config.arch.max_positions - options.max_completion_tokens
+    positions, limit = opened.config.arch.max_positions, options.max_completion_tokens
+    room = positions - limit
     if len(ids) > room:
         _aside(
-            f"not asked: the conversation has {len(ids)} tokens, and max_completion_tokens={options.max_completion_tokens} of the "
-            f"model's {opened.config.arch.max_positions} positions leave room for {max(room, 0)}; /reset forgets it"
+            f"not asked: the conversation has {len(ids)} tokens, and max_completion_tokens={limit} of the model's {positions} "
+            f"positions leave room for {max(room, 0)}; /reset forgets it"
         )
         return ()
     text = _streamed(opened, ids, options, number)

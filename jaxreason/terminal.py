@@ -41,14 +41,14 @@ class Bars:
         self._display: Progress | None = None
         self._open = 0
 
-    def add(self, name: str, total: float, done: float = 0, text: str = "") -> TaskID:
+    def add(self, name: str, total: float, done: int = 0, text: str = "") -> TaskID:
         if self._display is None:
-            fixed = Column(no_wrap=True)
-            rest = TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+            fixed, rest = Column(no_wrap=True), Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self._display = Progress(
                 TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
                 BarColumn(10), MofNCompleteColumn(table_column=fixed), TimeElapsedColumn(table_column=fixed),
-                TextColumn("eta", table_column=fixed), TimeRemainingColumn(table_column=fixed), rest, console=console, expand=True,
+                TextColumn("eta", table_column=fixed), TimeRemainingColumn(table_column=fixed),
+                TextColumn("{task.fields[text]}", markup=False, table_column=rest), console=console, expand=True,
             )  # fmt: skip
             self._display.start()
         self._open += 1

@@ -7,10 +7,10 @@ import shlex
 import shutil
 import subprocess
 
-import jax
 import pytest
 from rich.console import Console
 from test_compare import make_run
+from test_handoff import random_params
 
 from jaxreason import __main__ as console
 from jaxreason import checkpoint, cli, model, serve, terminal
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     sizes = {"num_layers": 1, "embed_dim": 32, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
     tokenizer = load("embedded")
     config = model.preset("embedded-tiny", sizes | {"max_positions": 96}).replace(stop_ids=tokenizer.stop_ids)
-    checkpoint.save_params(root / "checkpoints", model.init(config, jax.random.key(0)), config)
+    checkpoint.save_params(root / "checkpoints", random_params(config), config)
     tokenizer.save(root / "tokenizer")
     return root
 

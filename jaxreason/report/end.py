@@ -27,7 +27,8 @@ def show(folder: str, told: Callable[[str], str], page: bool = True) -> None:
             lines.append(f"report: {write_run_report(path)}")
         lines += ["", "next:", *(f"  {line}" for line in commands(run.config, folder, told))]
     except Exception as error:  # whatever it is: of a page, not of the run
-        console.print(f"warning: the run is done, but its report failed ({type(error).__name__}: {error}); try: {again}", markup=False)
+        failed = f"{type(error).__name__}: {error}"
+        console.print(f"warning: the run is done, but its report failed ({failed}); try: {again}", markup=False, soft_wrap=True)
         return
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)  # a command that is wrapped cannot be copied
@@ -56,8 +57,8 @@ def _sample(run: Run) -> list[str]:
     sample = run.samples[0]
     earned = "no reward" if sample["reward"] is None else f"reward {sample['reward']:.3g}"
     cut = ", cut off" if sample["truncated"] else ""
-    head = f"a sample of step {sample['step']} ({earned}, {sample['tokens']} tokens{cut}; right is {_printable(str(sample['gold']))}):"
-    return ["", head, *_indented(sample["prompt"]), "  ↳", *_indented(sample["completion"])]
+    head = f"a sample of step {sample['step']} ({earned}, {sample['tokens']} tokens{cut}; right is "
+    return ["", f"{head}{_printable(str(sample['gold']))}):", *_indented(sample["prompt"]), "  ↳", *_indented(sample["completion"])]
 
 
 def _indented(text: str) -> list[str]:

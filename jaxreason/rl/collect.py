@@ -169,9 +169,11 @@ class Collector:
             return [], 0
         clock = time.monotonic()
         with Working("rollout", len(prompts) * job.samples, NO_TOKENS_YET) as show:
-            completions = self.sampler.generate(
-                [p.ids for p in prompts], job, lambda done, _, tokens: show(done, f"{tokens / (time.monotonic() - clock):.0f} tok/s")
-            )
+
+            def drawn(done: int, _: int, tokens: int) -> None:
+                show(done, f"{tokens / (time.monotonic() - clock):.0f} tok/s")
+
+            completions = self.sampler.generate([p.ids for p in prompts], job, drawn)
         if any(c.params_step != params_step for c in completions):
             raise RuntimeError("the rollout used weights of another step")
         seconds["rollout"] += time.monotonic() - clock
