@@ -243,6 +243,7 @@ def compare(args: argparse.Namespace) -> None:
 def _report_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the folder of a run, finished or not")
     parser.add_argument("other", nargs="?", help="a second run, shown beside it, with the config keys that differ")
+    parser.add_argument("--tree", metavar="FILE", help="also draw what generate.py --strategy tot_bfs --out FILE wrote")
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
 
 
@@ -251,8 +252,8 @@ def report(args: argparse.Namespace) -> None:
     """Writes one HTML page about a run, or about two beside each other, from the files that they wrote."""
     from jaxreason.report.run import write_run_report
 
-    other, out = (local(path) if path else None for path in (args.other, args.out))
-    print(f"report: {write_run_report(local(args.run), other, out)}")
+    other, out, tree = (local(path) if path else None for path in (args.other, args.out, args.tree))
+    print(f"report: {write_run_report(local(args.run), other, out, tree)}")
 
 
 def _replay_words(parser: argparse.ArgumentParser) -> None:

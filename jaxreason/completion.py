@@ -9,7 +9,7 @@ from jaxreason.cli import COMMANDS
 from jaxreason.command import PROGRAM
 
 SHELLS = ("bash", "zsh", "fish")
-_FILES = {"model", "out", "run", "other", "report_only"}  # arguments that are paths
+_FILES = {"model", "out", "run", "other", "tree", "report_only"}  # arguments that are paths
 _KEYS: dict[str, list[type[cfg.Section]]] = {
     "train": list(cfg.ALGORITHMS.values()), "compare": list(cfg.ALGORITHMS.values()), "plan": list(cfg.ALGORITHMS.values()),
     "generate": [cfg.Decode], "evaluate": [cfg.Task], "build-data": [cfg.Build],

@@ -1,7 +1,8 @@
 """What a person reads when a run ends: what it measured, one of its samples, its page, and what to do next."""
 
+import contextlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,28 @@ def show(folder: str, told: Callable[[str], str], page: bool = True) -> None:
 
     ``told``: how a person starts a command. The run is done and whole: what fails here is one line, never its failure.
     """
-    again = f"{told('report')} {shlex.quote(folder)}"
-    try:
-        path, run = local(folder), read_run(local(folder))
+    with _survived(folder, told):
+        run = read_run(local(folder))
         lines = said(run, folder)
         if page:
-            lines.append(f"report: {write_run_report(path)}")
-        lines += ["", "next:", *(f"  {line}" for line in commands(run.config, folder, told))]
+            lines.append(f"report: {write_run_report(local(folder))}")
+        for line in [*lines, "", "next:", *(f"  {line}" for line in commands(run.config, folder, told))]:
+            console.print(line, markup=False, soft_wrap=True)  # a command that is wrapped cannot be copied
+
+
+def write(folder: str, told: Callable[[str], str]) -> None:
+    """Writes a run's report.html, without a word where that succeeds."""
+    with _survived(folder, told):
+        write_run_report(local(folder))
+
+
+@contextlib.contextmanager
+def _survived(folder: str, told: Callable[[str], str]) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever it is: of a page, not of the run
-        failed = f"{type(error).__name__}: {error}"
+        failed, again = f"{type(error).__name__}: {error}", f"{told('report')} {shlex.quote(folder)}"
         console.print(f"warning: the run is done, but its report failed ({failed}); try: {again}", markup=False, soft_wrap=True)
-        return
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)  # a command that is wrapped cannot be copied
 
 
 def said(run: Run, folder: str) -> list[str]:
@@ -58,7 +68,8 @@ def _sample(run: Run) -> list[str]:
     earned = "no reward" if sample["reward"] is None else f"reward {sample['reward']:.3g}"
     cut = ", cut off" if sample["truncated"] else ""
     head = f"a sample of step {sample['step']} ({earned}, {sample['tokens']} tokens{cut}; right is "
-    return ["", f"{head}{_printable(str(sample['gold']))}):", *_indented(sample["prompt"]), "  ↳", *_indented(sample["completion"])]
+    right = _printable(str(sample["gold"]))
+    return ["", f"{head}{right}):", *_indented(sample["prompt"]), "  ↳", *_indented(sample["completion"])]
 
 
 def _indented(text: str) -> list[str]:

@@ -75,8 +75,9 @@ class Log:
             bars.update(self._task, step, text)
         now = time.monotonic()
         if not self._live and (now - self._spoke > _HEARTBEAT or step == self._total):
-            rate = (now - self._started) / max(1, step - self._first)
-            console.print(f"step {step}/{self._total} eta {seconds(rate * (self._total - step))} {text}")
+            done = step - self._first
+            eta = seconds((now - self._started) / done * (self._total - step)) if done else "unknown"
+            console.print(f"step {step}/{self._total} eta {eta} {text}")
             self._spoke = now
 
     def close(self) -> None:
