@@ -200,9 +200,9 @@ def search(path: Path) -> dict[str, Any]:
                 raise ValueError("a node that is below itself")
             seen.add(node["id"])
             text, parent = str(node["text"]), node["parent"]
-            begun = "" if parent is None else str(nodes[parent]["text"])
+            added = text if parent is None else text.removeprefix(str(nodes[parent]["text"]))
             lines.append({
-                "depth": min(int(node["depth"]), 12), "text": _cut(text.removeprefix(begun).strip("\n")), "value": short(number(node["value"])),
+                "depth": min(int(node["depth"]), 12), "text": _cut(added.strip("\n")), "value": short(number(node["value"])),
                 "fate": str(node["fate"]), "answer": node["id"] == found["tree"]["answer"],
             })  # fmt: skip
             stack += below.get(node["id"], [])[::-1]

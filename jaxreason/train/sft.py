@@ -47,7 +47,7 @@ from jaxreason.types import Batch, Totals, TrainState
 
 _DISTILLING = ", ".join(distill.DIVERGENCES)
 _OF_REFERENCE = frozenset({"ref_logp", "ref_kl"})
-SHOWN = {"loss": "loss", "eval_loss": "eval loss", "eval_accuracy": "accuracy", "trained_tokens_per_second": "tok/s"}
+SHOWN = {"loss": "loss", "eval_accuracy": "accuracy", "eval_loss": "eval loss", "trained_tokens_per_second": "tok/s"}
 
 
 def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
@@ -142,7 +142,7 @@ def compile_step(
     )  # fmt: skip
     second = abstract_second(compared.compared if compared else None, mesh)
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Working("compiling", 1, "the step"):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(abstract, batch, second).compile(), second
 
 
