@@ -117,18 +117,19 @@ def test_a_conversation_keeps_its_turns(run, monkeypatch, capsys):
 
     def answer(opened, ids, options, number):
         asked.append(opened.tokenizer.decode(ids, skip_special_tokens=False))
-        print(f"answer {len(asked)}")
-        return f"answer {len(asked)}"
+        print(f"{len(asked)}!")
+        return f"{len(asked)}!"
 
-    typed = iter(["one", "", "two", "/what", "x" * 200, "/reset", "three", "/exit", "four"])
+    typed = iter(["one", "", "two", "/what", "x" * 200, "and", "/reset", "three", "/exit", "four"])
     monkeypatch.setattr(serve, "_streamed", answer)
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert cli.generate(["--model", str(run), "--chat", "max_completion_tokens=16"]) == 0
     heard = capsys.readouterr()
-    assert heard.out == "answer 1\nanswer 2\nanswer 3\n"
-    for prompt, told_ in zip(asked, (["one"], ["one", "answer 1", "two"], ["three"])):
+    assert heard.out == "1!\n2!\n3!\n4!\n"
+    kept = ["one"], ["one", "1!", "two"], ["one", "1!", "two", "2!", "and"], ["three"]
+    for prompt, expected in zip(asked, kept):
         turns = re.findall(r"<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", prompt)
-        assert turns == told_ and prompt.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+        assert turns == expected and prompt.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
     said = [line for line in heard.err.splitlines() if line.startswith("(")]
     assert "no command" in said[1] and said[3] == "(the conversation is forgotten)"
     assert re.fullmatch(r"\(not asked: the conversation has \d+ tokens, and max_completion_tokens=16 of the model's 96 positions "
