@@ -1,44 +1,21 @@
 """The commands: parse, call one function, print.
 
-Exit status: 0 when all is done; 2 after one message of what a person can mend (a UserError, or what the operating system
-refused); 75 where a run was told to stop, saved and has steps left (:data:`STOPPED`); 130 after a second Ctrl-C.
+Exit status: those of :mod:`jaxreason.command`, and 75 where a run was told to stop, saved and has steps left
+(:data:`STOPPED`).
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
 
 from jaxreason import config as cfg
 from jaxreason import distributed
-from jaxreason.errors import UserError, explain
+from jaxreason.command import command, told
+from jaxreason.errors import UserError
 from jaxreason.paths import expanded, local
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
-
-
-def command(function: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
-    @functools.wraps(function)
-    def wrapped(argv: Sequence[str] | None = None) -> int:
-        try:
-            # A script's own folder is on the path, the one it is run from is not: package.module:function of a loss or a
-            # reward is looked for there last.
-            if (here := os.getcwd()) not in sys.path:
-                sys.path.append(here)
-            return function(argv) or 0
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:
-            print(f"error: {explain(error)}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-
-    return wrapped
 
 
 def _start(deterministic: bool = False, cluster: distributed.Cluster | None = None, timeout_s: float = 300) -> None:
@@ -57,10 +34,7 @@ def _start(deterministic: bool = False, cluster: distributed.Cluster | None = No
         console.print(" ".join(f"{name}={value}" for name, value in chosen.items()), markup=False)
 
 
-@command
-def train(argv: Sequence[str] | None = None) -> int | None:
-    """Trains what a config says: SFT or GRPO. A run that finds its own checkpoint resumes."""
-    parser = argparse.ArgumentParser(prog="train.py", description=train.__doc__)
+def _train_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a name below configs/ (sft, llama3.2-3b/sft) or a YAML file")
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
@@ -73,7 +47,12 @@ def train(argv: Sequence[str] | None = None) -> int | None:
     several.add_argument("--process-id", type=int, metavar="K", help="0 to N - 1")
     several.add_argument("--connect-timeout", type=float, default=300, metavar="S", help="seconds until all have met")
     parser.add_argument("--dry-run", action="store_true", help="prepare data, compile, show everything; train nothing")
-    args = parser.parse_intermixed_args(argv)
+    parser.add_argument("--no-report", action="store_true", help="write no RUN/report.html at the end")
+
+
+@command(_train_words)
+def train(args: argparse.Namespace) -> int | None:
+    """Trains what a config says: SFT or GRPO. A run that finds its own checkpoint resumes."""
     config = cfg.load(args.config, args.words)
     if args.control:
         config = cfg.control(config)
@@ -93,29 +72,32 @@ def train(argv: Sequence[str] | None = None) -> int | None:
             summary = grpo.train(config, args.dry_run)
     if summary is None:
         return None if args.dry_run else STOPPED
-    from jaxreason.terminal import show_table
+    if cluster is None or cluster.process == 0:
+        from jaxreason.report import end
 
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in summary.items()}
-    show_table(f"{config.run.dir}/{config.run.name}/summary.json", list(shown.items()))
+        end.show(f"{config.run.dir}/{config.run.name}", told, page=not args.no_report)
     return None
 
 
-@command
-def convert(argv: Sequence[str] | None = None) -> None:
-    """Converts between this project's checkpoints and Hugging Face directories."""
-    parser = argparse.ArgumentParser(prog="convert.py", description=convert.__doc__)
+def _convert_words(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     out = verbs.add_parser("to-hf", help="a run or checkpoint to a directory that transformers and vLLM open")
     out.add_argument("model", metavar="RUN|CHECKPOINT")
     out.add_argument("out", metavar="OUT")
-    out.add_argument("--dtype", default=None, choices=["bfloat16", "float32"], help="default: the run's param_dtype")
+    out.add_argument(
+        "--dtype", default=None, choices=["bfloat16", "float32"], help="default: that of the weights that training began with"
+    )
     adapters = verbs.add_parser("to-peft", help="the adapters of a run with lora.rank to a directory that PEFT and vLLM open")
     adapters.add_argument("model", metavar="RUN|CHECKPOINT")
     adapters.add_argument("out", metavar="OUT")
     back = verbs.add_parser("from-hf", help="a Hugging Face directory or hub id to a checkpoint")
     back.add_argument("model", metavar="DIR|HUB_ID")
     back.add_argument("out", metavar="OUT")
-    args = parser.parse_args(argv)
+
+
+@command(_convert_words)
+def convert(args: argparse.Namespace) -> None:
+    """Converts between this project's checkpoints and Hugging Face directories."""
     # Work for the host: a GPU may be busy training, and has less memory.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxreason import convert as work
@@ -129,33 +111,38 @@ def convert(argv: Sequence[str] | None = None) -> None:
 _STRATEGIES = "direct, cot, self_consistency, best_of_n, budget, tot_bfs, tot_dfs, or package.module:function"
 
 
-@command
-def generate(argv: Sequence[str] | None = None) -> None:
-    """Answers a prompt, streaming the text."""
-    parser = argparse.ArgumentParser(prog="generate.py", description=generate.__doc__)
+def _generate_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
-    parser.add_argument("--prompt", required=True, help="the user's message; - reads it from standard input")
+    parser.add_argument("--prompt", help="the user's message; - reads it from standard input")
+    parser.add_argument("--chat", action="store_true", help="a conversation, which keeps its turns: /reset, /exit or Ctrl-D")
     parser.add_argument("--strategy", metavar="NAME[@option=value]", help=f"search for the answer: {_STRATEGIES}")
     parser.add_argument("--out", metavar="FILE", help="with --strategy: its tree, votes or scores as JSON")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Decode)))
-    args = parser.parse_intermixed_args(argv)
+
+
+@command(_generate_words)
+def generate(args: argparse.Namespace) -> None:
+    """Answers a prompt, or holds a conversation, streaming the text."""
     options = cfg.parse_words(cfg.Decode, args.words)
+    if args.chat and (other := next((name for name in ("prompt", "strategy", "out") if getattr(args, name) is not None), None)):
+        raise UserError(f"--chat asks for the messages and draws each answer once; leave --{other} out")
+    if not args.chat and args.prompt is None:
+        raise UserError("give --prompt TEXT, or --chat for a conversation")
     if args.out and not args.strategy:
         raise UserError("--out writes what a strategy found; add --strategy, e.g. --strategy tot_bfs")
     message = sys.stdin.read() if args.prompt == "-" else args.prompt
     _start()
     from jaxreason import serve
 
-    if args.strategy:
+    if args.chat:
+        serve.converse(args.model, options)
+    elif args.strategy:
         serve.search(args.model, message, args.strategy, options, local(args.out, "--out") if args.out else None)
     else:
         serve.answer(args.model, message, options)
 
 
-@command
-def evaluate(argv: Sequence[str] | None = None) -> None:
-    """Accuracy of models on problems with known answers, with intervals; several are compared problem by problem."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=evaluate.__doc__)
+def _evaluate_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, action="append", metavar="RUN|CHECKPOINT|HF_DIR", help="may be repeated")
     parser.add_argument(
         "--task", required=True, action="append", metavar="NAME|NAME=PATH|SOURCE",
@@ -166,7 +153,11 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--strategy", action="append", metavar="NAME[@option=value]", help=f"may be repeated: {_STRATEGIES}")
     parser.add_argument("--out", metavar="FOLDER", help="keep answers here: the same command goes on where it stopped")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Task)))
-    args = parser.parse_intermixed_args(argv)
+
+
+@command(_evaluate_words)
+def evaluate(args: argparse.Namespace) -> None:
+    """Accuracy of models on problems with known answers, with intervals; several are compared problem by problem."""
     options = cfg.parse_words(cfg.Task, args.words)
     if args.samples < 1:
         raise UserError(f"--samples is {args.samples}; it is 1 or more")
@@ -181,16 +172,17 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     serve.measure(serve.Contest(args.model, args.task, chosen, args.samples, options, out))
 
 
-@command
-def build_data(argv: Sequence[str] | None = None) -> None:
-    """Draws traces from a model, keeps the verified ones that pass the filters, and writes them as rows for SFT."""
-    parser = argparse.ArgumentParser(prog="build_data.py", description=build_data.__doc__)
+def _build_data_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
     parser.add_argument("--source", required=True, help="problems with known answers: what data.source takes")
     parser.add_argument("--samples", type=int, default=8, help="traces of a prompt (8)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the same command goes on where it stopped")
     parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Build)))
-    args = parser.parse_intermixed_args(argv)
+
+
+@command(_build_data_words)
+def build_data(args: argparse.Namespace) -> None:
+    """Draws traces from a model, keeps the verified ones that pass the filters, and writes them as rows for SFT."""
     options = cfg.parse_words(cfg.Build, args.words)
     if args.samples < 1:
         raise UserError(f"--samples is {args.samples}; it is 1 or more")
@@ -201,13 +193,14 @@ def build_data(argv: Sequence[str] | None = None) -> None:
     build(BuildJob(args.model, args.source, args.samples, out, options))
 
 
-@command
-def pipeline(argv: Sequence[str] | None = None) -> int | None:
-    """Runs the stages of a pipeline, such as DeepSeek-R1's. The same command goes on where it stopped."""
-    parser = argparse.ArgumentParser(prog="pipeline.py", description=pipeline.__doc__)
+def _pipeline_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a name below configs/pipeline/ (r1) or a YAML file")
     parser.add_argument("words", nargs="*", metavar="key=value", help="dir=FOLDER, seed=N; STAGE.key=value: of a stage's config")
-    args = parser.parse_intermixed_args(argv)
+
+
+@command(_pipeline_words)
+def pipeline(args: argparse.Namespace) -> int | None:
+    """Runs the stages of a pipeline, such as DeepSeek-R1's. The same command goes on where it stopped."""
     plan, configs = cfg.load_pipeline(args.config, args.words)
     _start()
     from jaxreason.pipeline import run
@@ -215,10 +208,7 @@ def pipeline(argv: Sequence[str] | None = None) -> int | None:
     return None if run(plan, configs) is not None else STOPPED
 
 
-@command
-def compare(argv: Sequence[str] | None = None) -> None:
-    """Trains losses from the same start on the same prompts and seeds, and writes one HTML report."""
-    parser = argparse.ArgumentParser(prog="compare.py", description=compare.__doc__)
+def _compare_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="a name below configs/ (grpo, sft) or a YAML file")
     parser.add_argument(
         "--losses", metavar="LOSS,LOSS", help="names or my_file.py:my_loss; LOSS@key=value@key=value sets its options"
@@ -228,8 +218,11 @@ def compare(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report-only", nargs="+", metavar="RUN", help="train nothing: report on runs that exist")
     parser.add_argument("--out", help="folder of the runs and report.html; default: RUN.DIR/RUN.NAME-compare")
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config, for every loss")
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_intermixed_args(given)
+
+
+@command(_compare_words)
+def compare(args: argparse.Namespace) -> None:
+    """Trains losses from the same start on the same prompts and seeds, and writes one HTML report."""
     if args.report_only and (args.config or args.losses or args.words or args.offline):
         raise UserError("--report-only RUN [RUN ...] goes with --out alone")
     if not args.report_only and not (args.config and args.losses):
@@ -240,44 +233,44 @@ def compare(argv: Sequence[str] | None = None) -> None:
     if args.report_only:
         xla.leave_out_absent_gpu()
         runs = [expanded(run) for run in args.report_only]
-        work.finish(local(args.out, "--out") if args.out else runs[0].parent, runs, given)
+        work.finish(local(args.out, "--out") if args.out else runs[0].parent, runs, args.given)
         return
     entries = work.entries_of(args.config, args.losses.split(","), args.seeds, args.words, args.out)
     _start(entries[0].config.run.deterministic)
-    (work.offline if args.offline else work.train)(entries, given)
+    (work.offline if args.offline else work.train)(entries, args.given)
 
 
-@command
-def report(argv: Sequence[str] | None = None) -> None:
-    """Writes one HTML page about a run, or about two beside each other, from the files that they wrote."""
-    parser = argparse.ArgumentParser(prog="report.py", description=report.__doc__)
+def _report_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the folder of a run, finished or not")
     parser.add_argument("other", nargs="?", help="a second run, shown beside it, with the config keys that differ")
+    parser.add_argument("--tree", metavar="FILE", help="also draw what generate.py --strategy tot_bfs --out FILE wrote")
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
-    args = parser.parse_args(argv)
+
+
+@command(_report_words)
+def report(args: argparse.Namespace) -> None:
+    """Writes one HTML page about a run, or about two beside each other, from the files that they wrote."""
     from jaxreason.report.run import write_run_report
 
-    other, out = (local(path) if path else None for path in (args.other, args.out))
-    print(f"report: {write_run_report(local(args.run), other, out)}")
+    other, out, tree = (local(path) if path else None for path in (args.other, args.out, args.tree))
+    print(f"report: {write_run_report(local(args.run), other, out, tree)}")
 
 
-@command
-def replay(argv: Sequence[str] | None = None) -> None:
-    """Runs a step again whose loss or gradient was not finite: loss, gradient norms, and the rows it comes from."""
-    parser = argparse.ArgumentParser(prog="replay.py", description=replay.__doc__)
+def _replay_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the folder of a run that kept such a batch")
     parser.add_argument("--update", type=int, metavar="N", help="optimizer update of the batch; default: the newest kept")
-    args = parser.parse_args(argv)
+
+
+@command(_replay_words)
+def replay(args: argparse.Namespace) -> None:
+    """Runs a step again whose loss or gradient was not finite: loss, gradient norms, and the rows it comes from."""
     _start()
     from jaxreason.replay import replay as work
 
     work(args.run, args.update)
 
 
-@command
-def plan(argv: Sequence[str] | None = None) -> None:
-    """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
-    parser = argparse.ArgumentParser(prog="plan.py", description=plan.__doc__)
+def _plan_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a name below configs/ (llama3.2-3b/sft) or a YAML file")
     parser.add_argument("--target", default="h100", help="a GPU of jaxreason/targets/: a100, b200, h100, h200")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs of one host")
@@ -287,7 +280,11 @@ def plan(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--examples", type=int, help="examples of an epoch; default: data.max_rows")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config")
-    args = parser.parse_intermixed_args(argv)
+
+
+@command(_plan_words)
+def plan(args: argparse.Namespace) -> None:
+    """Compiles what a config will run for GPUs that are not here, and reports memory, speed and cost."""
     # The compiler must not look for a GPU, and its warnings about finding none are not the user's.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     from jaxreason.plan import Options
@@ -303,3 +300,9 @@ def plan(argv: Sequence[str] | None = None) -> None:
     from jaxreason.plan.table import show
 
     show(report, Console(highlight=False))
+
+
+COMMANDS = {
+    "train": train, "generate": generate, "evaluate": evaluate, "build-data": build_data, "pipeline": pipeline,
+    "convert": convert, "plan": plan, "compare": compare, "report": report, "replay": replay,
+}  # fmt: skip

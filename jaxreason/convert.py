@@ -1,11 +1,9 @@
 """Runs and checkpoints to Hugging Face directories, and back."""
 
 import dataclasses
-from typing import Any
 
-from jaxreason import checkpoint, hf
+from jaxreason import checkpoint, handoff, hf
 from jaxreason import config as cfg
-from jaxreason.data.directory import read_json
 from jaxreason.data.tokenizer import load as load_tokenizer
 from jaxreason.errors import UserError
 from jaxreason.locks import Partial
@@ -15,15 +13,19 @@ from jaxreason.weights import WeightSource, locate
 
 
 def to_hf(model: str, out: str, dtype: str | None) -> str:
-    """Exports a run's latest checkpoint, or a given one; returns what to tell the user. Raises UserError."""
+    """Exports a run's latest checkpoint, or a given one; returns what to tell the user. Raises UserError.
+
+    ``dtype``: of the stored weights; None: :func:`jaxreason.handoff.source_dtype`.
+    """
     source = locate(model)
     if source.kind == "hf":
         raise UserError(f"{model} is a Hugging Face directory already; to-hf takes a run or one of its checkpoints")
     saved = checkpoint.read_model(source.path).execution.param_dtype
     config = source.config(saved, "float32")
+    stored = dtype or handoff.source_dtype(source)
     params = source.params(config, make_mesh(cfg.Mesh()))
-    hf.save(params, config, out, dtype or saved, load_tokenizer(source.tokenizer), _card(source))
-    return f"{source.path} -> {out} ({dtype or saved}); open it with transformers.AutoModelForCausalLM.from_pretrained"
+    hf.save(params, config, out, stored, load_tokenizer(source.tokenizer), handoff.card_of(source))
+    return f"{source.path} -> {out} ({stored}); open it with transformers.AutoModelForCausalLM.from_pretrained"
 
 
 def to_peft(model: str, out: str) -> str:
@@ -36,7 +38,8 @@ def to_peft(model: str, out: str) -> str:
     config = dataclasses.replace(source.config("float32", "float32"), adapter=adapter)
     adapters = source.adapters(config, make_mesh(cfg.Mesh()))
     # A hub id means the same on another machine, the directory where it was found here does not.
-    name = _card(source).get("base_model") or base.path
+    given = cfg.read_run(source.run / "config.yaml").get("model") if (source.run / "config.yaml").is_file() else None
+    name = (given or {}).get("weights") or base.path
     opened_as = name if WeightSource.at(base.path).kind == "hf" else f"{base.path} (a run: export it by to-hf)"
     hf.save_adapters(adapters, config, out, name, load_tokenizer(source.tokenizer))
     return f"{source.path} -> {out}; open it with peft.PeftModel.from_pretrained(BASE, {out!r}), BASE being {opened_as}"
@@ -57,15 +60,3 @@ def from_hf(model: str, out: str) -> str:
         partial.commit()
     return f"{directory} -> {out} ({stored}); use it as model.weights={out}"
 
-
-def _card(source: WeightSource) -> dict:
-    """What the model card says of the run."""
-    card: dict[str, Any] = {}
-    if (source.run / "config.yaml").is_file():
-        recipe = cfg.read_run(source.run / "config.yaml")
-        model, data = recipe.get("model") or {}, recipe.get("data") or {}
-        card |= {"base_model": model.get("weights") or f"random weights ({model.get('preset')})",
-                 "data": data.get("source"), "recipe": recipe}  # fmt: skip
-    if (source.run / "summary.json").is_file():
-        card["metrics"] = read_json(source.run / "summary.json")
-    return card

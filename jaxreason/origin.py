@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxreason.errors import UserError
 
 _PACKAGES = ("jaxreason", "jax", "jaxlib", "flax")
@@ -25,12 +23,18 @@ def origin(words: str | None = None) -> dict[str, Any]:
     """``command`` (``words``; None: what this process was started with), ``commit``, ``versions``, ``hardware`` and ``time``
     (UTC), ready for JSON."""
     return {
-        "command": shlex.join(["python", *sys.argv]) if words is None else words,
+        "command": _typed() if words is None else words,
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "hardware": hardware(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
+
+
+def _typed() -> str:
+    """What this process was started with: a script, or an installed command."""
+    program = Path(sys.argv[0])
+    return shlex.join(["python", *sys.argv] if program.suffix == ".py" else [program.name, *sys.argv[1:]])
 
 
 def command(script: str, argv: Sequence[str]) -> str:
@@ -76,6 +80,8 @@ def commit() -> str:
 
 def hardware() -> str:
     """The devices that jax computes on, and the machine that they are in."""
+    import jax  # a second, which a report that only reads these records does without
+
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kinds = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

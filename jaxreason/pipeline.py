@@ -8,10 +8,12 @@ from rich.table import Table
 
 from jaxreason import config as cfg
 from jaxreason.checkpoint import write_json
+from jaxreason.command import told
 from jaxreason.curate.rows import BuildJob, build
 from jaxreason.errors import UserError
 from jaxreason.evaluate.estimates import Interval
 from jaxreason.paths import local
+from jaxreason.report import end
 from jaxreason.rl import grpo
 from jaxreason.terminal import console
 from jaxreason.train import sft
@@ -67,7 +69,10 @@ def _trained(config: cfg.RunConfig, start: Path | None) -> dict[str, Any] | None
     if (summary := folder.summary()) is not None:
         console.print(f"{folder.path} is finished", markup=False)
         return summary
-    return sft.train(config) if isinstance(config, cfg.SftConfig) else grpo.train(config)
+    found = sft.train(config) if isinstance(config, cfg.SftConfig) else grpo.train(config)
+    if found is not None:
+        end.write(str(folder.path), told)
+    return found
 
 
 def accuracy(summary: dict[str, Any]) -> Interval | None:

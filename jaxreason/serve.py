@@ -1,6 +1,7 @@
 """A model opened for decoding: what generate.py and evaluate.py do."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxreason.model import ModelConfig
 from jaxreason.sampler import EngineSampler, Job, sampling_of
 from jaxreason.sharding import make_mesh
 from jaxreason.terminal import console, show_table
+from jaxreason.text import THINK_OPEN
 from jaxreason.weights import WeightSource, locate
 
 
@@ -73,6 +75,11 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
         raise
     except Reject as reject:
         raise UserError(f"--prompt holds {reject.reason}; leave it out") from None
+    _streamed(opened, prompt, options)
+
+
+def _streamed(opened: Opened, prompt: Sequence[int], options: cfg.Decode, draw: int = 0) -> str:
+    """One completion of ``prompt``, which is printed while it is drawn; ``draw``: its number, which decides the noise."""
     stops, written = opened.stop_ids, ""
     seen: list[int] = []
 
@@ -86,8 +93,66 @@ def answer(name: str, message: str, options: cfg.Decode) -> None:
         sys.stdout.flush()
         written = whole
 
-    opened.sampler.stream([prompt], Job(sampling_of(options), seed=options.seed, slots=1), show)
+    opened.sampler.stream([prompt], Job(sampling_of(options), seed=options.seed, draw=draw, slots=1), show)
     print()
+    return written
+
+
+def converse(name: str, options: cfg.Decode) -> None:
+    """A conversation: each message of standard input is answered with all earlier turns before it, until its end or ``/exit``.
+
+    ``/reset`` forgets the turns. A message that the model cannot be asked, or that leaves no room for an answer, is said on
+    standard error and is not kept.
+    """
+    opened = open_model(name, options).load()
+    chat, history = opened.chat(options), tuple[tuple[str, str], ...]()
+    typed = sys.stdin.isatty()
+    _aside(f"{name}: /reset forgets the conversation, /exit or Ctrl-D ends it")
+    for number in itertools.count():
+        try:
+            message = input("> " if typed else "").strip()
+        except EOFError:
+            if typed:
+                print()
+            return
+        if message == "/exit":
+            return
+        if message == "/reset":
+            history = ()
+            _aside("the conversation is forgotten")
+        elif message.startswith("/"):
+            _aside(f"{message.split()[0]} is no command; there are /reset and /exit")
+        elif message:
+            history += _turn(opened, chat, history, message, options, number)
+
+
+def _turn(
+    opened: Opened, chat: Chat, history: tuple[tuple[str, str], ...], message: str, options: cfg.Decode, number: int
+) -> tuple[tuple[str, str], ...]:
+    """The turns that a message adds to a conversation: itself and its answer, or none where it cannot be asked."""
+    try:
+        prompt = chat.render_prompt(Example(message, history=history))
+        ids = opened.tokenizer.encode(prompt)
+    except Reject as reject:
+        _aside(f"not asked: {reject}")
+        return ()
+    positions, limit = opened.config.arch.max_positions, options.max_completion_tokens
+    room = positions - limit
+    if len(ids) > room:
+        _aside(
+            f"not asked: the conversation has {len(ids)} tokens, and max_completion_tokens={limit} of the model's {positions} "
+            f"positions leave room for {max(room, 0)}; /reset forgets it"
+        )
+        return ()
+    text = _streamed(opened, ids, options, number)
+    # A template that opens the thought has written the beginning of the turn.
+    begun = f"{THINK_OPEN}\n" if prompt.rstrip().endswith(THINK_OPEN) else ""
+    return ("user", message), ("assistant", begun + text)
+
+
+def _aside(text: str) -> None:
+    """What is not the model's, apart from its answers."""
+    print(f"({text})", file=sys.stderr, flush=True)
 
 
 def search(name: str, message: str, word: str, options: cfg.Decode, out: Path | None) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+import types
 
 import numpy as np
 import pytest
@@ -169,11 +171,28 @@ def test_a_scorer_that_hangs_costs_its_answer_alone(tmp_path):
     assert result.answers[1].details["scores"] == [None, 1.0]
 
 
-def test_progress_without_a_terminal_speaks_every_ten_seconds(monkeypatch, capsys):
-    times = iter([0.0, 1.0, 12.0, 13.0, 30.0])
-    monkeypatch.setattr("jaxreason.terminal.time.monotonic", lambda: next(times))
-    with Working("toy", 100) as show:
-        for done in (10, 40, 50, 70):
-            show(done, "x")
-    # 30 of 90 in 12 s: 60 are left for 24 s; 60 in 30 s: 30 are left for 15 s.
-    assert capsys.readouterr().out.splitlines() == ["toy 40/100 eta 24s x", "toy 70/100 eta 15s x"]
+def hears(capsys: pytest.CaptureFixture, part: str) -> str:
+    """What is printed until ``part`` is, for at most ten seconds."""
+    said = ""
+    for _ in range(1000):
+        said += capsys.readouterr().out
+        if part in said:
+            break
+        time.sleep(0.01)
+    return said
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """A thread speaks, also before anything is done, as where a program compiles."""
+    now = [0.0]
+    monkeypatch.setattr("jaxreason.terminal.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Working, "_HEARTBEAT", 0.01)
+    with Working("toy", 100, "compiling") as show:
+        heard = hears(capsys, "toy 0/100")
+        show(10, "x")
+        now[0] = 12.0
+        show(40, "x")
+        said = hears(capsys, "40/100")
+    assert heard.splitlines()[0] == "toy 0/100 0 s eta unknown compiling"
+    # What was done before the first call took none of the time: 30 of 90 in 12 s, and 60 are left for 24 s.
+    assert said.splitlines()[-1] == "toy 40/100 12 s eta 24 s x"

@@ -394,14 +394,14 @@ def test_tokenizer_card_and_permissions(tmp_path):
         def save(self, directory):
             (Path(directory) / "tokenizer.json").touch()
 
-    card = {"base_model": "meta-llama/Llama-3.2-3B", "metrics": {"eval": {"accuracy": 0.5}}}
+    card = {"base_model": "meta-llama/Llama-3.2-3B", "recipe": {"steps": 5}}
     hf.save(random_params(tiny()), tiny(), tmp_path / "out", tokenizer=Tokenizer(), card=card)
     names = {"config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json", "SHA256SUMS"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     text = (tmp_path / "out/README.md").read_text()
     assert "\nbase_model: meta-llama/Llama-3.2-3B\n" in text
-    assert "| eval.accuracy | 0.5 |" in text
+    assert "| steps | 5 |" in text and "how often it is right is not known" in text
 
 
 def test_card_is_inert_text():

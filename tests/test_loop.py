@@ -33,6 +33,7 @@ def straight(tmp_path_factory):
     """Eight SFT steps with a held-out loss every four, which nothing disturbed."""
     root = tmp_path_factory.mktemp("straight")
     assert train("sft", sft_words(root, "data.eval_rows=8", "train.eval_every=4", "train.save_every=4")) == 0
+    assert (root / "sft" / "report.html").is_file()
     return root
 
 

@@ -74,6 +74,7 @@ def test_five_stages_leave_five_folders_and_a_table(made):
     assert [configs[name]["run"]["seed"] for name in configs] == [0, 1, 3, 4]
     for stage in done:
         if stage["kind"] != "build":
+            assert (root / stage["name"] / "report.html").is_file()
             found = pipeline.accuracy(stage["found"])
             assert (found is None) == (stage["kind"] == "sft")  # whose evaluation these words leave out
             if found:  # all of 8: Wilson's interval begins at 8 / (8 + 1.96²)

@@ -90,6 +90,50 @@ def test_the_page_holds_what_the_files_hold(hostile):
     assert tokens[:4] == [3, 9, 2, 5] and text.count("9 tokens, truncated") == 12
 
 
+def test_tokens_are_shaded_by_their_probability(tmp_path):
+    """ln 0.9 = -0.105, ln 0.6 = -0.511, ln 0.3 = -1.204, ln 0.1 = -2.303: a token on either side of each."""
+    logp = [-0.1, -0.11, -0.5, -0.52, -1.2, -1.21, -2.3, -2.31, float("nan")]
+    pieces = [f"{chr(97 + i)}{EVIL}" for i in range(9)]
+    shaded = sample(1, 0, 0.0, 3) | {"pieces": pieces, "logp": logp}
+    broken = sample(1, 1, 0.0, 3) | {"pieces": pieces, "logp": logp[1:]}
+    path = make_run(tmp_path, "a", 0, lines(0.5, 0.6), samples=[shaded, broken])
+    page = Page(report.write_run_report(path).read_text())
+    spans = [a for tag, a in page.tags if tag == "span" and a.get("title", "").startswith("log-prob")]
+    assert [int(a["class"][1]) for a in spans] == [1, 1, 2, 2, 3, 3, 4] and spans[-1]["title"] == "log-prob -2.31"
+    assert "img" not in [tag for tag, _ in page.tags]
+    # Of the two tokens that are not shaded, the last has no number.
+    assert pieces[0] + pieces[8] == page.texts["pre"][0] and sum(text.startswith("completion") for text in page.texts["pre"]) == 1
+
+
+def test_a_search_is_drawn(tmp_path, capsys):
+    """In the order of a walk, each node with what it adds; a file that is none, or that bites its own tail, is refused."""
+    def node(number, parent, depth, text, fate="kept", value=0.5):
+        return {"id": number, "parent": parent, "depth": depth, "text": text, "value": value, "visit": None, "fate": fate}
+
+    nodes = [node(0, None, 0, "", value=None), node(1, 0, 1, "a\n"), node(2, 0, 1, f"b{EVIL}", "dropped")]
+    nodes.append(node(3, 1, 2, "a\nc", "end"))
+    whole = {"question": EVIL, "strategy": "tot_bfs", "tokens": 7, "tree": {"nodes": nodes, "answer": 3}}
+    (tmp_path / "tree.json").write_text(json.dumps(whole))
+    path = make_run(tmp_path, "a", 0, lines(0.5, 0.6))
+    assert cli.report([str(path), "--tree", str(tmp_path / "tree.json")]) == 0
+    page = Page((path / "report.html").read_text())
+    drawn = [(a["class"], text) for a, text in zip((a for tag, a in page.tags if tag == "li"), page.texts["pre"])]
+    assert drawn == [("d0 kept", "the start"), ("d1 kept", "a"), ("d2 end", "c"), ("d1 dropped", f"b{EVIL}")]
+    assert "img" not in [tag for tag, _ in page.tags]
+    for spoilt in ({"votes": []}, whole | {"tree": {"nodes": [node(1, 0, 1, "a")], "answer": 1}}):
+        (tmp_path / "tree.json").write_text(json.dumps(spoilt))
+        assert cli.report([str(path), "--tree", str(tmp_path / "tree.json")]) == 2
+        assert "no tree of thoughts" in capsys.readouterr().err
+
+
+def test_accuracy_is_drawn_with_its_interval(tmp_path):
+    ends = {"eval_accuracy_low": 0.4, "eval_accuracy_high": 0.7}
+    path = make_run(tmp_path, "a", 0, [{"step": 0, "eval_accuracy": 0.5, **ends}, {"step": 2, "eval_accuracy": 0.6, **ends}])
+    page = Page(report.write_run_report(path).read_text())
+    values = [json.loads(a["data-values"]) for tag, a in page.tags if tag == "g" and "data-values" in a]
+    assert [[0, "0.500", "0.400", "0.700"], [2, "0.600", "0.400", "0.700"]] in values
+
+
 def test_lengths_are_counted(hostile):
     """14 completions each of 2, 5 and 9 tokens in bins of one token."""
     bars = report.lengths(report.Variant("a", [report.read_run(hostile)]), 1)

@@ -20,7 +20,7 @@ from jaxreason.config.grpo import (
     SecondTurn,
     Teacher,
 )
-from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, parse_words
+from jaxreason.config.parse import build, differences, dump, find, json_schema, keys, load, names, parse_words
 from jaxreason.config.pipeline import Harvest, Pipeline, Stage, load_pipeline
 from jaxreason.config.run import ALGORITHMS, RESUMABLE, RunConfig, may_change, read_run
 from jaxreason.config.schema import (
@@ -97,6 +97,7 @@ __all__ = [
     "load",
     "load_pipeline",
     "may_change",
+    "names",
     "parse_words",
     "read_run",
 ]

@@ -31,13 +31,22 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
         raise UserError(f"--config {name}: no such file")
-    here = Path(__file__).resolve().parent.parent
-    roots = [Path.cwd() / "configs", here.parent / "configs", here / "configs"]
-    for root in roots:
+    for root in _roots():
         if (root / f"{name}.yaml").is_file():
             return root / f"{name}.yaml"
-    known = sorted({str(p.relative_to(r).with_suffix("")) for r in roots if r.is_dir() for p in r.rglob("*.yaml")})
-    raise UserError(f"--config {name}: no such config{nearest(name, known)}; known: {', '.join(known)}")
+    known, searched = names(), ", ".join(map(str, _roots()))
+    raise UserError(f"--config {name}: no such config{nearest(name, known)}; known: {', '.join(known)} (searched: {searched})")
+
+
+def _roots() -> list[Path]:
+    """Where configs are looked for by name: below the current directory, in the clone of the repository, in the package."""
+    here = Path(__file__).resolve().parent.parent
+    return [root for root in (Path.cwd() / "configs", here.parent / "configs", here / "configs") if root.is_dir()]
+
+
+def names() -> list[str]:
+    """The configs that ``--config`` takes by name."""
+    return sorted({str(p.relative_to(r).with_suffix("")) for r in _roots() for p in r.rglob("*.yaml")})
 
 
 def load(name: str, overrides: typing.Sequence[str] = ()) -> RunConfig:

@@ -17,7 +17,7 @@ from jaxreason.rewards import Reward
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rewards.sample import Sample
 from jaxreason.sampler import Sampling, sampling_of
-from jaxreason.terminal import Working, console
+from jaxreason.terminal import NO_TOKENS_YET, Working, console
 
 FILE = "traces.jsonl"
 _BATCHES = 8  # slots' worth of draws in a block: what is lost where a block ends is an eighth at most
@@ -84,14 +84,14 @@ def draw(found: Mapping[str, Prompt], model: Model, way: Way, records: Records[T
     problems = list(found)
     block, done = max(1, _BATCHES * model.slots // way.samples), 0
     pool = RewardPool(way.functions, way.reward.workers, way.reward.timeout_s, way.reward.on_error)
-    with pool, Working("traces", len(problems) * way.samples) as show:
+    with pool, Working("traces", len(problems) * way.samples, NO_TOKENS_YET) as show:
         for first in range(0, len(problems), block):
             part = problems[first : first + block]
             share = len(part) * way.samples
             if any(records.find(settings, problem, way.samples) is None for problem in part):
 
                 def drawn(finished: int, asked: int, tokens: int, done: int = done, share: int = share) -> None:
-                    show(done + finished / asked * share, f"{tokens} tokens")
+                    show(done + finished / asked * share, f"{tokens:,} tokens")
 
                 prompts = [found[problem] for problem in part]
                 outcomes = model.run([_search(prompt, way) for prompt in prompts], first, drawn)

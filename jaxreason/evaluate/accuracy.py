@@ -14,7 +14,7 @@ from jaxreason.rewards import Reward
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rewards.sample import Sample
 from jaxreason.sampler import Completion, Job, Sampler
-from jaxreason.terminal import console
+from jaxreason.terminal import NO_TOKENS_YET, Working, console
 
 _SHOWN_ERRORS = 3
 
@@ -71,8 +71,10 @@ def evaluate(
     """
     limit, samples = job.sampling.max_completion_tokens, job.samples
     # The workers start here, so that they load the grader while the sampler decodes.
-    with RewardPool([(grading.grader, 1.0)], grading.workers, grading.timeout_s, "count") as pool:
-        completions = sampler.generate([p.ids for p in prompts], job)
+    pool = RewardPool([(grading.grader, 1.0)], grading.workers, grading.timeout_s, "count")
+    with pool, Working("evaluation", len(prompts) * samples, NO_TOKENS_YET) as show:
+        completions = sampler.generate([p.ids for p in prompts], job, lambda done, _, tokens: show(done, f"{tokens:,} tokens"))
+        show(len(completions), "grading")
         graded = [sample_of(prompts[c.prompt_index], c, tokenizer, limit) for c in completions]
         right = right_of(pool, graded)
     records = [

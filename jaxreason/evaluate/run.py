@@ -18,7 +18,7 @@ from jaxreason.evaluate.strategies import Strategy
 from jaxreason.rewards.pool import RewardPool
 from jaxreason.rewards.sample import Sample
 from jaxreason.sampler import Sampling
-from jaxreason.terminal import Working, console
+from jaxreason.terminal import NO_TOKENS_YET, Working, console
 from jaxreason.text import THINK_OPEN
 
 _BLOCK = 16  # problems of a search that move in step; what is drawn depends on it
@@ -62,7 +62,7 @@ def take(exam: Exam, model: Model, way: Way, records: Records[Answer], identity:
     what = f"{way.samples} answers each" if way.samples > 1 else way.strategy.name
     console.print(f"{exam.name} ({exam.asked}): {len(exam.items)} problems, {what}; {known} answered before", markup=False)
     pool = RewardPool([(exam.reward, 1.0)], way.workers, way.timeout_s, "count")
-    with pool, Raters(way) as raters, Working(exam.name, total) as show:
+    with pool, Raters(way) as raters, Working(exam.name, total, NO_TOKENS_YET) as show:
         for first in range(0, len(exam.items), block):
             items = exam.items[first : first + block]
             have = [records.find(settings, item.digest, way.samples) for item in items]
@@ -72,7 +72,7 @@ def take(exam: Exam, model: Model, way: Way, records: Records[Answer], identity:
                 share = len(items) * way.samples if way.strategy.single else 0
 
                 def drawn(finished: int, asked: int, tokens: int, done: int = done, share: int = share) -> None:
-                    show(done + finished / asked * share, f"{tokens} tokens")
+                    show(done + finished / asked * share, f"{tokens:,} tokens")
 
                 outcomes = model.run([_search(item, model, way, raters) for item in items], first, drawn)
                 records.add(_graded(items, outcomes, model, way, pool, settings))

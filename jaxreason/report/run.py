@@ -1,5 +1,6 @@
 """The report of a run, or of two beside each other: one HTML file made of the files that the runs wrote."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from jaxreason.report import page
 from jaxreason.report.charts import short
 from jaxreason.report.curves import curve, is_constant, main_metrics, metrics_of, window
 from jaxreason.report.explain import title
-from jaxreason.report.figures import Bars
+from jaxreason.report.figures import Bars, Chart
 from jaxreason.report.read import Run, Variant, number, read_run, read_samples
 from jaxreason.report.stats import Rate
 from jaxreason.report.tables import Table
@@ -25,10 +26,14 @@ NAME = "report.html"
 _PROMPTS = 12  # of a step that are shown
 _SHOWN_CHARACTERS = 4000  # of a prompt or completion
 _BINS = 12  # of a histogram of lengths
+_SHADES = (0.9, 0.6, 0.3, 0.1)  # a token is darker below each of these probabilities
+_NODES = 500  # of a tree that are drawn
 
 
-def write_run_report(run: Path, other: Path | None = None, out: Path | None = None) -> Path:
+def write_run_report(run: Path, other: Path | None = None, out: Path | None = None, tree: Path | None = None) -> Path:
     """Writes ``out`` (``run``/report.html) from the files of ``run`` and, beside it, of ``other``. Returns its path.
+
+    ``tree``: what ``generate.py --strategy tot_bfs --out`` wrote, drawn in addition.
 
     Raises UserError for a folder that is no run, runs of different algorithms, and a file of theirs that is damaged.
     """
@@ -39,7 +44,7 @@ def write_run_report(run: Path, other: Path | None = None, out: Path | None = No
     variants = [
         Variant(name if len(set(names)) == len(names) else str(found.path), [found]) for name, found in zip(names, runs)
     ]
-    curves = [found for metric in metrics_of(variants) if (found := curve(metric, variants))]
+    curves = [_with_interval(found, variants) for metric in metrics_of(variants) if (found := curve(metric, variants))]
     constant = {c.metric: value for c in curves if (value := is_constant(c)) is not None}
     figures, main = [c for c in curves if c.metric not in constant], main_metrics(variants)
     text = page.render(
@@ -49,6 +54,7 @@ def write_run_report(run: Path, other: Path | None = None, out: Path | None = No
         constant={title(k): short(value) for k, value in constant.items()},
         smooth=max(window(found.last_step) for found in runs), tables=_tables(variants),
         data=[(v.label, rows) for v in variants if (rows := _data(v.runs[0]))], steps=_steps(runs[0]),
+        search=None if tree is None else search(tree), shades=[f"{100 * limit:.0f} %" for limit in _SHADES],
         lengths=[bars for i, v in enumerate(variants) if (bars := lengths(v, i))], differences=_differences(runs),
         config=yaml.safe_dump(runs[0].config, sort_keys=False, allow_unicode=True),
         origins=[(f"Start {i + 1} of {v.label}", one) for v in variants for i, one in enumerate(v.runs[0].origins)],
@@ -70,10 +76,11 @@ def headline(run: Run, label: str) -> str:
     done = f"{label}: {run.last_step} steps" + ("" if run.summary else ", not finished")
     seconds = number((run.summary or {}).get("train_seconds"))
     done += f" in {seconds / 60:.1f} min" if seconds else ""
-    return f"{done}. {_learned(run)}"
+    return f"{done}. {learned(run)}"
 
 
-def _learned(run: Run) -> str:
+def learned(run: Run, interval: str = "") -> str:
+    """A sentence: what was measured before and after; ``interval``: the word before the ends of an accuracy's interval."""
     before, after = run.first("eval_accuracy"), run.last("eval_accuracy")
     if after is None:
         metric = "eval_loss" if run.last("eval_loss") is not None else "reward" if run.last("reward") is not None else "loss"
@@ -83,7 +90,7 @@ def _learned(run: Run) -> str:
     problems = run.last("eval_problems")
     on = f" on {problems:.0f} held-out problems" if problems else ""
     low, high = run.last("eval_accuracy_low"), run.last("eval_accuracy_high")
-    around = f" ({100 * low:.1f}–{100 * high:.1f})" if low is not None and high is not None else ""
+    around = f" ({interval}{100 * low:.1f}–{100 * high:.1f})" if low is not None and high is not None else ""
     if before is None:
         return f"Accuracy {100 * after:.1f} %{around}{on}; it was not measured before training."
     change = 100 * (after - before)
@@ -98,6 +105,19 @@ def _learned(run: Run) -> str:
     return f"Accuracy {100 * before:.1f} → {100 * after:.1f} %{around}{on}: {change:+.1f} points ({sure}).{verdict}"
 
 
+def _with_interval(chart: Chart, variants: Sequence[Variant]) -> Chart:
+    """The chart with the 95 % intervals that its runs recorded with its values, as ``METRIC_low`` and ``METRIC_high``."""
+    lines = []
+    for line in chart.lines:
+        run = variants[line.index].runs[0]
+        low, high = (run.series(f"{chart.metric}_{end}") for end in ("low", "high"))
+        steps = [int(step) for step in line.steps]
+        if set(steps) <= low.keys() & high.keys():
+            line = dataclasses.replace(line, low=[low[step] for step in steps], high=[high[step] for step in steps])
+        lines.append(line)
+    return dataclasses.replace(chart, lines=lines)
+
+
 # ---- tables
 
 
@@ -109,10 +129,15 @@ def _tables(variants: Sequence[Variant]) -> list[Table]:
         rows = [r for r in run.records if any(key.startswith("eval_") for key in r)]
         names = list(dict.fromkeys(key for r in rows for key in r if key.startswith("eval_")))
         if rows:
-            cells = [[str(r["step"]), *(short(number(r.get(name))) for name in names)] for r in rows]
+            cells = [[str(r["step"]), *(_cell(r.get(name)) for name in names)] for r in rows]
             header = ["step", *(title(name) for name in names)]
             found.append(Table("evaluation", f"Evaluation of {variant.label}", header, cells))
     return found
+
+
+def _cell(value: Any) -> str:
+    """A count whole, and anything else in three digits."""
+    return f"{value:,}" if isinstance(value, int) else short(number(value))
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
@@ -154,6 +179,40 @@ def _differences(runs: Sequence[Run]) -> Table | None:
     return Table("differences", "Config of the second run", ["key", *(run.path.name for run in runs)], rows)
 
 
+# ---- a search
+
+
+def search(path: Path) -> dict[str, Any]:
+    """A tree of thoughts as lines in the order of a walk through it, each with its depth and what it adds to its parent.
+
+    Raises UserError for another file."""
+    found = read_json(path)
+    try:
+        nodes = {node["id"]: node for node in found["tree"]["nodes"]}
+        below: dict[Any, list[dict]] = {}
+        for node in nodes.values():
+            below.setdefault(node["parent"], []).append(node)
+        lines: list[dict[str, Any]] = []
+        stack, seen = below[None][::-1], set()
+        while stack and len(lines) < _NODES:
+            node = stack.pop()
+            if node["id"] in seen:
+                raise ValueError("a node that is below itself")
+            seen.add(node["id"])
+            text, parent = str(node["text"]), node["parent"]
+            added = text if parent is None else text.removeprefix(str(nodes[parent]["text"]))
+            lines.append({
+                "depth": min(int(node["depth"]), 12), "text": _cut(added.strip("\n")), "value": short(number(node["value"])),
+                "fate": str(node["fate"]), "answer": node["id"] == found["tree"]["answer"],
+            })  # fmt: skip
+            stack += below.get(node["id"], [])[::-1]
+        head = {"question": _cut(str(found["question"])), "strategy": str(found["strategy"]), "tokens": int(found["tokens"])}
+    except (KeyError, TypeError, ValueError) as error:
+        fix = "give what generate.py --strategy tot_bfs --out FILE wrote"
+        raise UserError(f"{path}: no tree of thoughts ({error!r}); {fix}") from None
+    return head | {"lines": lines, "left": len(nodes) - len(lines)}
+
+
 # ---- completions
 
 
@@ -184,7 +243,8 @@ def _steps(run: Run) -> list[dict[str, Any]]:
             {"prompt": _cut(prompt), "gold": _cut(gold), "completions": _completions(group), "rewards": _rewards(group)}
             for (_, prompt, gold), group in list(problems.items())[:_PROMPTS]
         ]
-        found.append({"step": samples[0]["step"], "problems": shown, "left": max(0, len(problems) - _PROMPTS)})
+        found.append({"step": samples[0]["step"], "problems": shown, "left": max(0, len(problems) - _PROMPTS),
+                      "shaded": any(s.get("pieces") for s in samples)})  # fmt: skip
     return found
 
 
@@ -198,9 +258,21 @@ def _completions(group: Sequence[dict]) -> list[dict[str, Any]]:
     return [
         {"text": _cut(s["completion"]), "reward": short(s["reward"]), "advantage": short(number(s.get("advantage"))),
          "parts": {name: short(value) for name, value in s.get("rewards", {}).items()}, "tokens": s["tokens"],
-         "truncated": s["truncated"]}
+         "truncated": s["truncated"], "pieces": _shaded(s)}
         for s in ordered
     ]  # fmt: skip
+
+
+def _shaded(sample: dict) -> list[tuple[str, int, str]]:
+    """(text, shade 0 to 4, log-prob) of the tokens of a sample that was written token by token; [] of another."""
+    pieces, logp = sample.get("pieces") or [], sample.get("logp") or []
+    if len(pieces) != len(logp) or sum(map(len, pieces)) > 2 * _SHOWN_CHARACTERS:
+        return []
+    values = [(str(piece), number(value)) for piece, value in zip(pieces, logp)]
+    return [
+        (piece, sum(math.exp(value) < limit for limit in _SHADES) if value is not None else 0, short(value))
+        for piece, value in values
+    ]
 
 
 def _cut(text: str) -> str:

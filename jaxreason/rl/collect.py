@@ -23,10 +23,8 @@ from jaxreason.rl.sequence import Groups, Sequence, drawn_metrics, labels, mean,
 from jaxreason.rl.shapes import data_prompts
 from jaxreason.sampler import ROUNDS, Completion, Job, Sampler, Sampling, sampling_of
 from jaxreason.sampler.engine.slots import Room, that_fit
-from jaxreason.terminal import console
+from jaxreason.terminal import NO_TOKENS_YET, Working, console
 from jaxreason.train import hosts
-
-_SPEAK_S = 15.0  # a long rollout says so this often
 
 
 @dataclasses.dataclass
@@ -169,15 +167,13 @@ class Collector:
         """Graded groups of completions of ``prompts``, numbered from ``offset``, and how many samples no grader could grade."""
         if not prompts:
             return [], 0
-        clock = spoke = time.monotonic()
+        clock = time.monotonic()
+        with Working("rollout", len(prompts) * job.samples, NO_TOKENS_YET) as show:
 
-        def progress(finished: int, total: int, tokens: int) -> None:
-            nonlocal spoke
-            if jax.process_index() == 0 and (now := time.monotonic()) - spoke > _SPEAK_S:
-                spoke = now
-                console.print(f"step {step}: rollout {finished}/{total} completions, {tokens / (now - clock):.0f} tokens/s")
+            def drawn(done: int, _: int, tokens: int) -> None:
+                show(done, f"{tokens / (time.monotonic() - clock):.0f} tok/s")
 
-        completions = self.sampler.generate([p.ids for p in prompts], job, progress)
+            completions = self.sampler.generate([p.ids for p in prompts], job, drawn)
         if any(c.params_step != params_step for c in completions):
             raise RuntimeError("the rollout used weights of another step")
         seconds["rollout"] += time.monotonic() - clock

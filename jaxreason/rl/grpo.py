@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TextIO
 
 import jax
 import numpy as np
@@ -31,6 +28,7 @@ from jaxreason.rl.collect import Collector, rollout_job, slots_of
 from jaxreason.rl.context import TeacherPrompts, teacher_prompts
 from jaxreason.rl.held_out import HeldOut
 from jaxreason.rl.objective import Objective, objective_of
+from jaxreason.rl.samples import Samples
 from jaxreason.rl.sequence import Sequence
 from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, shapes_of, shares_reference
 from jaxreason.sampler.engine.slots import room_here
@@ -58,7 +56,10 @@ from jaxreason.train.setup import (
 from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_sum_of_squares, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
-SHOWN = ("reward", "eval_accuracy", "completion_tokens", "entropy", "sampler_gap_max", "drawn_tokens_per_second")
+SHOWN = {
+    "reward": "reward", "eval_accuracy": "accuracy", "completion_tokens": "length", "entropy": "entropy",
+    "drawn_tokens_per_second": "tok/s", "sampler_gap_max": "gap",
+}  # fmt: skip
 _PATIENCE = 5  # steps in a row before a warning
 
 
@@ -103,7 +104,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
     with (
         Loop(folder, config, span, model, held_out, evaluate_first=True) as loop,
         RewardPool(objective.graders, reward.workers, reward.timeout_s, reward.on_error) as pool,
-        Samples(folder.path) as samples,
+        Samples(folder.path, setup.tokenizer) as samples,
     ):
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
@@ -377,36 +378,6 @@ def speeds(seconds: float, times: dict[str, float], trained: float, sequences: l
         "trained_tokens_per_second": trained / seconds,
         "drawn_tokens_per_second": drawn / seconds,
     }
-
-
-class Samples:
-    """samples.jsonl: every completion of process 0 with what it earned."""
-
-    def __init__(self, folder: Path):
-        self._path = folder / "samples.jsonl"
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "Samples":
-        self._file = open(self._path, "a") if jax.process_index() == 0 else None
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def write(self, step: int, sequences: list[Sequence]) -> None:
-        """One line a completion."""
-        if not self._file:
-            return
-        for s in sequences:
-            line = {
-                "step": step, "group": s.group, "prompt": s.prompt.user, "gold": s.prompt.gold, "completion": s.text,
-                "source": s.source, "tokens": len(s.completion.tokens), "truncated": s.completion.truncated,
-                "advantage": float(np.mean(s.advantage)), "reward": None if math.isnan(s.reward) else s.reward,
-                "rewards": {k: None if math.isnan(v) else v for k, v in s.rewards.items()},
-            }  # fmt: skip
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
 
 
 class Watch:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxreason.terminal import Working
+
 
 class Ahead:
     """A jitted function that a thread compiles for arguments known as shapes, while the run does something else.
@@ -29,7 +31,11 @@ class Ahead:
         threading.Thread(target=work, name="compile").start()
 
     def __call__(self, *args: Any) -> Any:
-        compiled = self._compiled.result()
+        if self._compiled.done():
+            compiled = self._compiled.result()
+        else:
+            with Working("compiling", 1, "the update"):
+                compiled = self._compiled.result()
         with jax.set_mesh(self._mesh):
             return compiled(*args)
 

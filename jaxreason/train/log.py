@@ -4,23 +4,26 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxreason import config as cfg
-from jaxreason.terminal import console
+from jaxreason.terminal import bars, console, seconds
 from jaxreason.train.sinks import sinks
 
 _HEARTBEAT = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
 
 class Log:
-    """metrics.jsonl, a progress bar with ETA (or heartbeat lines), and the sinks that were asked for."""
+    """metrics.jsonl, a progress bar with ETA (or heartbeat lines), and the sinks that were asked for.
 
-    def __init__(self, folder: Path, config: cfg.RunConfig, total: int, start: int, shown: tuple[str, ...]):
+    ``shown``: metrics of the progress line, in order, with what they are called there.
+    """
+
+    def __init__(self, folder: Path, config: cfg.RunConfig, total: int, start: int, shown: Mapping[str, str]):
         self._primary = jax.process_index() == 0
         self._shown, self._total = shown, total
         path = folder / "metrics.jsonl"
@@ -29,10 +32,9 @@ class Log:
         self._sinks = sinks(folder, config, start) if self._primary else []
         self._started, self._spoke, self._first = time.monotonic(), 0.0, start
         self._live = self._primary and console.is_terminal
-        columns = ("step", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "eta", TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, disable=not self._live)
-        self._task = self._bar.add_task("train", total=total, completed=start, text="")
-        self._bar.start()
+        self._seen: dict[str, float] = {}  # the newest value of each shown metric
+        if self._live:
+            self._task = bars.add("step", total, start)
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """One object a step."""
@@ -67,12 +69,15 @@ class Log:
         file.flush()
 
     def _show(self, step: int, record: dict[str, float]) -> None:
-        text = " ".join(f"{name} {_short(record[name])}" for name in self._shown if name in record)
-        self._bar.update(self._task, completed=step, text=text)
+        self._seen |= {name: record[name] for name in self._shown if name in record}
+        text = " ".join(f"{self._shown[name]} {_short(self._seen[name])}" for name in self._shown if name in self._seen)
+        if self._live:
+            bars.update(self._task, step, text)
         now = time.monotonic()
         if not self._live and (now - self._spoke > _HEARTBEAT or step == self._total):
-            rate = (now - self._started) / max(1, step - self._first)
-            console.print(f"step {step}/{self._total} eta {rate * (self._total - step):.0f}s {text}")
+            done = step - self._first
+            eta = seconds((now - self._started) / done * (self._total - step)) if done else "unknown"
+            console.print(f"step {step}/{self._total} eta {eta} {text}")
             self._spoke = now
 
     def close(self) -> None:
@@ -81,7 +86,8 @@ class Log:
                 last.callback(self._file.close)
             for sink in self._sinks:
                 last.callback(sink.close)
-            last.callback(self._bar.stop)
+            if self._live:
+                last.callback(bars.end, self._task, stays=True)
 
 
 def _newest(path: Path) -> tuple[int, tuple[int, dict]] | None:

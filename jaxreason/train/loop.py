@@ -41,7 +41,7 @@ class Span:
 
     total: int  # steps of the loop
     updates: int  # optimizer updates in one of them
-    shown: tuple[str, ...]  # metrics of the progress line, in order
+    shown: Mapping[str, str]  # metrics of the progress line, in order, with what they are called there
 
     @property
     def all_updates(self) -> int:

@@ -22,7 +22,7 @@ from jaxreason.model import ModelConfig, param_count
 from jaxreason.model.cudnn import segment_bound
 from jaxreason.sampler import EngineSampler, Job, Sampling
 from jaxreason.sharding import check_batch, make_mesh, replicated, within
-from jaxreason.terminal import console, gib, show_table
+from jaxreason.terminal import Working, console, gib, show_table
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
@@ -47,7 +47,7 @@ from jaxreason.types import Batch, Totals, TrainState
 
 _DISTILLING = ", ".join(distill.DIVERGENCES)
 _OF_REFERENCE = frozenset({"ref_logp", "ref_kl"})
-SHOWN = ("loss", "eval_loss", "trained_tokens_per_second", "eval_accuracy")
+SHOWN = {"loss": "loss", "eval_accuracy": "accuracy", "eval_loss": "eval loss", "trained_tokens_per_second": "tok/s"}
 
 
 def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
@@ -142,7 +142,7 @@ def compile_step(
     )  # fmt: skip
     second = abstract_second(compared.compared if compared else None, mesh)
     out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Working("compiling", 1, "the step"):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(abstract, batch, second).compile(), second
 
 
@@ -225,10 +225,12 @@ class HeldOut:
         found: dict[str, float] = {}
         if self._rows:
             loss = tokens = 0.0
-            for index in range(self._rows.num_steps()):
-                batch = put(self._rows.batch(index, jax.process_index(), jax.process_count()), self._mesh)
-                tokens += float(jnp.sum(batch.loss_mask))
-                loss += float(self._loss(state.model_params, batch))
+            with Working("held-out loss", count := self._rows.num_steps()) as show:
+                for index in range(count):
+                    batch = put(self._rows.batch(index, jax.process_index(), jax.process_count()), self._mesh)
+                    tokens += float(jnp.sum(batch.loss_mask))
+                    loss += float(self._loss(state.model_params, batch))
+                    show(index + 1)
             found |= {"eval_loss": loss / tokens, "eval_tokens": tokens}
         if self._problems:
             self._sampler.load(state.model_params, int(state.step))

@@ -19,8 +19,8 @@ from jaxreason.train.log import Log
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENOENT, errno.EIO, errno.ENOTTY])
 def test_a_refusal_is_one_line_with_the_path_and_a_fix(code, capsys):
-    @cli.command
-    def fails(argv):
+    @cli.command(lambda parser: None)
+    def fails(args):
         raise OSError(code, os.strerror(code), "/data/runs/a", None, "/data/runs/b")
 
     assert fails([]) == 2
