@@ -22,8 +22,13 @@ def to_hf(model: str, out: str, dtype: str | None) -> str:
     saved = checkpoint.read_model(source.path).execution.param_dtype
     config = source.config(saved, "float32")
     params = source.params(config, make_mesh(cfg.Mesh()))
-    hf.save(params, config, out, dtype or saved, load_tokenizer(source.tokenizer), _card(source))
-    return f"{source.path} -> {out} ({dtype or saved}); open it with transformers.AutoModelForCausalLM.from_pretrained"
+    card, found = _card(source), checkpoint.read_adapters(source.path)
+    said = ""
+    if found and found[0].base != "param":
+        card["weights"] = f"adapters merged into a base that was rounded to {found[0].base}, as they were trained beside it"
+        said = f", {card['weights']}"
+    hf.save(params, config, out, dtype or saved, load_tokenizer(source.tokenizer), card)
+    return f"{source.path} -> {out} ({dtype or saved}{said}); open it with transformers.AutoModelForCausalLM.from_pretrained"
 
 
 def to_peft(model: str, out: str) -> str:

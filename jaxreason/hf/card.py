@@ -9,7 +9,7 @@ from jaxreason.errors import UserError
 from jaxreason.hf.table import flatten
 from jaxreason.model import ModelConfig, family_of, param_count
 
-_SECTIONS = ("title", "license", "base_model", "data", "recipe", "metrics")
+_SECTIONS = ("title", "license", "base_model", "data", "weights", "recipe", "metrics")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME, which the hub can link
 
 
@@ -18,7 +18,7 @@ def model_card(config: ModelConfig, dtype: str, card: dict[str, Any]) -> str:
 
     Args:
       config: the exported architecture.  dtype: of the stored weights.
-      card: ``title``, ``license``, ``base_model`` and ``data`` (text; hub ids are linked in the front matter),
+      card: ``title``, ``license``, ``base_model``, ``data`` (text; hub ids are linked in the front matter) and ``weights`` (text),
         ``recipe`` and ``metrics`` (nested dicts of plain values, each shown as a table).
 
     Raises: UserError for an unknown section.
@@ -40,7 +40,7 @@ def model_card(config: ModelConfig, dtype: str, card: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {_line(card.get('title', 'Reasoning model'))}\n",
         f"Trained with jaxreason; it opens in transformers as a `{family_of(config).hf.architecture}`.\n",
-        _table("Model", {"base model": base, "training data": data, **_architecture(config, dtype)}),
+        _table("Model", {"base model": base, "training data": data, "weights": card.get("weights"), **_architecture(config, dtype)}),
         _table("Results", _dotted(card.get("metrics"))),
         _table("Recipe", _dotted(card.get("recipe"))),
     ]
