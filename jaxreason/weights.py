@@ -118,7 +118,7 @@ class WeightSource:
         return jax.jit(merge_in, out_shardings=out, donate_argnums=donated)(params, adapters)
 
 
-def _kept(base: str, mesh: Mesh, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | dict:
+def _kept(base: Literal["param", "int8", "nf4"], mesh: Mesh, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | dict:
     """A parameter as a base is kept; a matrix that is quantized is gone."""
     if base == "param" or path[-1] != "kernel":
         return leaf

@@ -18,8 +18,8 @@ def model_card(config: ModelConfig, dtype: str, card: dict[str, Any]) -> str:
 
     Args:
       config: the exported architecture.  dtype: of the stored weights.
-      card: ``title``, ``license``, ``base_model``, ``data`` (text; hub ids are linked in the front matter) and ``weights`` (text),
-        ``recipe`` and ``metrics`` (nested dicts of plain values, each shown as a table).
+      card: ``title``, ``license``, ``base_model``, ``data`` (text; hub ids are linked in the front matter) and ``weights``
+        (text), ``recipe`` and ``metrics`` (nested dicts of plain values, each shown as a table).
 
     Raises: UserError for an unknown section.
     """
@@ -40,7 +40,10 @@ def model_card(config: ModelConfig, dtype: str, card: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {_line(card.get('title', 'Reasoning model'))}\n",
         f"Trained with jaxreason; it opens in transformers as a `{family_of(config).hf.architecture}`.\n",
-        _table("Model", {"base model": base, "training data": data, "weights": card.get("weights"), **_architecture(config, dtype)}),
+        _table(
+            "Model",
+            {"base model": base, "training data": data, "weights": card.get("weights"), **_architecture(config, dtype)},
+        ),
         _table("Results", _dotted(card.get("metrics"))),
         _table("Recipe", _dotted(card.get("recipe"))),
     ]

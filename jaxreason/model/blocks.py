@@ -90,7 +90,8 @@ class Dense(nn.Module):
         if self.has_variable("params", "transposed"):
             out = times_transposed(x, self.get_variable("params", "transposed"))
         else:
-            if isinstance(stored := self.get_variable("params", "kernel"), Mapping):
+            stored: Any = self.get_variable("params", "kernel")
+            if isinstance(stored, Mapping):
                 out = quantized.product(x, stored, self.config.execution.scan_layers)
             else:
                 drawn = nn.initializers.normal(self.config.arch.init_std)

@@ -19,12 +19,12 @@ from jax import Array
 
 from jaxreason.errors import UserError
 from jaxreason.model.config import Adapter
-from jaxreason.model.quantized import Stored, kernel_of
+from jaxreason.model.quantized import kernel_of
 
 LEAVES = ("lora_a", "lora_b", "magnitude")
 
 
-def adapted(out: Array, x: Array, leaves: Mapping[str, Stored], adapter: Adapter) -> Array:
+def adapted(out: Array, x: Array, leaves: Mapping[str, Any], adapter: Adapter) -> Array:
     """``out`` = x·W [rows, out] with the adapter's part added; ``leaves``: kernel [in, out] and those of the adapter."""
     out = out + (x @ leaves["lora_a"].astype(x.dtype)) @ leaves["lora_b"].astype(x.dtype) * adapter.scale
     if adapter.kind == "lora":
@@ -33,7 +33,7 @@ def adapted(out: Array, x: Array, leaves: Mapping[str, Stored], adapter: Adapter
     return out * (leaves["magnitude"].astype(jnp.float32) / norm).astype(x.dtype)
 
 
-def _sum(leaves: Mapping[str, Stored], adapter: Adapter) -> Array:
+def _sum(leaves: Mapping[str, Any], adapter: Adapter) -> Array:
     """W + s·A·B in float32; A·B at full precision, also where the device's default for float32 is less."""
     a, b = (leaves[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
     return kernel_of(leaves["kernel"]).astype(jnp.float32) + adapter.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

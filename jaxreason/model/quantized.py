@@ -19,6 +19,7 @@ A library (qwix) would wrap the modules and keep its own records in their variab
 scan, the shardings and the merge of adapters read, and all that they need is the two functions below.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -39,7 +40,7 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_BETWEEN = tuple((a + b) / 2 for a, b in zip(NF4, NF4[1:]))
+_BETWEEN = tuple((a + b) / 2 for a, b in itertools.pairwise(NF4))
 
 Stored = Array | Mapping[str, Array]  # a kernel, or the leaves that it is kept as
 
@@ -54,7 +55,9 @@ def quantize(kernel: Array, base: Literal["int8", "nf4"]) -> dict[str, Array]:
     unit = (blocks / jnp.where(absmax == 0, 1, absmax)[:, None]).reshape(width, features)
     if base == "int8":
         return {"codes": jnp.round(unit * 127).astype(jnp.int8), "absmax": absmax}
-    codes = sum((unit > middle).astype(jnp.uint8) for middle in _BETWEEN)
+    codes = jnp.zeros(unit.shape, jnp.uint8)
+    for middle in _BETWEEN:
+        codes += unit > middle
     pairs = codes.reshape(-1, 2, features)
     groups = absmax.reshape(len(absmax), -1, math.gcd(features, GROUP))
     lowest, highest = jnp.min(groups, axis=2), jnp.max(groups, axis=2)

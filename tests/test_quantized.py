@@ -1,0 +1,158 @@
+"""A base in int8 and NF4: by hand, against NumPy, and against the model whose matrices are the ones made of the codes."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import sft_words
+from scipy.stats import norm
+from test_lora import adapters_of, base, config_of, moved, on, train  # noqa: F401 (base: a fixture)
+from test_step import CONFIG, UNPACKED
+
+from jaxreason import cli, hf, losses, model
+from jaxreason import config as cfg
+from jaxreason.errors import UserError
+from jaxreason.model import lora, quantized
+from jaxreason.sharding import batch_sharding, device_bytes, make_mesh, replicated, shardings
+from jaxreason.train import optimizer as opt
+from jaxreason.train import state as states
+from jaxreason.train.step import BASE, make_gradient
+from jaxreason.types import merge
+
+PARAMS = model.init(CONFIG, jax.random.key(1))
+
+
+def kept_as(form: str, kind: str = "lora") -> model.ModelConfig:
+    config = config_of(kind)
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, base=form))
+
+
+def test_nf4_is_made_of_quantiles_of_a_normal_distribution():
+    """8 levels above 1/2 and 7 below, evenly spaced in probability up to 1 - (1/30 + 1/32) / 2, and 0."""
+    outermost = 1 - (1 / 30 + 1 / 32) / 2
+    above, below = (norm.ppf(np.linspace(0.5, outermost, count + 1)[1:]) for count in (8, 7))
+    values = np.array([*-below[::-1], 0, *above]) / above[-1]
+    np.testing.assert_allclose(quantized.NF4, values, atol=3e-7)  # the paper's have float32's digits
+    assert len(values) == 16 and quantized.NF4[::15] == (-1, 1)
+
+
+def test_a_block_by_hand():
+    """64 inputs, of which all but four are 0, the code 7: absmax 2, and 1, -2, 0.3 and 2 are 0.5, -1, 0.15 and 1 of it."""
+    column = np.zeros((64, 1), np.float32)
+    column[:4, 0] = [1.0, -2.0, 0.3, 2.0]
+    found = quantized.quantize(column, "nf4")
+    assert found["codes"].shape == (32, 1) and found["codes"].dtype == jnp.uint8
+    # 0.5 is nearest to 0.4407 (12), and 0.15 to 0.1609 (9); the first of two rows is in the low half of their byte.
+    assert found["codes"][:3, 0].tolist() == [12 + 16 * 0, 9 + 16 * 15, 7 + 16 * 7]
+    np.testing.assert_allclose(quantized.kernel_of(found)[:5, 0], [0.8814197, -2, 0.3218604, 2, 0], rtol=1e-6)
+    found = quantized.quantize(column, "int8")
+    assert found["codes"][:5, 0].tolist() == [64, -127, 19, 127, 0]  # 63.5 is rounded to the even number
+    np.testing.assert_allclose(quantized.kernel_of(found)[:5, 0], np.array([64, -127, 19, 127, 0]) * 2 / 127, rtol=1e-6)
+
+
+def test_matrices_by_a_twin_in_numpy_and_within_their_bounds():
+    """Blocks of 64 inputs, and groups of 256 absmaxes; a stack is its layers one by one, also of a block of zeros."""
+    w = np.random.default_rng(0).normal(size=(2, 128, 512)).astype(np.float32)
+    w[1, :64, :256] = 0.0
+    blocks = w.reshape(2, 2, 64, 512)
+    absmax = np.abs(blocks).max(2)
+    found = quantized.kernel_of(jax.jit(lambda w: quantized.quantize(w, "int8"))(w))
+    assert (np.abs(found - w).reshape(blocks.shape) <= absmax[:, :, None] / 127 / 2 * (1 + 1e-5)).all()
+
+    stored = jax.jit(lambda w: quantized.quantize(w, "nf4"))(w)
+    groups = absmax.reshape(2, 2, 2, 256)
+    lowest, step = groups.min(-1), (groups.max(-1) - groups.min(-1)) / np.float32(255)
+    again = lowest[..., None] + np.rint((groups - lowest[..., None]) / np.where(step, step, 1)[..., None]) * step[..., None]
+    assert {name: (leaf.shape, leaf.dtype.name) for name, leaf in stored.items()} == {
+        "codes": ((2, 64, 512), "uint8"), "absmax": ((2, 2, 512), "uint8"), "lowest": ((2, 2, 2), "float32"),
+        "step": ((2, 2, 2), "float32"),
+    }  # fmt: skip
+    levels, units = np.array(quantized.NF4), blocks / np.where(absmax, absmax, 1)[:, :, None]
+    nearest = levels[np.abs(units[..., None] - levels).argmin(-1)]
+    twin = (nearest * again.reshape(absmax.shape)[:, :, None]).reshape(w.shape)
+    found = quantized.kernel_of(stored)
+    assert (np.abs(found - twin) > 1e-5).sum() <= 2  # float32 and float64 may differ about what is nearest
+    widest = np.diff(levels).max() / 2 * absmax + step.repeat(256, -1).reshape(absmax.shape) / 2
+    assert (np.abs(found - w).reshape(blocks.shape) <= widest[:, :, None] + 1e-6).all()
+    assert not found[1, :64, :256].any()
+
+
+@pytest.mark.parametrize(("form", "kind"), [("int8", "lora"), ("nf4", "dora")])
+def test_a_model_beside_codes_is_the_one_beside_their_matrices(form, kind):
+    """Value and gradients of adapters, KL to the base, and decoding's weights; written out, in microbatches, on a mesh."""
+    config, plain = kept_as(form, kind), config_of(kind)
+    params = model.quantized_base(PARAMS, config)
+    matrices = quantized.map_kernels(quantized.kernel_of, params)
+    assert np.abs(matrices["layers"]["mlp"]["up"]["kernel"] - PARAMS["layers"]["mlp"]["up"]["kernel"]).max() > 1e-4
+    adapters = lora.with_magnitudes(model.init_adapters(config, jax.random.key(2)), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapters, lora.with_magnitudes(adapters, matrices))
+    adapters = moved(adapters)
+    loss = losses.get("forward_kl")
+    wanted = jax.jit(make_gradient(plain, loss, 1, second_config=BASE))(adapters, UNPACKED, frozen=matrices)
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted[2])) > 1e-4
+
+    mesh = make_mesh(cfg.Mesh(data=2, fsdp=2, tensor=2))
+    split = {"scan_layers": False, "remat": "matmuls"} if form == "nf4" else {}
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(tree, shardings(tree, mesh)) for tree in (adapters, params)]
+        gradient = make_gradient(config.replace(**split), loss, 2, second_config=BASE)
+        batch = jax.device_put(UNPACKED, batch_sharding(mesh))
+        found = jax.jit(gradient, out_shardings=replicated(mesh))(placed[0], batch, None, 0, placed[1])
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), found[2], wanted[2])
+    codes = placed[1]["layers"]["mlp"]["up"]["kernel"]["codes"]
+    assert codes.addressable_shards[0].data.shape == (2, codes.shape[1] // 2, 24)  # in / fsdp, out / tensor
+
+    decoding = jax.jit(lambda p: model.unstack(p, config))(merge(adapters, params))
+    twin = model.unstack(merge(adapters, matrices), plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), decoding, twin)
+
+
+def test_the_state_has_a_bit_more_than_four_bits_a_weight():
+    """Of a matrix of 128 x 256: 16,384 bytes of codes, 512 of absmaxes, 2 x 4 x 2 of their groups."""
+    arch = {"embed_dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 256, "vocab_size": 64}
+    config = dataclasses.replace(kept_as("nf4").replace(**arch, num_layers=3), adapter=kept_as("nf4").adapter)
+    mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
+    frozen = states.abstract(config, opt.make(cfg.Optimizer(), 10), mesh).frozen
+    assert device_bytes(frozen["layers"]["mlp"]["up"]) == 3 * (16384 + 512 + 16)
+    assert device_bytes(frozen["layers"]["attention"]["q"]) == 3 * (8192 + 256 + 16)
+    assert frozen["embedding"].dtype == jnp.float32
+    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), frozen, jax.eval_shape(
+        lambda: model.quantized_base(model.init(config, jax.random.key(0)), config)))  # fmt: skip
+    with pytest.raises(UserError, match="lora.base nf4: k has 40 inputs, which blocks of 64"):
+        model.full_shapes(config.replace(embed_dim=40))
+
+
+def test_a_run_resumes_bitwise_and_exports_what_was_trained(base, tmp_path, capsys):  # noqa: F811
+    """The base is quantized again when a run goes on or is opened; its export is W of the codes + s A B."""
+    words = on(base, sft_words(tmp_path), "lora.targets=[q, down]", "lora.base=nf4", "run.name=tuned", "train.steps=2",
+               "train.save_every=1")  # fmt: skip
+    assert train("sft", words) == 0
+    tuned = tmp_path / "tuned"
+    whole = adapters_of(tuned, 2)
+    assert json.loads((tuned / "checkpoints" / "00000002" / "model.json").read_text())["adapter"]["base"] == "nf4"
+    shutil.rmtree(tuned / "checkpoints" / "00000002")
+    assert train("sft", words) == 0
+    jax.tree.map(np.testing.assert_array_equal, adapters_of(tuned, 2), whole)
+
+    assert cli.convert(["to-hf", str(tuned), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
+    assert "rounded to nf4" in capsys.readouterr().out and "rounded to nf4" in (tmp_path / "hf" / "README.md").read_text()
+    exported = hf.load(tmp_path / "hf")[0]["layers"]
+    assert cli.convert(["to-hf", str(base), str(tmp_path / "base"), "--dtype", "float32"]) == 0
+    before = hf.load(tmp_path / "base")[0]["layers"]
+    for module, name in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
+        kernel = quantized.kernel_of(quantized.quantize(before[module][name]["kernel"], "nf4"))
+        if leaves := whole["layers"][module].get(name):
+            kernel = kernel + 8.0 * leaves["lora_a"].astype(np.float64) @ leaves["lora_b"]  # alpha 32 / rank 4
+        np.testing.assert_allclose(exported[module][name]["kernel"], kernel, atol=1e-6)
+    assert train("sft", [*words, "lora.base=int8"]) == 2
+    assert "lora.base: 'nf4' there, 'int8' now" in capsys.readouterr().err
+
+
+def test_a_base_is_of_adapters():
+    with pytest.raises(UserError, match="lora.base is of adapters, and there are none: set lora.rank"):
+        cfg.load("sft", ["lora.base=nf4"])
