@@ -122,9 +122,10 @@ def _kept(base: Literal["param", "int8", "nf4"], mesh: Mesh, path: tuple[str, ..
     """A parameter as a base is kept; a matrix that is quantized is gone."""
     if base == "param" or path[-1] != "kernel":
         return leaf
-    make = functools.partial(quantized.quantize, base=base)
-    out = {name: leaf_sharding((*path, name), s.shape, mesh) for name, s in jax.eval_shape(make, leaf).items()}
-    kept = jax.block_until_ready(jax.jit(make, out_shardings=out)(leaf))
+    shapes = quantized.quantize.eval_shape(leaf, base=base)
+    out = {name: leaf_sharding((*path, name), s.shape, mesh) for name, s in shapes.items()}
+    make = jax.jit(quantized.quantize, static_argnames="base", out_shardings=out)
+    kept = jax.block_until_ready(make(leaf, base=base))
     leaf.delete()
     return kept
 

@@ -1,34 +1,22 @@
 """A base in int8 and NF4: by hand, against NumPy, and against the model whose matrices are the ones made of the codes."""
 
-import dataclasses
-import json
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sft_words
 from scipy.stats import norm
-from test_lora import adapters_of, base, config_of, moved, on, train  # noqa: F401 (base: a fixture)
-from test_step import CONFIG, UNPACKED
+from test_lora import PARAMS, config_of, moved
+from test_step import UNPACKED
 
-from jaxreason import cli, hf, losses, model
 from jaxreason import config as cfg
+from jaxreason import losses, model
 from jaxreason.errors import UserError
 from jaxreason.model import lora, quantized
-from jaxreason.sharding import batch_sharding, device_bytes, make_mesh, replicated, shardings
+from jaxreason.sharding import device_bytes, make_mesh
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
-from jaxreason.train.step import BASE, make_gradient
+from jaxreason.train.step import make_gradient
 from jaxreason.types import merge
-
-PARAMS = model.init(CONFIG, jax.random.key(1))
-
-
-def kept_as(form: str, kind: str = "lora") -> model.ModelConfig:
-    config = config_of(kind)
-    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, base=form))
 
 
 def test_nf4_is_made_of_quantiles_of_a_normal_distribution():
@@ -60,10 +48,10 @@ def test_matrices_by_a_twin_in_numpy_and_within_their_bounds():
     w[1, :64, :256] = 0.0
     blocks = w.reshape(2, 2, 64, 512)
     absmax = np.abs(blocks).max(2)
-    found = quantized.kernel_of(jax.jit(lambda w: quantized.quantize(w, "int8"))(w))
+    found = quantized.kernel_of(quantized.quantize(w, "int8"))
     assert (np.abs(found - w).reshape(blocks.shape) <= absmax[:, :, None] / 127 / 2 * (1 + 1e-5)).all()
 
-    stored = jax.jit(lambda w: quantized.quantize(w, "nf4"))(w)
+    stored = quantized.quantize(w, "nf4")
     groups = absmax.reshape(2, 2, 2, 256)
     lowest, step = groups.min(-1), (groups.max(-1) - groups.min(-1)) / np.float32(255)
     again = lowest[..., None] + np.rint((groups - lowest[..., None]) / np.where(step, step, 1)[..., None]) * step[..., None]
@@ -81,41 +69,45 @@ def test_matrices_by_a_twin_in_numpy_and_within_their_bounds():
     assert not found[1, :64, :256].any()
 
 
-@pytest.mark.parametrize(("form", "kind"), [("int8", "lora"), ("nf4", "dora")])
-def test_a_model_beside_codes_is_the_one_beside_their_matrices(form, kind):
-    """Value and gradients of adapters, KL to the base, and decoding's weights; written out, in microbatches, on a mesh."""
-    config, plain = kept_as(form, kind), config_of(kind)
-    params = model.quantized_base(PARAMS, config)
-    matrices = quantized.map_kernels(quantized.kernel_of, params)
+def test_a_model_beside_codes_is_the_one_beside_their_matrices():
+    """DoRA's norms, value and gradients, and decoding's weights."""
+    config, plain = config_of("dora", form="nf4"), config_of("dora")
+
+    def made(params: dict) -> tuple[dict, dict, dict, dict]:
+        params = model.quantized_base(params, config)
+        matrices = quantized.map_kernels(quantized.kernel_of, params)
+        adapters = lora.with_magnitudes(model.init_adapters(config, jax.random.key(2)), params)
+        return params, matrices, adapters, lora.with_magnitudes(adapters, matrices)
+
+    params, matrices, adapters, twin = jax.jit(made)(PARAMS)
     assert np.abs(matrices["layers"]["mlp"]["up"]["kernel"] - PARAMS["layers"]["mlp"]["up"]["kernel"]).max() > 1e-4
-    adapters = lora.with_magnitudes(model.init_adapters(config, jax.random.key(2)), params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapters, lora.with_magnitudes(adapters, matrices))
-    adapters = moved(adapters)
-    loss = losses.get("forward_kl")
-    wanted = jax.jit(make_gradient(plain, loss, 1, second_config=BASE))(adapters, UNPACKED, frozen=matrices)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), adapters, twin)
+    adapters, loss = moved(adapters), losses.get("nll")
+    wanted = jax.jit(make_gradient(plain, loss, 1))(adapters, UNPACKED, frozen=matrices)
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted[2])) > 1e-4
 
-    mesh = make_mesh(cfg.Mesh(data=2, fsdp=2, tensor=2))
-    split = {"scan_layers": False, "remat": "matmuls"} if form == "nf4" else {}
-    with jax.set_mesh(mesh):
-        placed = [jax.device_put(tree, shardings(tree, mesh)) for tree in (adapters, params)]
-        gradient = make_gradient(config.replace(**split), loss, 2, second_config=BASE)
-        batch = jax.device_put(UNPACKED, batch_sharding(mesh))
-        found = jax.jit(gradient, out_shardings=replicated(mesh))(placed[0], batch, None, 0, placed[1])
+    found = jax.jit(make_gradient(config, loss, 1))(adapters, UNPACKED, frozen=params)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), found[2], wanted[2])
-    codes = placed[1]["layers"]["mlp"]["up"]["kernel"]["codes"]
-    assert codes.addressable_shards[0].data.shape == (2, codes.shape[1] // 2, 24)  # in / fsdp, out / tensor
+    decoding = jax.jit(lambda p: (model.unstack(merge(*p[:2]), config), model.unstack(merge(*p[::2]), plain)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *decoding((adapters, params, matrices)))
 
-    decoding = jax.jit(lambda p: model.unstack(p, config))(merge(adapters, params))
-    twin = model.unstack(merge(adapters, matrices), plain)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), decoding, twin)
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_what_is_kept_as_codes_is_not_cast(scan_layers):
+    """A layer's codes, written out too, are the stack's own; its norms are in the compute dtype."""
+    config = config_of(form="nf4").replace(compute_dtype="bfloat16", scan_layers=scan_layers)
+    params = jax.jit(lambda p: model.quantized_base(p, config))(PARAMS)
+    found, layers = jax.jit(lambda p: model.cast_layers(p, config))(params)["layers"], params["layers"]
+    layer = found if scan_layers else jax.tree.map(lambda *w: jnp.stack(w), *found)
+    jax.tree.map(np.testing.assert_array_equal, layer["mlp"]["up"], layers["mlp"]["up"])
+    assert layer["mlp"]["up"]["kernel"]["step"].dtype == jnp.float32 and layer["mlp_norm"]["scale"].dtype == jnp.bfloat16
 
 
 def test_the_state_has_a_bit_more_than_four_bits_a_weight():
     """Of a matrix of 128 x 256: 16,384 bytes of codes, 512 of absmaxes, 2 x 4 x 2 of their groups."""
     arch = {"embed_dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 256, "vocab_size": 64}
-    config = dataclasses.replace(kept_as("nf4").replace(**arch, num_layers=3), adapter=kept_as("nf4").adapter)
+    config = config_of(form="nf4").replace(**arch, num_layers=3)
     mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
     frozen = states.abstract(config, opt.make(cfg.Optimizer(), 10), mesh).frozen
     assert device_bytes(frozen["layers"]["mlp"]["up"]) == 3 * (16384 + 512 + 16)
@@ -125,32 +117,6 @@ def test_the_state_has_a_bit_more_than_four_bits_a_weight():
         lambda: model.quantized_base(model.init(config, jax.random.key(0)), config)))  # fmt: skip
     with pytest.raises(UserError, match="lora.base nf4: k has 40 inputs, which blocks of 64"):
         model.full_shapes(config.replace(embed_dim=40))
-
-
-def test_a_run_resumes_bitwise_and_exports_what_was_trained(base, tmp_path, capsys):  # noqa: F811
-    """The base is quantized again when a run goes on or is opened; its export is W of the codes + s A B."""
-    words = on(base, sft_words(tmp_path), "lora.targets=[q, down]", "lora.base=nf4", "run.name=tuned", "train.steps=2",
-               "train.save_every=1")  # fmt: skip
-    assert train("sft", words) == 0
-    tuned = tmp_path / "tuned"
-    whole = adapters_of(tuned, 2)
-    assert json.loads((tuned / "checkpoints" / "00000002" / "model.json").read_text())["adapter"]["base"] == "nf4"
-    shutil.rmtree(tuned / "checkpoints" / "00000002")
-    assert train("sft", words) == 0
-    jax.tree.map(np.testing.assert_array_equal, adapters_of(tuned, 2), whole)
-
-    assert cli.convert(["to-hf", str(tuned), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
-    assert "rounded to nf4" in capsys.readouterr().out and "rounded to nf4" in (tmp_path / "hf" / "README.md").read_text()
-    exported = hf.load(tmp_path / "hf")[0]["layers"]
-    assert cli.convert(["to-hf", str(base), str(tmp_path / "base"), "--dtype", "float32"]) == 0
-    before = hf.load(tmp_path / "base")[0]["layers"]
-    for module, name in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
-        kernel = quantized.kernel_of(quantized.quantize(before[module][name]["kernel"], "nf4"))
-        if leaves := whole["layers"][module].get(name):
-            kernel = kernel + 8.0 * leaves["lora_a"].astype(np.float64) @ leaves["lora_b"]  # alpha 32 / rank 4
-        np.testing.assert_allclose(exported[module][name]["kernel"], kernel, atol=1e-6)
-    assert train("sft", [*words, "lora.base=int8"]) == 2
-    assert "lora.base: 'nf4' there, 'int8' now" in capsys.readouterr().err
 
 
 def test_a_base_is_of_adapters():

@@ -19,6 +19,7 @@ A library (qwix) would wrap the modules and keep its own records in their variab
 scan, the shardings and the merge of adapters read, and all that they need is the two functions below.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ _BETWEEN = tuple((a + b) / 2 for a, b in itertools.pairwise(NF4))
 Stored = Array | Mapping[str, Array]  # a kernel, or the leaves that it is kept as
 
 
+@functools.partial(jax.jit, static_argnames="base")
 def quantize(kernel: Array, base: Literal["int8", "nf4"]) -> dict[str, Array]:
     """The leaves that a kernel [..., in, out] is kept as; stacked layers one after another, in one layer's float32."""
     if kernel.ndim > 2:
@@ -55,9 +57,7 @@ def quantize(kernel: Array, base: Literal["int8", "nf4"]) -> dict[str, Array]:
     unit = (blocks / jnp.where(absmax == 0, 1, absmax)[:, None]).reshape(width, features)
     if base == "int8":
         return {"codes": jnp.round(unit * 127).astype(jnp.int8), "absmax": absmax}
-    codes = jnp.zeros(unit.shape, jnp.uint8)
-    for middle in _BETWEEN:
-        codes += unit > middle
+    codes = jnp.sum(unit[..., None] > jnp.array(_BETWEEN, jnp.float32)[None, None], axis=-1, dtype=jnp.uint8)
     pairs = codes.reshape(-1, 2, features)
     groups = absmax.reshape(len(absmax), -1, math.gcd(features, GROUP))
     lowest, highest = jnp.min(groups, axis=2), jnp.max(groups, axis=2)
