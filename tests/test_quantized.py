@@ -1,9 +1,12 @@
 """A base in int8 and NF4: by hand, against NumPy, and against the model whose matrices are the ones made of the codes."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from scipy.stats import norm
 from test_lora import PARAMS, config_of, moved
 from test_step import UNPACKED
@@ -91,6 +94,25 @@ def test_a_model_beside_codes_is_the_one_beside_their_matrices():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), found[2], wanted[2])
     decoding = jax.jit(lambda p: (model.unstack(merge(*p[:2]), config), model.unstack(merge(*p[::2]), plain)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *decoding((adapters, params, matrices)))
+
+
+def shapes(jaxpr: Jaxpr) -> Iterator[tuple[int, ...]]:
+    """Of whatever a program computes, in its loops too."""
+    for equation in jaxpr.eqns:
+        yield from (out.aval.shape for out in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from shapes(inner)
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls"])
+def test_no_pass_keeps_the_matrices_of_all_layers(remat):
+    """Neither forward nor backward has a stack of what the codes are made into, [2, 32, 48] of gate and up."""
+    config = config_of(form="nf4").replace(remat=remat)
+    base = jax.eval_shape(lambda: model.quantized_base(PARAMS, config))
+    adapters = jax.eval_shape(lambda: model.init_adapters(config, jax.random.key(2)))
+    made = jax.make_jaxpr(make_gradient(config, losses.get("nll"), 1))(adapters, UNPACKED, None, 0, base)
+    found = set(shapes(made.jaxpr))
+    assert (32, 48) in found and not found & {(2, 32, 48), (2, 48, 32)}
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
