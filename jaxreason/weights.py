@@ -74,9 +74,10 @@ class WeightSource:
         """The weights in ``config.execution.param_dtype``, each straight on its devices, adapters merged. Raises UserError.
 
         With adapters of its own the config may want its base quantized: then each matrix is as soon as it is there, so that
-        one of them (stacked over layers) is whole on the devices at a time; of a checkpoint all of them are.
+        one of them (stacked over layers) is whole on the devices at a time; all are where adapters are merged before.
         """
-        keep = functools.partial(_kept, config.adapter.base if config.adapter else "param", mesh)
+        base = config.adapter.base if config.adapter else "param"
+        keep = functools.partial(_kept, base, mesh)
         if self.kind == "hf":
 
             def place(path: tuple[str, ...], leaf: hf.Leaf) -> jax.Array | dict:
@@ -87,9 +88,11 @@ class WeightSource:
         checkpoint.verify(self.path)
         if found := checkpoint.read_adapters(self.path):
             params = self._merged(*found, config, mesh)
-        else:
-            params = checkpoint.restore_tree(self.path / "params", _abstract(shapes(config), mesh))
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
+            return jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
+        wanted = _abstract(shapes(config), mesh)
+        if base == "param":
+            return checkpoint.restore_tree(self.path / "params", wanted)
+        return checkpoint.restore_each(self.path / "params", wanted, keep)
 
     def adapters(self, config: ModelConfig, mesh: Mesh) -> dict:
         """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says."""
