@@ -15,7 +15,6 @@ Orbax alone restores a flipped bit and reports a full disk as saved; a step exis
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -36,6 +35,7 @@ from jax.experimental import multihost_utils
 from jaxreason.errors import UserError
 from jaxreason.locks import lock
 from jaxreason.model import Adapter, Execution, ModelConfig, RopeScaling, make_config
+from jaxreason.restore import restore_tree
 from jaxreason.types import TrainState
 
 MANIFEST, MODEL, UNFINISHED = "manifest.json", "model.json", "unfinished"
@@ -400,56 +400,3 @@ def _failed(step: int, error: BaseException) -> UserError:
         f"checkpoint of step {step} could not be written: {type(error).__name__}: {cause[0] if cause else ''}; "
         "free disk space or fix the directory's permissions, then run the same command to go on from the step before it"
     )
-
-
-def restore_tree(path: Path, abstract: Any) -> Any:
-    """Orbax's arrays at ``path``, in the shapes, dtypes and shardings of ``abstract``. Raises UserError."""
-    path = path.absolute()  # Orbax takes no other
-    with ocp.StandardCheckpointer() as reader:
-        _check_shapes(path, reader, abstract)
-        with _readable(path):
-            return reader.restore(path, abstract)
-
-
-def restore_each(path: Path, abstract: dict, keep: Callable[[tuple[str, ...], jax.Array], Any]) -> dict:
-    """:func:`restore_tree`, with each array replaced by what ``keep`` makes of its path and it before the next is read."""
-    path = path.absolute()
-    with ocp.StandardCheckpointer() as reader:
-        _check_shapes(path, reader, abstract)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    found = []
-    with ocp.PyTreeCheckpointer() as one, _readable(path):
-        for keys, leaf in leaves:
-            names = tuple(key.key for key in keys)
-            wanted: Any = functools.reduce(lambda inner, name: {name: inner}, reversed(names), leaf)
-            how = ocp.checkpoint_utils.construct_restore_args(wanted)
-            read = one.restore(path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True))
-            found.append(keep(names, functools.reduce(lambda outer, name: outer[name], names, read)))
-    return jax.tree.unflatten(tree, found)
-
-
-def _check_shapes(path: Path, reader: ocp.StandardCheckpointer, abstract: Any) -> None:
-    """Raises UserError for an array that is only there or only wanted, or of another shape."""
-    tree = reader.metadata(path).item_metadata.tree
-    stored = {_name(p): m.shape for p, m in jax.tree_util.tree_leaves_with_path(tree)}
-    wanted = {_name(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(abstract)}
-    for name in sorted({*stored, *wanted}):
-        if stored.get(name) != wanted.get(name):
-            raise UserError(
-                f"{path}: {name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'unknown')} in this run's "
-                "model; the checkpoint belongs to another architecture"
-            )
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Says in one line that arrays could not be read."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason[:400]}; run the same command again, or use another step") from None
-
-
-def _name(path: tuple) -> str:
-    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

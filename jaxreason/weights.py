@@ -15,6 +15,7 @@ from jaxreason import config as cfg
 from jaxreason.errors import UserError, present
 from jaxreason.model import Adapter, ModelConfig, lora, quantized, shapes
 from jaxreason.paths import local
+from jaxreason.restore import restore_each, restore_tree
 from jaxreason.sharding import leaf_sharding, shardings
 from jaxreason.types import merge
 
@@ -91,14 +92,14 @@ class WeightSource:
             return jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
         wanted = _abstract(shapes(config), mesh)
         if base == "param":
-            return checkpoint.restore_tree(self.path / "params", wanted)
-        return checkpoint.restore_each(self.path / "params", wanted, keep)
+            return restore_tree(self.path / "params", wanted)
+        return restore_each(self.path / "params", wanted, keep)
 
     def adapters(self, config: ModelConfig, mesh: Mesh) -> dict:
         """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says."""
         checkpoint.verify(self.path)
         adapter = present(config.adapter, "ModelConfig.adapter")
-        return checkpoint.restore_tree(self.path / "params", _abstract(lora.shapes(shapes(config), adapter), mesh))
+        return restore_tree(self.path / "params", _abstract(lora.shapes(shapes(config), adapter), mesh))
 
     def _merged(self, adapter: Adapter, base: checkpoint.Base, config: ModelConfig, mesh: Mesh) -> dict:
         """The base, as it was kept beside its adapters, with them merged."""

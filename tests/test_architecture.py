@@ -11,7 +11,8 @@ LEVEL = {
     "errors": -2, "paths": -1, "locks": 0, "processes": 0, "text": 0, "plugins": 0, "config": 1, "types": 1,
     "origin": 1, "targets": 1, "terminal": 1,
     "data": 2,
-    "model": 2, "losses": 2, "rewards": 2, "xla": 2, "distributed": 2, "sharding": 3, "sampler": 4, "checkpoint": 4, "hf": 4,
+    "model": 2, "losses": 2, "rewards": 2, "xla": 2, "distributed": 2, "restore": 3, "sharding": 3,
+    "sampler": 4, "checkpoint": 4, "hf": 4,
     "weights": 5, "evaluate": 5, "convert": 6, "train": 6, "rl": 7, "serve": 7, "report": 7, "plan": 8, "compare": 8, "replay": 8,
     "harness": 8, "curate": 8, "pipeline": 9, "cli": 10,
 }  # fmt: skip

@@ -21,6 +21,7 @@ from jaxreason.errors import UserError
 from jaxreason.model import Adapter, lora
 from jaxreason.model.flops import weight_flops_per_token
 from jaxreason.model.quantized import kernel_of, map_kernels, quantize
+from jaxreason.restore import restore_tree
 from jaxreason.sharding import batch_sharding, make_mesh, replicated, shardings
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
@@ -231,7 +232,7 @@ def adapters_of(run: Path, step: int) -> dict:
     shapes = {"lora_a": (1, 32, 4), "lora_b": (1, 4, 32)}
     of = lambda a, b: {"lora_a": jax.ShapeDtypeStruct(a, np.float32), "lora_b": jax.ShapeDtypeStruct(b, np.float32)}  # noqa: E731
     tree = {"layers": {"attention": {"q": of(*shapes.values())}, "mlp": {"down": of((1, 48, 4), (1, 4, 32))}}}
-    return jax.tree.map(np.asarray, checkpoint.restore_tree(params, tree))  # and nothing else is there, or it raises
+    return jax.tree.map(np.asarray, restore_tree(params, tree))  # and nothing else is there, or it raises
 
 
 def assert_merged(merged: dict, base: dict, adapters: dict, scale: float) -> None:
