@@ -28,6 +28,7 @@ from jaxreason.train import state as states
 from jaxreason.train.setup import Setup
 from jaxreason.train.step import BASE, make_gradient
 from jaxreason.types import merge
+from jaxreason.weights import WeightSource
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 init = jax.jit(model.init, static_argnums=0)  # op by op it takes seconds
@@ -266,6 +267,10 @@ def test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged(base, tune
     assert cli.convert(["to-hf", str(tuned), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
     exported, _ = hf.load(tmp_path / "hf")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), exported, merged)  # merged over eight devices
+    source = WeightSource.at(str(tmp_path / "hf"))  # each of its matrices is rounded as it is read
+    config = dataclasses.replace(source.config("float32", "float32"), adapter=Adapter(4, 8.0, ("q", "down"), base="nf4"))
+    read = source.params(config, make_mesh(cfg.Mesh(), jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, read, jax.jit(lambda p: model.quantized_base(p, config))(exported))
     assert "rounded to nf4" in capsys.readouterr().out and "rounded to nf4" in (tmp_path / "hf" / "README.md").read_text()
     assert train("sft", [*words, "lora.alpha=16", "lora.base=int8"]) == 2
     refused = capsys.readouterr().err
