@@ -35,6 +35,7 @@ from jax.experimental import multihost_utils
 from jaxreason.errors import UserError
 from jaxreason.locks import lock
 from jaxreason.model import Adapter, Execution, ModelConfig, RopeScaling, make_config
+from jaxreason.restore import restore_tree
 from jaxreason.types import TrainState
 
 MANIFEST, MODEL, UNFINISHED = "manifest.json", "model.json", "unfinished"
@@ -399,27 +400,3 @@ def _failed(step: int, error: BaseException) -> UserError:
         f"checkpoint of step {step} could not be written: {type(error).__name__}: {cause[0] if cause else ''}; "
         "free disk space or fix the directory's permissions, then run the same command to go on from the step before it"
     )
-
-
-def restore_tree(path: Path, abstract: Any) -> Any:
-    """Orbax's arrays at ``path``, in the shapes, dtypes and shardings of ``abstract``. Raises UserError."""
-    path = path.absolute()  # Orbax takes no other
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.metadata(path).item_metadata.tree
-        stored = {_name(p): m.shape for p, m in jax.tree_util.tree_leaves_with_path(tree)}
-        wanted = {_name(p): s.shape for p, s in jax.tree_util.tree_leaves_with_path(abstract)}
-        for name in sorted({*stored, *wanted}):
-            if stored.get(name) != wanted.get(name):
-                raise UserError(
-                    f"{path}: {name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'unknown')} in this run's "
-                    "model; the checkpoint belongs to another architecture"
-                )
-        try:
-            return reader.restore(path, abstract)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path} cannot be read: {reason[:400]}; run the same command again, or use another step") from None
-
-
-def _name(path: tuple) -> str:
-    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

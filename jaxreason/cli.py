@@ -272,7 +272,7 @@ def replay(args: argparse.Namespace) -> None:
 
 def _plan_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a name below configs/ (llama3.2-3b/sft) or a YAML file")
-    parser.add_argument("--target", default="h100", help="a GPU of jaxreason/targets/: a100, b200, h100, h200")
+    parser.add_argument("--target", default="h100", help="a GPU of jaxreason/targets/: a100, b200, h100, h200, rtx3060, rtx4090")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs of one host")
     parser.add_argument("--hosts", type=int, default=1, metavar="M")
     parser.add_argument("--price", type=float, help="USD for a GPU hour; default: an assumption in the target's file")

@@ -25,7 +25,9 @@ def to_hf(model: str, out: str, dtype: str | None) -> str:
     stored = dtype or handoff.source_dtype(source)
     params = source.params(config, make_mesh(cfg.Mesh()))
     hf.save(params, config, out, stored, load_tokenizer(source.tokenizer), handoff.card_of(source))
-    return f"{source.path} -> {out} ({stored}); open it with transformers.AutoModelForCausalLM.from_pretrained"
+    found = checkpoint.read_adapters(source.path)
+    of_rounded = f", merged into the base as it was rounded to {found[0].base}" if found and found[0].base != "param" else ""
+    return f"{source.path} -> {out} ({stored}{of_rounded}); open it with transformers.AutoModelForCausalLM.from_pretrained"
 
 
 def to_peft(model: str, out: str) -> str:

@@ -142,7 +142,9 @@ def recipe(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, A
     }
     lora = config.get("lora") or {}
     if lora.get("rank"):
-        found["adapters"] = f"{lora['kind']}, rank {lora['rank']}, alpha {lora['alpha']:g}, merged into the weights"
+        base = lora.get("base", "param")
+        rounded = "" if base == "param" else f" as they were rounded to {base}"
+        found["adapters"] = f"{lora['kind']}, rank {lora['rank']}, alpha {lora['alpha']:g}, merged into the weights{rounded}"
     found |= _of_grpo(config) if "rollout" in config else _of_sft(config)
     return found | {"seed": (config.get("run") or {}).get("seed")}
 

@@ -59,7 +59,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rule(path: tuple[str, ...]) -> PartitionSpec | None:
-    """The rule of the leaf at ``path``: of its last two names (``q.kernel``), else of its last (``scale``); None: it has none."""
+    """The rule of the leaf at ``path``: of its last two names (``q.kernel``), else of its last (``scale``); None: it has none.
+
+    The leaves that a quantized kernel is kept as have its axes, in steps of a block, and its rule.
+    """
+    path = path[:-1] if path[-2:-1] == ("kernel",) else path
     return next((RULES[name] for name in (".".join(path[-2:]), ".".join(path[-1:])) if name in RULES), None)
 
 

@@ -1,6 +1,7 @@
 """What a path to a model means: a run, one of its checkpoints, a Hugging Face directory, or a hub id."""
 
 import dataclasses
+import functools
 import hashlib
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ from jax.sharding import Mesh
 from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
 from jaxreason.errors import UserError, present
-from jaxreason.model import Adapter, ModelConfig, lora, shapes
+from jaxreason.model import Adapter, ModelConfig, lora, quantized, shapes
 from jaxreason.paths import local
+from jaxreason.restore import restore_each, restore_tree
 from jaxreason.sharding import leaf_sharding, shardings
 from jaxreason.types import merge
 
@@ -70,27 +72,37 @@ class WeightSource:
         return checkpoint.read_model(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
 
     def params(self, config: ModelConfig, mesh: Mesh) -> dict:
-        """The weights in ``config.execution.param_dtype``, each straight on its devices, adapters merged. Raises UserError."""
+        """The weights in ``config.execution.param_dtype``, each straight on its devices, adapters merged. Raises UserError.
+
+        With adapters of its own the config may want its base quantized: then each matrix is as soon as it is there, so that
+        one of them (stacked over layers) is whole on the devices at a time; all are where adapters are merged before.
+        """
+        base = config.adapter.base if config.adapter else "param"
+        keep = functools.partial(_kept, base, mesh)
         if self.kind == "hf":
 
-            def place(path: tuple[str, ...], leaf: hf.Leaf) -> jax.Array:
-                return leaf.place(leaf_sharding(path, leaf.shape, mesh))
+            def place(path: tuple[str, ...], leaf: hf.Leaf) -> jax.Array | dict:
+                return keep(path, leaf.place(leaf_sharding(path, leaf.shape, mesh)))
 
             dtypes = config.execution.param_dtype, config.execution.compute_dtype
             return hf.load(str(self.path), *dtypes, placement=place)[0]
         checkpoint.verify(self.path)
         if found := checkpoint.read_adapters(self.path):
-            return self._merged(*found, config, mesh)
-        return checkpoint.restore_tree(self.path / "params", _abstract(shapes(config), mesh))
+            params = self._merged(*found, config, mesh)
+            return jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
+        wanted = _abstract(shapes(config), mesh)
+        if base == "param":
+            return restore_tree(self.path / "params", wanted)
+        return restore_each(self.path / "params", wanted, keep)
 
     def adapters(self, config: ModelConfig, mesh: Mesh) -> dict:
         """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says."""
         checkpoint.verify(self.path)
         adapter = present(config.adapter, "ModelConfig.adapter")
-        return checkpoint.restore_tree(self.path / "params", _abstract(lora.shapes(shapes(config), adapter), mesh))
+        return restore_tree(self.path / "params", _abstract(lora.shapes(shapes(config), adapter), mesh))
 
     def _merged(self, adapter: Adapter, base: checkpoint.Base, config: ModelConfig, mesh: Mesh) -> dict:
-        """The base, in the dtype that it had beside its adapters, with them merged."""
+        """The base, as it was kept beside its adapters, with them merged."""
         source = WeightSource.at(base.path)
         if not source.path.exists() or source.digest() != base.digest:
             raise UserError(
@@ -98,15 +110,28 @@ class WeightSource:
                 "(moved, deleted or trained again): put them back"
             )
         stored = checkpoint.read_model(self.path).execution.param_dtype
-        params = source.params(config.replace(param_dtype=stored), mesh)
-        adapters = self.adapters(dataclasses.replace(config, adapter=adapter), mesh)
-        out = shardings(params, mesh)
+        beside = dataclasses.replace(config, adapter=adapter)
+        params = source.params(beside.replace(param_dtype=stored), mesh)
+        adapters, out = self.adapters(beside, mesh), shardings(shapes(config), mesh)
 
         def merge_in(params: dict, adapters: dict) -> dict:
             whole = lora.merged(merge(params, adapters), adapter)
             return jax.tree.map(lambda w: w.astype(config.execution.param_dtype), whole)
 
-        return jax.jit(merge_in, out_shardings=out, donate_argnums=0)(params, adapters)
+        donated = 0 if adapter.base == "param" else ()  # codes are no room for what is made of them
+        return jax.jit(merge_in, out_shardings=out, donate_argnums=donated)(params, adapters)
+
+
+def _kept(base: Literal["param", "int8", "nf4"], mesh: Mesh, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | dict:
+    """A parameter as a base is kept; a matrix that is quantized is gone."""
+    if base == "param" or path[-1] != "kernel":
+        return leaf
+    shapes = quantized.quantize.eval_shape(leaf, base=base)
+    out = {name: leaf_sharding((*path, name), s.shape, mesh) for name, s in shapes.items()}
+    make = jax.jit(quantized.quantize, static_argnames="base", out_shardings=out)
+    kept = jax.block_until_ready(make(leaf, base=base))
+    leaf.delete()
+    return kept
 
 
 def _abstract(wanted: dict, mesh: Mesh) -> dict:

@@ -1468,6 +1468,48 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/test_lora.py::test_grpo_has_the_base_for_its_reference",
         "adapters: the reference of a KL has the adapters",
     ),
+    Mutant(
+        "model/quantized.py",
+        "pairs[:, 0] | pairs[:, 1] << 4",
+        "pairs[:, 1] | pairs[:, 0] << 4",
+        "tests/test_quantized.py::test_a_block_by_hand",
+        "a quantized base: two codes change places in their byte",
+    ),
+    Mutant(
+        "model/quantized.py",
+        "tuple((a + b) / 2 for",
+        "tuple((2 * a + b) / 3 for",
+        "tests/test_quantized.py::test_matrices_by_a_twin_in_numpy_and_within_their_bounds",
+        "a quantized base: a code is not the nearest",
+    ),
+    Mutant(
+        "model/quantized.py",
+        "return jax.checkpoint(times, prevent_cse=not scanned)(x, stored)",
+        "return times(x, stored)",
+        "tests/test_quantized.py::test_no_pass_keeps_the_matrices_of_all_layers",
+        "a quantized base: the backward pass keeps every layer's matrices",
+    ),
+    Mutant(
+        "model/decoder.py",
+        "[quantized.map_plain(cast, layer) for layer in layers]",
+        "[jax.tree.map(cast, layer) for layer in layers]",
+        "tests/test_quantized.py::test_what_is_kept_as_codes_is_not_cast",
+        "a quantized base: codes are cast to the compute dtype",
+    ),
+    Mutant(
+        "weights.py",
+        "source.params(beside.replace(param_dtype=stored), mesh)",
+        "source.params(config.replace(param_dtype=stored), mesh)",
+        "tests/test_lora.py::test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged",
+        "a quantized base: adapters are merged into what they were not trained beside",
+    ),
+    Mutant(
+        "sharding.py",
+        'path = path[:-1] if path[-2:-1] == ("kernel",) else path',
+        "path = path",
+        "tests/test_lora.py::test_microbatches_packing_written_out_layers_and_meshes_change_nothing",
+        "a quantized base: it is whole on every device",
+    ),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -20,29 +20,35 @@ from jaxreason.data.tokenizer import load
 from jaxreason.errors import UserError
 from jaxreason.model import Adapter, lora
 from jaxreason.model.flops import weight_flops_per_token
+from jaxreason.model.quantized import kernel_of, map_kernels, quantize
+from jaxreason.restore import restore_tree
 from jaxreason.sharding import batch_sharding, make_mesh, replicated, shardings
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
 from jaxreason.train.setup import Setup
 from jaxreason.train.step import BASE, make_gradient
 from jaxreason.types import merge
+from jaxreason.weights import WeightSource
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
-PARAMS = model.init(CONFIG, jax.random.key(1))
+init = jax.jit(model.init, static_argnums=0)  # op by op it takes seconds
+PARAMS = init(CONFIG, jax.random.key(1))
 NLL = losses.get("nll")
 TINY_MODEL = model.preset(
     "embedded-tiny", {"num_layers": 1, "embed_dim": 32, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 )
 
 
-def config_of(kind: str = "lora", rank: int = 4, scale: float = 2.0, targets=ALL) -> model.ModelConfig:
-    return dataclasses.replace(CONFIG, adapter=Adapter(rank, scale, targets, kind))
+def config_of(kind: str = "lora", rank: int = 4, scale: float = 2.0, targets=ALL, form: str = "param") -> model.ModelConfig:
+    return dataclasses.replace(CONFIG, adapter=Adapter(rank, scale, targets, kind, form))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def start_of(config) -> dict:
     return lora.with_magnitudes(model.init_adapters(config, jax.random.key(2)), PARAMS)
 
 
+@jax.jit
 def moved(adapters: dict) -> dict:
     """Adapters away from their start: every leaf, B among them, is changed."""
     leaves, tree = jax.tree.flatten(adapters)
@@ -73,20 +79,20 @@ def test_one_dense_by_hand():
 def test_adapters_begin_as_the_model_itself():
     """A uniform in ±1/sqrt(in), so with variance 1/(3 in); B zero: the logits are the same bits."""
     config = config_of(rank=16)
-    adapters = model.init_adapters(config, jax.random.key(2))
+    adapters = start_of(config)
     np.testing.assert_array_equal(logits(merge(PARAMS, adapters), config), logits(PARAMS, CONFIG))
     down = adapters["layers"]["mlp"]["down"]
     assert down["lora_a"].shape == (2, 48, 16) and down["lora_b"].shape == (2, 16, 32) and not down["lora_b"].any()
     np.testing.assert_allclose(np.var(down["lora_a"]), 1 / (3 * 48), rtol=0.1)
     assert np.abs(down["lora_a"]).max() < 48**-0.5
     assert set(adapters["layers"]) == {"attention", "mlp"} and "kernel" not in down
-    assert set(model.init_adapters(config_of(targets=("q", "up")), jax.random.key(2))["layers"]["attention"]) == {"q"}
+    assert set(start_of(config_of(targets=("q", "up")))["layers"]["attention"]) == {"q"}
 
 
 def test_a_full_rank_reaches_any_weights():
     """A = 1 and B = (wanted - W) / s make q another model's q, and the logits that model's."""
     config = config_of(rank=32, scale=0.5, targets=("q",))
-    wanted = model.init(CONFIG, jax.random.key(9))["layers"]["attention"]["q"]["kernel"]
+    wanted = init(CONFIG, jax.random.key(9))["layers"]["attention"]["q"]["kernel"]
     q = PARAMS["layers"]["attention"]["q"]["kernel"]
     adapters = {"layers": {"attention": {"q": {"lora_a": jnp.stack([jnp.eye(32)] * 2), "lora_b": (wanted - q) / 0.5}}}}
     other = jax.tree.map(lambda x: x, PARAMS)
@@ -127,19 +133,20 @@ def test_gradients_are_those_of_the_full_weights_by_the_chain_rule(kind):
 
 
 def test_microbatches_packing_written_out_layers_and_meshes_change_nothing():
-    config = config_of()
-    adapters = moved(start_of(config))
-    whole = jax.jit(make_gradient(config, NLL, 1))(adapters, UNPACKED, frozen=PARAMS)[:3]
+    """Of a base in NF4, whose blocks of 16 or 32 inputs are split as its matrices are; an unquantized one does no more."""
+    config = config_of(form="nf4")
+    adapters, base = moved(start_of(config)), jax.jit(lambda p: model.quantized_base(p, config))(PARAMS)
+    whole = jax.jit(make_gradient(config, NLL, 1))(adapters, UNPACKED, frozen=base)[:3]
 
     def assert_same(found):
         np.testing.assert_allclose(found[0], whole[0], rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), found[2], whole[2])
 
     written_out = config.replace(scan_layers=False, remat="matmuls")
-    assert_same(jax.jit(make_gradient(written_out, NLL, 2))(adapters, PACKED, frozen=PARAMS)[:3])
+    assert_same(jax.jit(make_gradient(written_out, NLL, 2))(adapters, PACKED, frozen=base)[:3])
     mesh = make_mesh(cfg.Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(tree, shardings(tree, mesh)) for tree in (adapters, PARAMS)]
+        placed = [jax.device_put(tree, shardings(tree, mesh)) for tree in (adapters, base)]
         gradient = jax.jit(make_gradient(config, NLL, 2), out_shardings=replicated(mesh))
         batch = jax.device_put(UNPACKED, batch_sharding(mesh))
         assert_same(gradient(placed[0], batch, None, 0, placed[1])[:3])
@@ -147,6 +154,8 @@ def test_microbatches_packing_written_out_layers_and_meshes_change_nothing():
     assert q["lora_a"].addressable_shards[0].data.shape == (2, 16, 4)  # [L, in / fsdp, r]
     assert q["lora_b"].addressable_shards[0].data.shape == (2, 4, 16)  # [L, r, out / tensor]
     assert o["lora_a"].addressable_shards[0].data.shape == (2, 16, 4)
+    down = placed[1]["layers"]["mlp"]["down"]["kernel"]  # three blocks of 16 inputs, which two devices cannot share
+    assert [down[name].addressable_shards[0].data.shape for name in ("codes", "absmax")] == [(2, 12, 16), (2, 3, 16)]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -154,10 +163,10 @@ def test_decoding_has_one_matrix_for_both(kind):
     """The rollout's weights are the plain model's whose kernels are merged, in bfloat16 rounded once."""
     config = config_of(kind).replace(compute_dtype="bfloat16")
     params = merge(PARAMS, moved(start_of(config)))
-    found = jax.jit(lambda p: model.unstack(p, config))(params)
-    twin = model.unstack(lora.merged(params, config.adapter), CONFIG.replace(compute_dtype="bfloat16"))
+    found, merged = jax.jit(lambda p: (model.unstack(p, config), lora.merged(p, config.adapter)))(params)
+    twin = jax.jit(lambda p: model.unstack(p, CONFIG.replace(compute_dtype="bfloat16")))(merged)
     jax.tree.map(np.testing.assert_array_equal, found, twin)
-    plain = logits(lora.merged(params, config.adapter), CONFIG)
+    plain = logits(merged, CONFIG)
     np.testing.assert_allclose(logits(params, config.replace(compute_dtype="float32")), plain, atol=1e-4)
 
 
@@ -197,7 +206,7 @@ def train(algorithm: str, words: list[str]) -> int:
 def base(tmp_path_factory) -> Path:
     """What a converted model is: a checkpoint of weights alone, and a tokenizer."""
     run, config = tmp_path_factory.mktemp("base") / "base", TINY_MODEL
-    checkpoint.save_params(run / "checkpoints", model.init(config, jax.random.key(0)), config)
+    checkpoint.save_params(run / "checkpoints", init(config, jax.random.key(0)), config)
     load("embedded").save(run / "tokenizer")
     return run
 
@@ -208,13 +217,13 @@ def on(base: Path, words: list[str], *more: str) -> list[str]:
 
 
 def beside(base: Path) -> list[str]:
-    more = ["run.name=tuned", "train.steps=4", "train.save_every=2", "lora.targets=[q, down]"]
+    more = ["run.name=tuned", "train.steps=4", "train.save_every=2", "lora.targets=[q, down]", "lora.base=nf4"]
     return on(base, sft_words(base.parent), *more)
 
 
 @pytest.fixture(scope="module")
 def tuned(base) -> Path:
-    """Four steps beside the base, saved at the second."""
+    """Four steps beside the base in NF4, saved at the second."""
     assert train("sft", beside(base)) == 0
     return base.parent / "tuned"
 
@@ -224,21 +233,29 @@ def adapters_of(run: Path, step: int) -> dict:
     shapes = {"lora_a": (1, 32, 4), "lora_b": (1, 4, 32)}
     of = lambda a, b: {"lora_a": jax.ShapeDtypeStruct(a, np.float32), "lora_b": jax.ShapeDtypeStruct(b, np.float32)}  # noqa: E731
     tree = {"layers": {"attention": {"q": of(*shapes.values())}, "mlp": {"down": of((1, 48, 4), (1, 4, 32))}}}
-    return jax.tree.map(np.asarray, checkpoint.restore_tree(params, tree))  # and nothing else is there, or it raises
+    return jax.tree.map(np.asarray, restore_tree(params, tree))  # and nothing else is there, or it raises
+
+
+def assert_merged(merged: dict, base: dict, adapters: dict, scale: float) -> None:
+    """What a run opens as: s A B added where there are adapters."""
+    for path, name in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
+        kernel = base["layers"][path][name]["kernel"]
+        if leaves := adapters["layers"][path].get(name):
+            kernel = kernel + scale * leaves["lora_a"].astype(np.float64) @ leaves["lora_b"]
+            assert np.abs(leaves["lora_b"]).max() > 1e-3
+        np.testing.assert_allclose(merged["layers"][path][name]["kernel"], kernel, atol=1e-5)
+    np.testing.assert_array_equal(merged["embedding"], base["embedding"])
 
 
 def test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged(base, tuned, tmp_path, capsys):
+    """Its base is quantized anew whenever it is read, to the same bits; what is exported is what was trained beside."""
     whole, merged, before = adapters_of(tuned, 4), final_params(tuned), final_params(base)
-    for path, name in (("attention", "q"), ("mlp", "down")):
-        leaves = whole["layers"][path][name]
-        assert np.abs(leaves["lora_b"]).max() > 1e-3
-        product = 8.0 * leaves["lora_a"].astype(np.float64) @ leaves["lora_b"]  # alpha 32 / rank 4
-        kernel, was = (params["layers"][path][name]["kernel"] for params in (merged, before))
-        np.testing.assert_allclose(kernel, was + product, atol=1e-5)
-    np.testing.assert_array_equal(merged["embedding"], before["embedding"])
-    np.testing.assert_array_equal(merged["layers"]["attention"]["o"]["kernel"], before["layers"]["attention"]["o"]["kernel"])
+    rounded = jax.jit(lambda p: map_kernels(lambda w: kernel_of(quantize(w, "nf4")), p))(before)
+    assert np.abs(rounded["layers"]["attention"]["o"]["kernel"] - before["layers"]["attention"]["o"]["kernel"]).max() > 1e-3
+    assert_merged(merged, rounded, whole, 8.0)  # alpha 32 / rank 4
     said = json.loads((tuned / "checkpoints" / "00000004" / "model.json").read_text())
     assert said["base"]["path"] == str(base / "checkpoints" / "00000000") and said["adapter"]["rank"] == 4
+    assert said["adapter"]["base"] == "nf4"
 
     lines = (tuned / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(tuned / "checkpoints" / "00000004")
@@ -250,9 +267,14 @@ def test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged(base, tune
     assert cli.convert(["to-hf", str(tuned), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
     exported, _ = hf.load(tmp_path / "hf")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), exported, merged)  # merged over eight devices
-    capsys.readouterr()
-    assert train("sft", [*words, "lora.alpha=16"]) == 2
-    assert "lora.alpha: 32.0 there, 16.0 now" in capsys.readouterr().err
+    source = WeightSource.at(str(tmp_path / "hf"))  # each of its matrices is rounded as it is read
+    config = dataclasses.replace(source.config("float32", "float32"), adapter=Adapter(4, 8.0, ("q", "down"), base="nf4"))
+    read = source.params(config, make_mesh(cfg.Mesh(), jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, read, jax.jit(lambda p: model.quantized_base(p, config))(exported))
+    assert "rounded to nf4" in capsys.readouterr().out and "rounded to nf4" in (tmp_path / "hf" / "README.md").read_text()
+    assert train("sft", [*words, "lora.alpha=16", "lora.base=int8"]) == 2
+    refused = capsys.readouterr().err
+    assert "lora.alpha: 32.0 there, 16.0 now" in refused and "lora.base: 'nf4' there, 'int8' now" in refused
 
 
 def test_a_base_that_is_gone_is_said(base, tuned, tmp_path, capsys):
@@ -299,6 +321,7 @@ def test_peft_files_by_name_and_shape_and_back(base, tuned, tmp_path, capsys):
     words = on(base, sft_words(base.parent), "run.name=again", "train.steps=1", "lora.targets=[q, down]", f"lora.weights={out}")
     assert train("sft", [*words, "optimizer.learning_rate=1e-12"]) == 0
     begun = adapters_of(base.parent / "again", 1)
+    assert_merged(final_params(base.parent / "again"), final_params(base), begun, 8.0)  # its base is not quantized
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), begun, adapters_of(tuned, 4))
     (out / "adapter_config.json").write_text(json.dumps(said | {"r": 8}))
     with pytest.raises(UserError, match="adapter_config.json: its content is not what"):
@@ -327,9 +350,9 @@ def test_peft_files_by_name_and_shape_and_back(base, tuned, tmp_path, capsys):
 
 
 def test_grpo_has_the_base_for_its_reference(base, tmp_path, monkeypatch):
-    """At the first step the KL is 0, at later ones it is not; no second copy of the weights is read."""
+    """At the first step the KL to the base, in NF4 as the policy's own, is 0, later it is not; no second copy is read."""
     monkeypatch.setattr(Setup, "reference_params", lambda *_: pytest.fail("the reference was read again"))
-    words = on(base, grpo_words(tmp_path), "kl.coef=0.1", "train.steps=2", "optimizer.schedule=constant")
+    words = on(base, grpo_words(tmp_path), "lora.base=nf4", "kl.coef=0.1", "train.steps=2", "optimizer.schedule=constant")
     assert train("grpo", words) == 0
     lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
     kls = [line["kl"] for line in lines if line["step"]]

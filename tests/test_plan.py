@@ -45,13 +45,14 @@ def test_collectives_on_a_ring():
 
 
 def test_targets_and_their_limit():
-    assert targets.names() == ["a100", "b200", "h100", "h200"]
+    assert targets.names() == ["a100", "b200", "h100", "h200", "rtx3060", "rtx4090"]
     for name in targets.names():
         target = targets.load(name)
         assert f"device_memory_size: {target.memory_bytes}\n" in target.proto()
+    assert "cuda_compute_capability { major: 8 minor: 9 " in targets.load("rtx4090").proto()
     # 0.92 x 84,942,979,072 less 2 GiB
     assert H100.limit_bytes == 78_147_540_746 - 2_147_483_648
-    with pytest.raises(UserError, match="v100: unknown; one of a100, b200, h100, h200"):
+    with pytest.raises(UserError, match="v100: unknown; one of a100, b200, h100, h200, rtx3060, rtx4090"):
         targets.load("v100")
 
 

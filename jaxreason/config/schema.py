@@ -92,6 +92,9 @@ class Lora(Section):
     """Matrices that have an adapter."""
     kind: Literal["lora", "dora"] = "lora"
     """dora (arXiv 2402.09353) also trains the norm of every output's weights, which costs a pass over the weights a layer."""
+    base: Literal["param", "int8", "nf4"] = "param"
+    """What the frozen matrices of the layers are kept as: in model.param_dtype, in int8 (8.5 bits a weight) or in NF4 (QLoRA,
+    arXiv 2305.14314; 4.13 bits), from which each layer is made anew wherever it is used."""
     learning_rate_ratio: float = Field(1.0, gt=0)
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, which uses 16)."""
     weights: str | None = None

@@ -26,7 +26,7 @@ _BUFFER = "rotary_emb.inv_freq"  # old checkpoints store what rope.py computes
 _MAPPED_BYTES = 32 << 20  # of a file at once, where it holds float32
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
-Placement = Callable[[tuple[str, ...], "Leaf"], Array]
+Placement = Callable[[tuple[str, ...], "Leaf"], Array | dict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,8 @@ def load(
     Args:
       path: directory with config.json and safetensors, or OWNER/NAME on the hub (downloaded only if no such directory).
       param_dtype, compute_dtype: ``float32`` or ``bfloat16``; weights are cast to the first as they are read.
-      placement: ``(path, leaf) -> Array`` puts one parameter on devices, e.g. by :meth:`Leaf.place`; None: on the default one.
+      placement: ``(path, leaf) -> Array`` puts one parameter on devices, e.g. by :meth:`Leaf.place`, or makes several of
+        it; None: on the default one.
 
     Raises: UserError naming the file and the tensor or key for anything missing, extra, misshapen, cut short, or beyond
     the model.

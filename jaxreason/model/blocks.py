@@ -6,7 +6,7 @@ Parameters of a layer, stacked over layers for training:
     where the family has them: .bias [L, out] of each Dense · attention.{q_norm,k_norm}.scale [L, H]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxreason.errors import present
+from jaxreason.model import quantized
 from jaxreason.model.attention import attention, cached_attention
 from jaxreason.model.config import ModelConfig
 from jaxreason.model.lora import adapted
@@ -75,7 +76,8 @@ class Norm(nn.Module):
 class Dense(nn.Module):
     """x [rows, in] · kernel [in, out] (+ bias); ``unstack`` stores the kernel as ``transposed`` [out, in].
 
-    Where the parameters hold an adapter of it, its part is added (``model/lora.py``).
+    Where the parameters hold an adapter of it, its part is added (``model/lora.py``); beside one the kernel may be quantized
+    (``model/quantized.py``).
     """
 
     features: int
@@ -88,9 +90,13 @@ class Dense(nn.Module):
         if self.has_variable("params", "transposed"):
             out = times_transposed(x, self.get_variable("params", "transposed"))
         else:
-            drawn = nn.initializers.normal(self.config.arch.init_std)
-            kernel = self.param("kernel", drawn, (x.shape[-1], self.features), dtype)
-            out = x @ kernel.astype(x.dtype)
+            stored: Any = self.get_variable("params", "kernel")
+            if isinstance(stored, Mapping):
+                out = quantized.product(x, stored, self.config.execution.scan_layers)
+            else:
+                drawn = nn.initializers.normal(self.config.arch.init_std)
+                kernel = self.param("kernel", drawn, (x.shape[-1], self.features), dtype)
+                out = x @ kernel.astype(x.dtype)
             if self.has_variable("params", "lora_a"):
                 out = adapted(out, x, self.variables["params"], present(self.config.adapter, "ModelConfig.adapter"))
         if self.use_bias:

@@ -77,12 +77,15 @@ class Adapter:
       scale: what A·B is multiplied by.
       targets: names of the Denses that have one.
       kind: ``lora``, or ``dora``, which trains the norm of each output's weights apart from their direction.
+      base: what the matrices of the layers, those without an adapter too, are kept as beside them (``model/quantized.py``);
+        ``param``: as they are, in ``param_dtype``.
     """
 
     rank: int
     scale: float
     targets: tuple[str, ...]
     kind: Literal["lora", "dora"] = "lora"
+    base: Literal["param", "int8", "nf4"] = "param"
 
 
 @dataclasses.dataclass(frozen=True)

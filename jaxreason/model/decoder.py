@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from jaxreason.errors import UserError, present
-from jaxreason.model import lora
+from jaxreason.model import lora, quantized
 from jaxreason.model.attention import resolve
 from jaxreason.model.blocks import Norm
 from jaxreason.model.config import Architecture, Execution, ModelConfig
@@ -103,9 +103,19 @@ def shapes(config: ModelConfig) -> dict:
 
 
 def full_shapes(config: ModelConfig) -> dict:
-    """:func:`shapes`, with the adapters' in place where the config has them."""
+    """:func:`shapes`, with the adapters' in place where the config has them, and the base as it is kept beside them."""
     own = shapes(config)
-    return own if config.adapter is None else merge(own, lora.shapes(own, config.adapter))
+    if config.adapter is None:
+        return own
+    return merge(jax.eval_shape(lambda p: quantized_base(p, config), own), lora.shapes(own, config.adapter))
+
+
+def quantized_base(params: dict, config: ModelConfig) -> dict:
+    """The model's own parameters as the config's adapters keep them beside themselves. Raises UserError."""
+    if config.adapter is None or config.adapter.base == "param":
+        return params
+    quantized.check(params, base := config.adapter.base)
+    return quantized.map_kernels(lambda kernel: quantized.quantize(kernel, base), params)
 
 
 def init_adapters(config: ModelConfig, key: Array) -> dict:
@@ -172,11 +182,9 @@ def cast_layers(params: dict, config: ModelConfig) -> dict:
         return w.astype(config.execution.compute_dtype)
 
     if config.execution.scan_layers:
-        return {**params, "layers": jax.tree.map(cast, params["layers"])}
-    return {
-        **params,
-        "layers": [jax.tree.map(lambda w, i=i: cast(w[i]), params["layers"]) for i in range(config.arch.num_layers)],
-    }
+        return {**params, "layers": quantized.map_plain(cast, params["layers"])}
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.arch.num_layers)]
+    return {**params, "layers": [quantized.map_plain(cast, layer) for layer in layers]}
 
 
 def add_gradients(total: dict, grads: dict) -> dict:

@@ -19,11 +19,12 @@ from jax import Array
 
 from jaxreason.errors import UserError
 from jaxreason.model.config import Adapter
+from jaxreason.model.quantized import kernel_of
 
 LEAVES = ("lora_a", "lora_b", "magnitude")
 
 
-def adapted(out: Array, x: Array, leaves: Mapping[str, Array], adapter: Adapter) -> Array:
+def adapted(out: Array, x: Array, leaves: Mapping[str, Any], adapter: Adapter) -> Array:
     """``out`` = x·W [rows, out] with the adapter's part added; ``leaves``: kernel [in, out] and those of the adapter."""
     out = out + (x @ leaves["lora_a"].astype(x.dtype)) @ leaves["lora_b"].astype(x.dtype) * adapter.scale
     if adapter.kind == "lora":
@@ -32,10 +33,10 @@ def adapted(out: Array, x: Array, leaves: Mapping[str, Array], adapter: Adapter)
     return out * (leaves["magnitude"].astype(jnp.float32) / norm).astype(x.dtype)
 
 
-def _sum(leaves: Mapping[str, Array], adapter: Adapter) -> Array:
+def _sum(leaves: Mapping[str, Any], adapter: Adapter) -> Array:
     """W + s·A·B in float32; A·B at full precision, also where the device's default for float32 is less."""
     a, b = (leaves[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
-    return leaves["kernel"].astype(jnp.float32) + adapter.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return kernel_of(leaves["kernel"]).astype(jnp.float32) + adapter.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def column_norms(kernel: Array) -> Array:
@@ -44,14 +45,18 @@ def column_norms(kernel: Array) -> Array:
 
 
 def merged(params: dict, adapter: Adapter | None) -> dict:
-    """A tree without adapters that computes the same: each kernel with one becomes W + s·A·B, in float32.
+    """A tree without adapters that computes the same: each kernel with one becomes W + s·A·B, in float32, and each that is
+    kept as codes becomes an array.
 
     ``params``: the model's, a layer's or a module's. Without an adapter it is returned as it is.
     """
     if adapter is None:
         return params
     if "lora_a" not in params:
-        return {name: merged(child, adapter) if isinstance(child, dict) else child for name, child in params.items()}
+        return {
+            name: kernel_of(child) if name == "kernel" else merged(child, adapter) if isinstance(child, dict) else child
+            for name, child in params.items()
+        }
     kernel = _sum(params, adapter)
     if adapter.kind == "dora":
         kernel = kernel * (params["magnitude"].astype(jnp.float32) / column_norms(kernel))[..., None, :]
@@ -107,5 +112,5 @@ def init(params: dict, adapter: Adapter, key: Array) -> dict:
 def with_magnitudes(adapters: dict, params: dict) -> dict:
     """DoRA's magnitudes at the norms of the kernels that they belong to; other leaves, and other trees, as they are."""
     if "magnitude" in adapters:
-        return {**adapters, "magnitude": column_norms(params["kernel"])}
+        return {**adapters, "magnitude": column_norms(kernel_of(params["kernel"]))}
     return {name: with_magnitudes(child, params[name]) if isinstance(child, dict) else child for name, child in adapters.items()}

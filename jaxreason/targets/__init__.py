@@ -46,6 +46,7 @@ class Target:
     l2_bytes: int
     shared_memory_per_core: int
     shared_memory_per_block: int
+    threads_per_core: int
     rates: Rates
     rates_measured_on: str  # the target whose measurements they are
 
@@ -56,9 +57,10 @@ class Target:
 
     def proto(self) -> str:
         """XLA's ``GpuTargetConfigProto`` in text form."""
+        major, minor = divmod(round(10 * self.capability), 10)
         features = "ACCELERATED_FEATURES" if self.accelerated else "NONE"
         return f"""gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {self.threads_per_core}
   shared_memory_per_block: 49152  shared_memory_per_core: {self.shared_memory_per_core}
   shared_memory_per_block_optin: {self.shared_memory_per_block}
   core_count: {self.cores}  fpus_per_core: {self.fpus_per_core}  clock_rate_ghz: {self.clock_ghz}
@@ -66,7 +68,7 @@ class Target:
   thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
   memory_bandwidth: {int(self.memory_bytes_per_s)}  l2_cache_size: {self.l2_bytes}
   device_memory_size: {self.memory_bytes}
-  cuda_compute_capability {{ major: {int(self.capability)} feature_extension: {features} }}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
   device_vendor: "NVIDIA Corporation"  name: "{self.name}"
   runtime_version: "13.0.0"  driver_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"

@@ -101,7 +101,7 @@ def adapter_of(lora: cfg.Lora, model: ModelConfig) -> Adapter | None:
     if lora.rank is None:
         return None
     scale = lora.alpha / (lora.rank if lora.scaling == "rank" else math.sqrt(lora.rank))
-    adapter = Adapter(lora.rank, scale, tuple(lora.targets), lora.kind)
+    adapter = Adapter(lora.rank, scale, tuple(lora.targets), lora.kind, lora.base)
     full_shapes(dataclasses.replace(model, adapter=adapter))
     return adapter
 
@@ -113,7 +113,8 @@ def adapter_rows(model: ModelConfig, abstract: TrainState) -> list[tuple[str, st
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     found = model.adapter
     said = f"{count:,} parameters ({found.kind}, rank {found.rank}, scale {found.scale:g}, {', '.join(found.targets)})"
-    return [("adapters", f"{said}; the rest is frozen")]
+    kept = "" if found.base == "param" else f", its layers in {found.base}"
+    return [("adapters", f"{said}; the rest is frozen{kept}")]
 
 
 def start_state(config: cfg.RunConfig, setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh
 
 from jaxreason.errors import UserError
-from jaxreason.model import ModelConfig, full_shapes, init, init_adapters
+from jaxreason.model import ModelConfig, full_shapes, init, init_adapters, quantized_base
 from jaxreason.model.lora import with_magnitudes
+from jaxreason.model.quantized import map_plain
 from jaxreason.plugins import nearest
 from jaxreason.sharding import shardings
 from jaxreason.types import TrainState
@@ -40,7 +41,7 @@ def _fresh(
 def _drawn(
     config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array, freeze: Sequence[str]
 ) -> TrainState:
-    params = init(config, key)
+    params = quantized_base(init(config, key), config)
     return _fresh(params, _drawn_adapters(config, params, key), optimizer, freeze)
 
 
@@ -58,10 +59,10 @@ def draw_adapters(config: ModelConfig, params: dict, mesh: Mesh, seed: int) -> d
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str) -> dict:
-    """Sharded parameters in ``dtype``, those of its adapters included."""
-    wanted, stored = full_shapes(config), jnp.dtype(dtype)
+    """Sharded parameters in ``dtype``, those of its adapters included; what is quantized stays what it is."""
+    wanted = map_plain(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)), full_shapes(config))
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, stored, sharding=place), wanted, shardings(wanted, mesh)
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), wanted, shardings(wanted, mesh)
     )
 
 
