@@ -60,7 +60,7 @@ def card_of(source: WeightSource) -> dict[str, Any]:
     if not runs:
         return {}
     first, (last, summary) = runs[0][0], runs[-1]
-    data = [_data(config) for config, _ in runs]
+    data = [found for config, _ in runs for found in _data(config)]
     card = {
         "title": (last.get("run") or {}).get("name", "Reasoning model"), "base_model": base_model(first), "start": _start(first),
         "datasets": list(dict.fromkeys(name for name, linked in data if linked)),
@@ -103,9 +103,13 @@ def _of_base(readme: Path) -> dict[str, Any]:
     return known | ({"language": languages} if languages else {})
 
 
-def _data(config: Mapping[str, Any]) -> tuple[str, bool]:
-    """What a run trained on, and whether that is the id of a data set on the hub."""
-    name = str((config.get("data") or {}).get("source") or "unknown data")
+def _data(config: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """What a run trained on, its mixture included, and whether each is the id of a data set on the hub."""
+    data = config.get("data") or {}
+    return [_named(str(part.get("source") or "unknown data")) for part in (data, *(data.get("mixture") or ()))]
+
+
+def _named(name: str) -> tuple[str, bool]:
     if name.startswith(("embedded:", "reasoning-gym:")):
         return name, False
     match = _DATA_ID.fullmatch(name)
@@ -124,7 +128,8 @@ def stage(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     loss = _plain((config.get("loss") or {}).get("name") or "unknown")
     tokens = f", {summary['trained_tokens']:,.0f} tokens" if "trained_tokens" in summary else ""
     steps = f": {summary['step']:,} steps{tokens}" if "step" in summary else ", not finished"
-    return f"{str(config['algorithm']).upper()} (loss {loss}) on {_data(config)[0]}{steps}."
+    sources = ", ".join(name for name, _ in _data(config))
+    return f"{str(config['algorithm']).upper()} (loss {loss}) on {sources}{steps}."
 
 
 def recipe(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,13 +174,13 @@ def _of_grpo(config: Mapping[str, Any]) -> dict[str, Any]:
 def evaluation(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """What a run measured of held-out problems and rows, with intervals."""
     data, settings = config.get("data") or {}, config.get("eval") or {}
-    held_out = {"data": {"source": data.get("eval_source") or data.get("source")}}
+    held_out = _named(str(data.get("eval_source") or data.get("source")))
     found: dict[str, Any] = {"loss": summary["eval_loss"]} if "eval_loss" in summary else {}
     for name, key in (("accuracy", "eval_accuracy"), ("before", "before_eval_accuracy"), ("change", "eval_change")):
         ends = [key, f"{key}_low", f"{key}_high"]
         if all(isinstance(summary.get(end), int | float) for end in ends):
             found[name] = tuple(float(summary[end]) for end in ends)
     if "accuracy" in found:
-        found |= {"task": _data(held_out)[0], "problems": summary.get("eval_problems"),
+        found |= {"task": held_out[0], "problems": summary.get("eval_problems"),
                   "max_completion_tokens": settings.get("max_completion_tokens")}  # fmt: skip
     return found

@@ -20,6 +20,9 @@ SUMMARY = {"step": 40, "trained_tokens": 12345.0, "eval_loss": 0.25, "eval_accur
            "grad_norm": 0.123456}  # fmt: skip
 
 
+MIXTURE = "data.mixture=[{source: Owner/more, weight: 0.5}, {source: 'embedded:arithmetic'}]"
+
+
 def random_params(config: model.ModelConfig) -> dict:
     """init's tree drawn by numpy, since compiling init takes longer than these tests."""
     shapes, rng = jax.eval_shape(lambda: model.init(config, jax.random.key(0))), np.random.default_rng(0)
@@ -58,20 +61,20 @@ def base(tmp_path):
 
 
 def test_an_export_says_where_it_comes_from_and_what_was_measured(tmp_path, base):
-    first = make(tmp_path, "first", base, ("sft", "data.source=Owner/traces"), {"step": 700})
+    first = make(tmp_path, "first", base, ("sft", "data.source=Owner/traces", MIXTURE), {"step": 700})
     words = ("grpo", f"data.source={tmp_path}/my.jsonl", "data.eval_source=embedded:arithmetic", "loss.name=grpo")
     last = make(tmp_path, "last", checkpoint_of(first), words, SUMMARY)
     assert cli.convert(["to-hf", str(last), str(tmp_path / "out")]) == 0
     assert stored(tmp_path / "out") == {"BF16"}  # two runs in float32 later
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "Owner/Base-1B" and card.data.license == "llama3.2" and card.data.language == ["en", "de"]
-    assert card.data.datasets == ["Owner/traces"] and card.data.library_name == "transformers"
+    assert card.data.datasets == ["Owner/traces", "Owner/more"] and card.data.library_name == "transformers"
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_value) == ("embedded:arithmetic", 0.6) and "0.500 to 0.700" in result.metric_name
     text = str(card)
     assert "**60.0 % (50.0 to 70.0)** of 100 held-out problems of `embedded:arithmetic`" in text
     assert "it was 40.0 % (30.0 to 50.0), which is a change of +20.0 points (+6.0 to +33.0)." in text
-    assert "1. SFT (loss nll) on Owner/traces: 700 steps.\n2. GRPO (loss grpo) on the local my.jsonl: 40 steps, " in text
+    assert "1. SFT (loss nll) on Owner/traces, Owner/more, embedded:arithmetic: 700 steps.\n2. GRPO (loss grpo) on the local my.jsonl: 40 steps, " in text
     assert str(tmp_path) not in text and "0.123" not in text and "{'" not in text
     assert "max_new_tokens=128" in text and "| learning rate | 0.0001, constant, warm-up 5 |" in text
     assert cli.convert(["to-hf", str(last), str(tmp_path / "wide"), "--dtype", "float32"]) == 0
