@@ -241,7 +241,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def _report_words(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="the folder of a run, finished or not")
+    parser.add_argument("run", help="the folder of a run, finished or not, or of a finished pipeline")
     parser.add_argument("other", nargs="?", help="a second run, shown beside it, with the config keys that differ")
     parser.add_argument("--tree", metavar="FILE", help="also draw what generate.py --strategy tot_bfs --out FILE wrote")
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
@@ -250,10 +250,17 @@ def _report_words(parser: argparse.ArgumentParser) -> None:
 @command(_report_words)
 def report(args: argparse.Namespace) -> None:
     """Writes one HTML page about a run, or about two beside each other, from the files that they wrote."""
+    from jaxreason.report import pipeline as of_pipeline
     from jaxreason.report.run import write_run_report
 
+    folder = local(args.run)
+    if (folder / of_pipeline.FILE).is_file():
+        if args.other or args.out or args.tree:
+            raise UserError(f"{args.run} is a pipeline, whose page is written into it: give no other run, --out or --tree")
+        print(f"report: {of_pipeline.write_pipeline_report(folder, of_pipeline.read_stages(folder))}")
+        return
     other, out, tree = (local(path) if path else None for path in (args.other, args.out, args.tree))
-    print(f"report: {write_run_report(local(args.run), other, out, tree)}")
+    print(f"report: {write_run_report(folder, other, out, tree)}")
 
 
 def _replay_words(parser: argparse.ArgumentParser) -> None:

@@ -14,13 +14,12 @@ from jaxreason.errors import UserError
 from jaxreason.evaluate.estimates import Interval
 from jaxreason.paths import local
 from jaxreason.report import end
+from jaxreason.report.pipeline import FILE
 from jaxreason.rl import grpo
 from jaxreason.terminal import console
 from jaxreason.train import sft
 from jaxreason.train.folder import RunFolder
 from jaxreason.weights import locate
-
-FILE = "pipeline.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +52,9 @@ def run(pipeline: cfg.Pipeline, configs: dict[str, cfg.RunConfig | cfg.Build]) -
         if (summary := _trained(config, root / stage.start if stage.start else None)) is None:
             return None
         done.append(Done(stage.name, config.algorithm, summary))
-    write_json(root / FILE, [dataclasses.asdict(each) for each in done])
+    write_json(root / FILE, stages := [dataclasses.asdict(each) for each in done])
     show(done)
+    end.of_pipeline(root, stages, told)
     return done
 
 

@@ -74,7 +74,8 @@ def test_an_export_says_where_it_comes_from_and_what_was_measured(tmp_path, base
     text = str(card)
     assert "**60.0 % (50.0 to 70.0)** of 100 held-out problems of `embedded:arithmetic`" in text
     assert "it was 40.0 % (30.0 to 50.0), which is a change of +20.0 points (+6.0 to +33.0)." in text
-    assert "1. SFT (loss nll) on Owner/traces, Owner/more, embedded:arithmetic: 700 steps.\n2. GRPO (loss grpo) on the local my.jsonl: 40 steps, " in text
+    assert "1. SFT (loss nll) on Owner/traces, Owner/more, embedded:arithmetic: 700 steps.\n2. GRPO" in text
+    assert "2. GRPO (loss grpo) on the local my.jsonl: 40 steps, " in text
     assert str(tmp_path) not in text and "0.123" not in text and "{'" not in text
     assert "max_new_tokens=128" in text and "| learning rate | 0.0001, constant, warm-up 5 |" in text
     assert cli.convert(["to-hf", str(last), str(tmp_path / "wide"), "--dtype", "float32"]) == 0

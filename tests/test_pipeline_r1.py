@@ -15,6 +15,7 @@ from jaxreason import config as cfg
 from jaxreason.config.parse import parse_words
 from jaxreason.data import schema
 from jaxreason.errors import UserError
+from jaxreason.report import pipeline as report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +83,31 @@ def test_five_stages_leave_five_folders_and_a_table(made):
     rows = [json.loads(line) for line in (root / "rejection" / "rows.jsonl").read_text().splitlines()]
     assert 0 < len(rows) == done[2]["found"]["kept"] and done[2]["found"]["drawn"] == 16 * 4
     assert all(schema.detect(row) == "messages" and "rl_1" in row["model"] and row["seed"] == 2 for row in rows)
+
+
+def test_one_page_shows_all_stages(made, tmp_path, capsys):
+    """By hand: accuracies of 25 and 50 %, 30 of 40 traces kept; links to the pages that are there, markup escaped."""
+    root = made / "r1"
+    page = (root / "report.html").read_text()
+    linked = [name for name in STAGES if f'<a href="{name}/report.html">{name}</a>' in page]
+    assert linked == ["cold_start", "rl_1", "sft_2", "rl_2"]
+    assert cli.report([str(root)]) == 0 and (root / "report.html").read_text() == page
+    measured = {"step": 7, "train_seconds": 90.0, "eval_completion_tokens": 41.6}
+    accuracies = [dict(zip(report.ACCURACY, values)) for values in ((0.25, 0.2, 0.3), (0.5, 0.4, 0.6))]
+    stages = [
+        {"name": "a<b", "kind": "sft", "found": measured | accuracies[0]},
+        {"name": "made", "kind": "build", "found": {"kept": 30, "drawn": 40, "dropped": {"too <long": 10}}},
+        {"name": "c", "kind": "grpo", "found": measured | accuracies[1]},
+    ]
+    (tmp_path / report.FILE).write_text(json.dumps(stages))
+    assert cli.report([str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "a&lt;b 25.0 % (20.0–30.0) → c 50.0 % (40.0–60.0). The highest is c&#39;s." in page and "a<b" not in page
+    assert "<td>30 of 40 traces kept</td>" in page and "<td>7 steps</td><td>1.5 min</td>" in page and "<td>42</td>" in page
+    assert "too &lt;long" in page and "href" not in page
+    (tmp_path / report.FILE).write_text('[{"name": 1}]')
+    assert cli.report([str(tmp_path)]) == 2 and "pipeline.json is damaged" in capsys.readouterr().err
+    assert cli.report([str(root), str(root / "rl_1")]) == 2 and "is a pipeline" in capsys.readouterr().err
 
 
 def test_the_same_command_does_nothing_twice(made, monkeypatch, capsys):

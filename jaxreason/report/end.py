@@ -2,12 +2,13 @@
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxreason.paths import local
 from jaxreason.report.charts import short
+from jaxreason.report.pipeline import write_pipeline_report
 from jaxreason.report.read import Run, number, read_run
 from jaxreason.report.run import learned, write_run_report
 from jaxreason.terminal import console, seconds
@@ -33,6 +34,12 @@ def write(folder: str, told: Callable[[str], str]) -> None:
     """Writes a run's report.html, without a word where that succeeds."""
     with _survived(folder, told):
         write_run_report(local(folder))
+
+
+def of_pipeline(root: Path, stages: Sequence[Mapping[str, Any]], told: Callable[[str], str]) -> None:
+    """Writes a pipeline's report.html and says where it is."""
+    with _survived(str(root), told):
+        console.print(f"report: {write_pipeline_report(root, stages)}", markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
