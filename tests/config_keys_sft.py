@@ -261,7 +261,8 @@ ROWS: dict[str, tuple] = {
     "train.freeze": (program, "[embedding]"),
     "lora.rank": (adapters, 4, *START),
     **{f"lora.{key}": (adapters, value, *BESIDE) for key, value in (
-        ("alpha", 8.0), ("scaling", "sqrt_rank"), ("targets", "[q]"), ("kind", "dora"), ("learning_rate_ratio", 16.0),
+        ("base", "nf4"), ("alpha", 8.0),
+        ("scaling", "sqrt_rank"), ("targets", "[q]"), ("kind", "dora"), ("learning_rate_ratio", 16.0),
         ("weights", "{peft}"))},
     "train.neftune_alpha": (program, 5.0),
     "mesh.data": (mesh, 2),

@@ -145,11 +145,11 @@ def test_two_processes_train_what_one_trains(tmp_path):
     words = sft_words(tmp_path, "train.steps=4", "eval.problems=8", "eval.max_completion_tokens=8", "data.eval_rows=8")
     results = finish(start("sft", *words, "run.name=two"))
     assert [code for code, _, _ in results] == [0, 0], results
-    assert "2 processes (flags)" in results[0][1] and "eval_accuracy" in results[0][1]
+    assert "2 processes (flags)" in results[0][1] and "on 8 held-out problems" in results[0][1]
     # Gloo's threads write over each other, so that a line of theirs may come in pieces, an empty one among them; what the run
     # itself says has whole lines, borders of tables for one, and the second process says none of them.
     said = [{line for line in text.splitlines() if line.strip() and "peer ranks" not in line} for _, text, _ in results]
-    assert any("eval_accuracy" in line for line in said[0]) and not said[0] & said[1]
+    assert any("on 8 held-out problems" in line for line in said[0]) and not said[0] & said[1]
     assert cli.train(["--config", "sft", *words, "run.name=one"]) == 0
     assert_same_training(tmp_path / "one", tmp_path / "two", ("loss", "grad_norm", "tokens", "eval_loss", "eval_accuracy"))
 

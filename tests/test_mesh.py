@@ -10,7 +10,8 @@ import pytest
 
 from jaxreason import checkpoint, losses, model
 from jaxreason import config as cfg
-from jaxreason.data.prompts import Prompt, PromptStream
+from jaxreason.data.prompts import Prompt, Prompts, PromptStream, SourceRows
+from jaxreason.data.tally import Tally
 from jaxreason.rl import collect
 from jaxreason.rl.batch import Packed
 from jaxreason.rl.sequence import Sequence
@@ -149,7 +150,8 @@ class Drawing(collect.Collector):
 def test_processes_draw_together_what_one_draws(monkeypatch, rounds):
     """Two threads for two processes, which after the first round miss different numbers of groups."""
     words = ["rollout.prompts_per_step=8", f"rollout.resample_rounds={rounds}", "rollout.group_size=2"]
-    config, prompts = cfg.load("grpo", words), [Prompt((1,), "", "", "", i) for i in range(40)]
+    config, asked = cfg.load("grpo", words), tuple(Prompt((1,), "", "", "", i) for i in range(40))
+    prompts = Prompts(asked, (SourceRows("any", 1.0, len(asked), Tally()),))
     me, barrier, shared = threading.local(), threading.Barrier(2, timeout=30), {}
 
     def collector():
