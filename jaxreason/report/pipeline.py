@@ -71,9 +71,8 @@ def _row(root: Path, stage: Mapping[str, Any]) -> dict[str, Any]:
     spent, length = number(found.get("train_seconds")), number(found.get("eval_completion_tokens"))
     done = f"{found['kept']:,} of {found['drawn']:,} traces kept" if stage["kind"] == "build" else f"{found['step']:,} steps"
     cells = [
-        stage["kind"], done, f"{spent / 60:.1f} min" if spent else "–",
         "–" if values is None else "{:.1f} % ({:.1f}–{:.1f})".format(*(100 * value for value in values)),
-        "–" if length is None else f"{length:.0f}",
+        stage["kind"], done, f"{spent / 60:.1f} min" if spent else "–", "–" if length is None else f"{length:.0f}",
     ]  # fmt: skip
     return {"name": stage["name"], "page": f"{stage['name']}/{NAME}" if (root / stage["name"] / NAME).is_file() else None,
             "cells": cells}  # fmt: skip
