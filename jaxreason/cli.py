@@ -81,13 +81,13 @@ def train(args: argparse.Namespace) -> int | None:
 
 def _convert_words(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
-    out = verbs.add_parser("to-hf", help="a run or checkpoint to a directory that transformers and vLLM open")
+    out = verbs.add_parser("to-hf", help="a run or checkpoint to a directory that transformers opens")
     out.add_argument("model", metavar="RUN|CHECKPOINT")
     out.add_argument("out", metavar="OUT")
     out.add_argument(
         "--dtype", default=None, choices=["bfloat16", "float32"], help="default: that of the weights that training began with"
     )
-    adapters = verbs.add_parser("to-peft", help="the adapters of a run with lora.rank to a directory that PEFT and vLLM open")
+    adapters = verbs.add_parser("to-peft", help="the adapters of a run with lora.rank to a directory that PEFT opens")
     adapters.add_argument("model", metavar="RUN|CHECKPOINT")
     adapters.add_argument("out", metavar="OUT")
     back = verbs.add_parser("from-hf", help="a Hugging Face directory or hub id to a checkpoint")

@@ -64,7 +64,7 @@ def _complete(action: argparse.Action, verb: str) -> None:
     elif action.dest == "words" and verb in _KEYS:
         action.choices = list(dict.fromkeys(f"{key}=" for section in _KEYS[verb] for key in cfg.keys(section)))
     elif action.dest in _FILES:
-        action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab reads it
+        action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab documents this attribute, which argparse lacks
     elif isinstance(action, argparse._SubParsersAction):
         for inner in action.choices.values():
             for one in inner._actions:

@@ -4,31 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from jaxreason import config as cfg
 from jaxreason.checkpoint import write_json
 from jaxreason.command import told
 from jaxreason.curate.rows import BuildJob, build
 from jaxreason.errors import UserError
-from jaxreason.evaluate.estimates import Interval
 from jaxreason.paths import local
-from jaxreason.report import end
-from jaxreason.report.pipeline import FILE
+from jaxreason.report import end, tables
+from jaxreason.report.pipeline import FILE, Done, stages_table
 from jaxreason.rl import grpo
 from jaxreason.terminal import console
 from jaxreason.train import sft
 from jaxreason.train.folder import RunFolder
 from jaxreason.weights import locate
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """What a finished stage leaves: a run's summary, or a report of built data."""
-
-    name: str
-    kind: str
-    found: dict[str, Any]
 
 
 def run(pipeline: cfg.Pipeline, configs: dict[str, cfg.RunConfig | cfg.Build]) -> list[Done] | None:
@@ -52,9 +40,9 @@ def run(pipeline: cfg.Pipeline, configs: dict[str, cfg.RunConfig | cfg.Build]) -
         if (summary := _trained(config, root / stage.start if stage.start else None)) is None:
             return None
         done.append(Done(stage.name, config.algorithm, summary))
-    write_json(root / FILE, stages := [dataclasses.asdict(each) for each in done])
-    show(done)
-    end.of_pipeline(root, stages, told)
+    write_json(root / FILE, [dataclasses.asdict(each) for each in done])
+    tables.show(stages_table(done), console)
+    end.of_pipeline(root, done, told)
     return done
 
 
@@ -73,26 +61,3 @@ def _trained(config: cfg.RunConfig, start: Path | None) -> dict[str, Any] | None
     if found is not None:
         end.write(str(folder.path), told)
     return found
-
-
-def accuracy(summary: dict[str, Any]) -> Interval | None:
-    """The held-out accuracy that a run ended with; None where it measured none."""
-    names = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
-    return Interval(*(summary[name] for name in names)) if all(name in summary for name in names) else None
-
-
-def show(done: list[Done]) -> None:
-    """Prints a line for every stage; ``tokens`` are those of an answer to a held-out problem, on average."""
-    table = Table("stage", "kind", "done", "held-out accuracy", "tokens", title="pipeline", title_justify="left")
-    for stage in done:
-        if stage.kind == "build":
-            kept = f"{stage.found['kept']} of {stage.found['drawn']} traces kept"
-            table.add_row(stage.name, stage.kind, kept, "", "")
-            continue
-        found = accuracy(stage.found)
-        length = stage.found.get("eval_completion_tokens")
-        table.add_row(
-            stage.name, stage.kind, f"{stage.found['step']} steps", found.percent() if found else "not measured",
-            f"{length:.0f}" if length is not None else "",
-        )  # fmt: skip
-    console.print(table)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,10 +77,10 @@ def test_five_stages_leave_five_folders_and_a_table(made):
     for stage in done:
         if stage["kind"] != "build":
             assert (root / stage["name"] / "report.html").is_file()
-            found = pipeline.accuracy(stage["found"])
+            found = report.Done(**stage).accuracy
             assert (found is None) == (stage["kind"] == "sft")  # whose evaluation these words leave out
             if found:  # all of 8: Wilson's interval begins at 8 / (8 + 1.96²)
-                assert found.mean == found.high == 1.0 and found.low == pytest.approx(8 / (8 + 1.959964**2))
+                assert found == (1.0, pytest.approx(8 / (8 + 1.959964**2)), 1.0)
     rows = [json.loads(line) for line in (root / "rejection" / "rows.jsonl").read_text().splitlines()]
     assert 0 < len(rows) == done[2]["found"]["kept"] and done[2]["found"]["drawn"] == 16 * 4
     assert all(schema.detect(row) == "messages" and "rl_1" in row["model"] and row["seed"] == 2 for row in rows)
@@ -92,8 +93,9 @@ def test_one_page_shows_all_stages(made, tmp_path, capsys):
     linked = [name for name in STAGES if f'<a href="{name}/report.html">{name}</a>' in page]
     assert linked == ["cold_start", "rl_1", "sft_2", "rl_2"]
     assert cli.report([str(root)]) == 0 and (root / "report.html").read_text() == page
+    ends = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
     measured = {"step": 7, "train_seconds": 90.0, "eval_completion_tokens": 41.6}
-    accuracies = [dict(zip(report.ACCURACY, values)) for values in ((0.25, 0.2, 0.3), (0.5, 0.4, 0.6))]
+    accuracies = [dict(zip(ends, values)) for values in ((0.25, 0.2, 0.3), (0.5, 0.4, 0.6))]
     stages = [
         {"name": "a<b", "kind": "sft", "found": measured | accuracies[0]},
         {"name": "made", "kind": "build", "found": {"kept": 30, "drawn": 40, "dropped": {"too <long": 10}}},
@@ -103,10 +105,11 @@ def test_one_page_shows_all_stages(made, tmp_path, capsys):
     assert cli.report([str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "a&lt;b 25.0 % (20.0–30.0) → c 50.0 % (40.0–60.0). The highest is c&#39;s." in page and "a<b" not in page
-    assert "<td>30 of 40 traces kept</td>" in page and "<td>7 steps</td><td>1.5 min</td>" in page and "<td>42</td>" in page
+    assert "<td>kept 30 of 40</td>" in page and "<td>7 steps</td><td>1.5 min</td>" in page and "<td>42</td>" in page
     assert "too &lt;long" in page and "href" not in page
-    (tmp_path / report.FILE).write_text('[{"name": 1}]')
-    assert cli.report([str(tmp_path)]) == 2 and "pipeline.json is damaged" in capsys.readouterr().err
+    for damaged in ('[{"name": 1}]', "[", "{}", json.dumps([{"name": "a", "kind": "build", "found": {"kept": 1}}])):
+        (tmp_path / report.FILE).write_text(damaged)
+        assert cli.report([str(tmp_path)]) == 2 and "pipeline.json is damaged" in capsys.readouterr().err
     assert cli.report([str(root), str(root / "rl_1")]) == 2 and "is a pipeline" in capsys.readouterr().err
 
 
@@ -120,8 +123,8 @@ def test_the_same_command_does_nothing_twice(made, monkeypatch, capsys):
     assert (
         shown.count("is finished") == 4
         and "held-out accuracy" in shown
-        and "traces kept" in shown
-        and shown.count("100.0 % [67.6, 100.0]") == 2
+        and re.search(r"kept \d+ of 64", shown)
+        and shown.count("100.0 % (67.6–100.0)") == 2
         and shown.count("not measured") == 2
     )
 

@@ -11,11 +11,22 @@ from jaxreason import cli
 from jaxreason import config as cfg
 from jaxreason.report import run as report
 
+WILSON = {0.5: (0.4038, 0.5962), 0.6: (0.5020, 0.6906), 0.61: (0.5120, 0.6998), 0.8: (0.7112, 0.8666),
+          0.9: (0.8256, 0.9448)}  # fmt: skip  # of 100 problems
+
+
+def measured(accuracy: float, problems: int | None) -> dict[str, float]:
+    """What a run records; without ``problems`` the accuracy alone, as it once did."""
+    if problems is None:
+        return {"eval_accuracy": accuracy}
+    low, high = WILSON[accuracy]
+    return {"eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high, "eval_problems": problems}
+
 
 def lines(before: float | None, after: float, problems: int | None = 100) -> list[dict]:
-    known = {} if problems is None else {"eval_problems": problems}
-    first = [] if before is None else [{"step": 0, "eval_accuracy": before, **known}]
-    return [*first, {"step": 1, "reward": 0.2, f"mine {EVIL}": 1.0}, {"step": 2, "reward": 0.5, "eval_accuracy": after, **known}]
+    first = [] if before is None else [{"step": 0, **measured(before, problems)}]
+    last = {"step": 2, "reward": 0.5, **measured(after, problems)}
+    return [*first, {"step": 1, "reward": 0.2, f"mine {EVIL}": 1.0}, last]
 
 
 def sample(step: int, group: int, reward: float | None, tokens: int, text: str = "") -> dict:
@@ -27,13 +38,13 @@ def sample(step: int, group: int, reward: float | None, tokens: int, text: str =
 @pytest.mark.parametrize(
     ("before", "after", "problems", "said"),
     [
-        # Two right and two wrong more of 100: 62/104 and 82/104; 1.96 sqrt(.002315 + .001604) = 12.27 points.
-        (0.6, 0.8, 100, "Accuracy 60.0 → 80.0 % on 100 held-out problems: +20.0 points (+7.7 to +32.3)."),
-        (0.8, 0.6, 100, "-20.0 points (-32.3 to -7.7). Training made it worse."),
+        # 20 − √(8.88² + 9.06²) = 7.31 and 20 + √(6.66² + 9.80²) = 31.85 points.
+        (0.6, 0.8, 100, "Accuracy 60.0 → 80.0 % (71.1–86.7) on 100 held-out problems: +20.0 points (+7.3 to +31.8)."),
+        (0.8, 0.6, 100, "-20.0 points (-31.8 to -7.3). Training made it worse."),
         (0.6, 0.61, 100, "cannot tell that from no change."),
         (0.6, 0.6, 100, "cannot tell that from no change."),
         (0.6, 0.8, None, "+20.0 points (unknown how sure)."),
-        (None, 0.8, 100, "Accuracy 80.0 % on 100 held-out problems; it was not measured before training."),
+        (None, 0.8, 100, "Accuracy 80.0 % (71.1–86.7) on 100 held-out problems; it was not measured before training."),
     ],
 )
 def test_the_headline_claims_no_more_than_the_problems_allow(tmp_path, before, after, problems, said):
@@ -79,7 +90,8 @@ def test_the_page_holds_what_the_files_hold(hostile):
     assert cli.report([str(hostile)]) == 0
     text = (hostile / "report.html").read_text()
     page = Page(text)
-    assert [row for row in page.rows if row[0] in ("0", "2")] == [["0", "0.500", "100"], ["2", "0.600", "100"]]
+    evaluated = [["0", "0.500", "0.404", "0.596", "100"], ["2", "0.600", "0.502", "0.691", "100"]]
+    assert [row for row in page.rows if row[0] in ("0", "2")] == evaluated
     assert ["sources 1, rows", "40,000"] in page.rows and ["sources 1, dropped", f"{EVIL} 3"] in page.rows
     assert ["command", EVIL] in page.rows and ["time", ""] in page.rows
     # Step 1 and the last step; twelve of its fourteen problems, the best completion first, one without a reward last.

@@ -4,7 +4,6 @@ import argparse
 import io
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
@@ -37,21 +36,22 @@ def run(tmp_path_factory):
 
 
 def finished(root, **sample):
-    lines = [{"step": 0, "eval_accuracy": 0.6, "eval_problems": 100}, {"step": 2, "eval_accuracy": 0.8, "eval_problems": 100,
-             "eval_accuracy_low": 0.711, "eval_accuracy_high": 0.867}]  # fmt: skip
+    before = {"eval_accuracy": 0.6, "eval_accuracy_low": 0.502, "eval_accuracy_high": 0.691}
+    after = {"eval_accuracy": 0.8, "eval_accuracy_low": 0.711, "eval_accuracy_high": 0.867}
+    lines = [{"step": step, "eval_problems": 100, **found} for step, found in ((0, before), (2, after))]
     drawn = {"step": 2, "group": 0, "prompt": "1 + 1 =", "gold": "2", "completion": "\\boxed{2}", "tokens": 4, "truncated": False,
              "advantage": 0.5, "reward": 1.0, "rewards": {"accuracy": 1.0}}  # fmt: skip
     return make_run(root, "a", 0, lines, samples=[drawn | sample])
 
 
 def test_a_run_ends_in_words(tmp_path, capsys):
-    """62/104 and 82/104: 1.96 sqrt(.002315 + .001604) = 12.27 points around 20."""
+    """20 − √(8.9² + 9.1²) = 7.3 and 20 + √(6.7² + 9.8²) = 31.9 points."""
     path = finished(tmp_path)
     end.show(str(path), told)
     said = capsys.readouterr().out.splitlines()
     assert said[1].startswith(f"{path} is done: 2 steps, ") and "2.0 min" in said[1]
     assert said[2] == (
-        "Accuracy 60.0 → 80.0 % (95 % interval 71.1–86.7) on 100 held-out problems: +20.0 points (+7.7 to +32.3)."
+        "Accuracy 60.0 → 80.0 % (95 % interval 71.1–86.7) on 100 held-out problems: +20.0 points (+7.3 to +31.9)."
     )
     assert said[4:8] == ["a sample of step 2 (reward 1, 4 tokens; right is 2):", "  1 + 1 =", "  ↳", "  \\boxed{2}"]
     assert f"report: {path}/report.html" in said and (path / "report.html").is_file()
@@ -183,7 +183,6 @@ def test_the_command_tells_how_it_was_started(monkeypatch):
     assert told("build-data") == "python scripts/build_data.py"
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes(tmp_path, capsys):
     assert console.main(["completion", "bash"]) == 0
     (tmp_path / "script").write_text(capsys.readouterr().out)

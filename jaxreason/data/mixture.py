@@ -60,7 +60,7 @@ class Shares:
         size, count = self.sizes[source], self.counts[source]
         if count == size:  # every row once; what follows puts them in order
             return np.arange(size)
-        passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), max(size, 1))
+        passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), size)
         if not self.shuffle:
             return places
         orders = {n: np.random.default_rng([self.seed, _STREAM, source, n]).permutation(size) for n in set(passes.tolist())}

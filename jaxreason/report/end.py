@@ -2,13 +2,13 @@
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxreason.paths import local
 from jaxreason.report.charts import short
-from jaxreason.report.pipeline import write_pipeline_report
+from jaxreason.report.pipeline import Done, write_pipeline_report
 from jaxreason.report.read import Run, number, read_run
 from jaxreason.report.run import learned, write_run_report
 from jaxreason.terminal import console, seconds
@@ -36,7 +36,7 @@ def write(folder: str, told: Callable[[str], str]) -> None:
         write_run_report(local(folder))
 
 
-def of_pipeline(root: Path, stages: Sequence[Mapping[str, Any]], told: Callable[[str], str]) -> None:
+def of_pipeline(root: Path, stages: Sequence[Done], told: Callable[[str], str]) -> None:
     """Writes a pipeline's report.html and says where it is."""
     with _survived(str(root), told):
         console.print(f"report: {write_pipeline_report(root, stages)}", markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
-"""The page of a pipeline: what every stage measured and made, with a link to the page of each run."""
+"""A pipeline for people: what every stage measured and made, as a table and as a page that links to those of its runs."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -14,72 +15,95 @@ from jaxreason.report.run import NAME
 from jaxreason.report.tables import Table
 
 FILE = "pipeline.json"
-ACCURACY = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
+_HAS = {"build": {"kept", "drawn", "dropped"}}  # what the table needs of a stage; of a run its last step
 
 
-def write_pipeline_report(root: Path, stages: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes ``root``/report.html from ``stages``, in their order, and returns its path.
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a finished stage leaves."""
 
-    Of each: ``name``, ``kind`` (sft, grpo or build), and ``found``: a run's summary or the report of built data. Its page is
-    linked where ``root``/NAME/report.html is there.
-    """
-    measured = [(place, stage, values) for place, stage in enumerate(stages, 1) if (values := _accuracy(stage["found"]))]
+    name: str
+    kind: str  # sft, grpo or build
+    found: dict[str, Any]  # a run's summary, or the report of built data
+
+    @property
+    def accuracy(self) -> tuple[float, float, float] | None:
+        """(value, low, high) of the held-out accuracy at a run's end; None where it measured none."""
+        value, low, high = (number(self.found.get(f"eval_accuracy{end}")) for end in ("", "_low", "_high"))
+        return None if value is None or low is None or high is None else (value, low, high)
+
+
+def read_stages(root: Path) -> list[Done]:
+    """The stages of the finished pipeline in ``root``. Raises UserError for a damaged file."""
+    try:
+        if not isinstance(found := json.loads((root / FILE).read_bytes()), list):
+            raise TypeError(found)
+        stages = [Done(**each) for each in found]
+        for stage in stages:
+            if missing := _HAS.get(stage.kind, {"step"}) - stage.found.keys():
+                raise ValueError(missing)
+        return stages
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{root / FILE} is damaged; the pipeline's own command, started again, writes it anew") from None
+
+
+def write_pipeline_report(root: Path, stages: Sequence[Done]) -> Path:
+    """Writes ``root``/report.html and returns its path. The page of a stage is linked where it is there."""
+    pages = {stage.name: f"{stage.name}/{NAME}" for stage in stages if (root / stage.name / NAME).is_file()}
     text = page.render(
-        (resources.files(__package__) / "pipeline.html").read_text(), title=root.name, lead=_lead(measured),
-        chart=_chart(measured) if measured else None, rows=[_row(root, stage) for stage in stages],
-        built=[_left_out(stage) for stage in stages if stage["kind"] == "build"],
+        (resources.files(__package__) / "pipeline.html").read_text(), title=root.name, lead=_lead(stages),
+        chart=_chart(stages), stages=stages_table(stages), pages=pages,
+        built=[_left_out(stage) for stage in stages if stage.kind == "build"],
     )  # fmt: skip
     (root / NAME).write_bytes(text.encode("utf-8", "replace"))
     return root / NAME
 
 
-def read_stages(root: Path) -> list[dict[str, Any]]:
-    """The stages of the finished pipeline in ``root``. Raises UserError for a damaged file."""
-    try:
-        stages = json.loads((root / FILE).read_bytes())
-        return [{"name": stage["name"], "kind": stage["kind"], "found": dict(stage["found"])} for stage in stages]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{root / FILE} is damaged; the pipeline's own command, started again, writes it anew") from None
+def stages_table(stages: Sequence[Done]) -> Table:
+    """A line for every stage. The tokens are those of an answer to a held-out problem, on average."""
+    header = ["stage", "held-out accuracy", "kind", "done", "training", "tokens"]
+    return Table("stages", "Stages", header, [[stage.name, *_cells(stage)] for stage in stages])
 
 
-def _accuracy(found: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """(accuracy, low, high) of held-out problems at a run's end."""
-    value, low, high = (number(found.get(name)) for name in ACCURACY)
-    return None if value is None or low is None or high is None else (value, low, high)
+def _cells(stage: Done) -> list[str]:
+    found = stage.found
+    if stage.kind == "build":
+        return ["–", stage.kind, f"kept {found['kept']:,} of {found['drawn']:,}", "–", "–"]
+    spent, length = number(found.get("train_seconds")), number(found.get("eval_completion_tokens"))
+    return [
+        "not measured" if stage.accuracy is None else _percent(stage.accuracy), stage.kind, f"{found['step']:,} steps",
+        "–" if spent is None else f"{spent / 60:.1f} min", "–" if length is None else f"{length:.0f}",
+    ]  # fmt: skip
 
 
-def _lead(measured: Sequence[tuple[int, Mapping[str, Any], tuple[float, float, float]]]) -> str:
-    """A sentence: the first and the last stage's accuracy, each with its interval."""
+def _percent(accuracy: tuple[float, float, float]) -> str:
+    value, low, high = (100 * each for each in accuracy)
+    return f"{value:.1f} % ({low:.1f}–{high:.1f})"
+
+
+def _lead(stages: Sequence[Done]) -> str:
+    """A sentence: the accuracies in order, and where the highest is."""
+    measured = {stage.name: stage.accuracy for stage in stages if stage.accuracy}
     if not measured:
         return "No stage graded held-out problems, so what the pipeline learned to answer is not known (eval.problems)."
-    told = [f"{stage['name']} {100 * a:.1f} % ({100 * low:.1f}–{100 * high:.1f})" for _, stage, (a, low, high) in measured]
-    best = max(measured, key=lambda each: each[2][0])[1]["name"]
-    return f"Accuracy on held-out problems, stage by stage: {' → '.join(told)}. The highest is {best}'s."
+    told = " → ".join(f"{name} {_percent(accuracy)}" for name, accuracy in measured.items())
+    return f"Accuracy on held-out problems, stage by stage: {told}. The highest is {max(measured, key=measured.__getitem__)}'s."
 
 
-def _chart(measured: Sequence[tuple[int, Mapping[str, Any], tuple[float, float, float]]]) -> Chart:
-    mean, low, high = (list(side) for side in zip(*(values for _, _, values in measured)))
+def _chart(stages: Sequence[Done]) -> Chart | None:
+    """Accuracy over the stages' numbers; None where none was measured."""
+    measured = [(place, stage.name, stage.accuracy) for place, stage in enumerate(stages, 1) if stage.accuracy]
+    if not measured:
+        return None
+    mean, low, high = (list(side) for side in zip(*(accuracy for _, _, accuracy in measured)))
     line = Line(0, "held-out accuracy", [place for place, _, _ in measured], mean, low, high)
-    names = ", ".join(f"{place} {stage['name']}" for place, stage, _ in measured)
+    names = ", ".join(f"{place} {name}" for place, name, _ in measured)
     note = f"At the end of each stage that trains, with the 95 % interval of its problems: {names}."
     return Chart("accuracy", "Held-out accuracy", note, [line], marked=True, axis="stage")
 
 
-def _row(root: Path, stage: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the table of stages."""
-    found, values = stage["found"], _accuracy(stage["found"])
-    spent, length = number(found.get("train_seconds")), number(found.get("eval_completion_tokens"))
-    done = f"{found['kept']:,} of {found['drawn']:,} traces kept" if stage["kind"] == "build" else f"{found['step']:,} steps"
-    cells = [
-        "–" if values is None else "{:.1f} % ({:.1f}–{:.1f})".format(*(100 * value for value in values)),
-        stage["kind"], done, f"{spent / 60:.1f} min" if spent else "–", "–" if length is None else f"{length:.0f}",
-    ]  # fmt: skip
-    return {"name": stage["name"], "page": f"{stage['name']}/{NAME}" if (root / stage["name"] / NAME).is_file() else None,
-            "cells": cells}  # fmt: skip
-
-
-def _left_out(stage: Mapping[str, Any]) -> Table:
+def _left_out(stage: Done) -> Table:
     """Why traces of a stage that built data are no rows."""
-    found = stage["found"]
+    found: Mapping[str, Any] = stage.found
     rows = [["kept", f"{found['kept']:,}"], *([reason, f"{count:,}"] for reason, count in found["dropped"].items())]
-    return Table(stage["name"], f"Traces of {stage['name']}", ["what became of them", "traces"], rows)
+    return Table(stage.name, f"Traces of {stage.name}", ["what became of them", "traces"], rows)

@@ -19,8 +19,8 @@ from jaxreason.report.curves import curve, is_constant, main_metrics, metrics_of
 from jaxreason.report.explain import title
 from jaxreason.report.figures import Bars, Chart
 from jaxreason.report.read import Run, Variant, number, read_run, read_samples
-from jaxreason.report.stats import Rate
 from jaxreason.report.tables import Table
+from jaxreason.train import worse
 
 NAME = "report.html"
 _PROMPTS = 12  # of a step that are shown
@@ -93,16 +93,13 @@ def learned(run: Run, interval: str = "") -> str:
     around = f" ({interval}{100 * low:.1f}–{100 * high:.1f})" if low is not None and high is not None else ""
     if before is None:
         return f"Accuracy {100 * after:.1f} %{around}{on}; it was not measured before training."
-    change = 100 * (after - before)
-    half = 196 * math.sqrt(Rate(before, problems).variance + Rate(after, problems).variance)
-    sure = "unknown how sure" if math.isnan(half) else f"{change - half:+.1f} to {change + half:+.1f}"
-    verdict = (
-        "" if math.isnan(half)
-        else " Training made it worse." if change < -half
-        else "" if change > half
-        else " These problems cannot tell that from no change."
-    )  # fmt: skip
-    return f"Accuracy {100 * before:.1f} → {100 * after:.1f} %{around}{on}: {change:+.1f} points ({sure}).{verdict}"
+    moved = f"Accuracy {100 * before:.1f} → {100 * after:.1f} %{around}{on}: {100 * (after - before):+.1f} points"
+    measured = [record for record in run.records if number(record.get("eval_accuracy")) is not None]
+    if not (change := worse.change(measured[0], measured[-1])):
+        return f"{moved} (unknown how sure)."
+    low, high = change["eval_change_low"], change["eval_change_high"]
+    verdict = " Training made it worse." if high < 0 else "" if low > 0 else " These problems cannot tell that from no change."
+    return f"{moved} ({100 * low:+.1f} to {100 * high:+.1f}).{verdict}"
 
 
 def _with_interval(chart: Chart, variants: Sequence[Variant]) -> Chart:
