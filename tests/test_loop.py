@@ -13,7 +13,9 @@ from helpers import final_params, grpo_words, sft_words
 from jaxreason import checkpoint, cli
 from jaxreason.errors import UserError
 from jaxreason.rl import held_out
+from jaxreason.sampler.engine import generation
 from jaxreason.train import sft
+from jaxreason.train.loop import Loop
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -300,3 +302,17 @@ def test_a_control_run_is_asked_for_on_the_command_line(capsys):
     found = yaml.safe_load(capsys.readouterr().out)
     assert [term["name"] for term in found["reward"]["functions"]] == ["format"] and found["run"]["name"] == "grpo-control"
     assert cli.train(["--config", "sft", "--control", "--print-config"]) == 2
+
+
+def test_a_grpo_run_compiles_nothing_after_its_second_step(tmp_path, monkeypatch, compiled):
+    """Where the decoding program does for every length, as on cuDNN: however long a run is, its programs are those."""
+    monkeypatch.setattr(generation, "one_length", lambda config: True)
+    counts, end = [], Loop.end
+    monkeypatch.setattr(Loop, "end", lambda self, *given: (end(self, *given), counts.append(dict(compiled)))[0])
+    # Sixteen sequences in eight slots: slots are refilled.
+    words = ["kl.coef=0.1", "train.updates_per_rollout=2", "train.minibatches=2", "rollout.max_completion_tokens=48"]
+    assert train("grpo", grpo_words(tmp_path, *words, "train.steps=5")) == 0
+    assert len(counts) == 5 and counts[1] == counts[3]  # the last step's save slices arrays
+    # The programs with the network in them: policy and reference score batches of other fields.
+    network = {name: counts[3].get(f"jit({name})") for name in ("step", "score", "fill", "_decode", "admit", "_copy_one")}
+    assert network == {"step": 1, "score": 2, "fill": 1, "_decode": 1, "admit": 1, "_copy_one": 1}

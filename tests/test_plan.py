@@ -96,6 +96,38 @@ def test_collectives_are_counted_through_loops():
     assert hlo.shapes("(bf16[4,8]{1,0}, f32[])") == [("bf16", (4, 8)), ("f32", ())]
 
 
+BLOCKWISE = """HloModule jit_step
+
+%keys (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %tile = f32[4,4]{1,0} dot(%q, %k), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %t = (s32[], f32[4,8]) tuple(%i, %tile)
+}
+
+%queries (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %q = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %k = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %inner = (s32[], f32[4,8]) while(%a), condition=%c, body=%keys
+  ROOT %t2 = (s32[], f32[4,8]) tuple(%i, %y)
+}
+
+%rows (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %blocks = (s32[], f32[4,8]) while(%a), condition=%c, body=%queries, backend_config={"known_trip_count":{"n":"16"}}
+  ROOT %t3 = (s32[], f32[4,8]) tuple(%i, %y)
+}
+
+ENTRY %main (p0: f32[4,8]) -> f32[4,8] {
+  ROOT %w = (s32[], f32[4,8]) while(%init), condition=%c, body=%rows
+}
+"""
+
+
+def test_blockwise_attention_is_counted_up_to_the_diagonal():
+    # 5 microbatches of 16 query blocks: 1 + 2 + ... + 16 = 136 tiles of 2·4·4·8 FLOPs, that is 8.5 a query block, as 9
+    assert hlo.matmul_flops(BLOCKWISE, loops=5) == 5 * 16 * 9 * 2 * 4 * 4 * 8
+    # documents of a quarter of a row: 1 + 2 + 3 + 4 = 10 tiles for 4 query blocks, 2.5 each, as 3
+    assert hlo.matmul_flops(BLOCKWISE, loops=5, share=0.25) == 5 * 16 * 3 * 2 * 4 * 4 * 8
+
+
 def test_architectures_of_weights_that_are_not_here():
     def of(weights):
         config, source = architecture.resolve(cfg.Model(weights=weights, remat="full", compute_dtype="bfloat16"))

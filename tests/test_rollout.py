@@ -1,7 +1,5 @@
 """The engine against transformers and the full forward, and against itself with other slots, chunks and neighbours."""
 
-import collections
-
 import jax
 import numpy as np
 import pytest
@@ -44,24 +42,6 @@ SAMPLED = Sampling(30, temperature=1.3, top_p=0.95)
 
 def make(slots=4, chunk=8, sampling=SAMPLED, stops=STOPS) -> Engine:
     return Engine(CONFIG, stops, sampling, slots, chunk)
-
-
-@pytest.fixture
-def compiled():
-    """Counts the compilations of each function during a test, by name.
-
-    The size of a jitted function's cache would not do: all functions of a process share 8,192 entries, and in a process
-    that has run many tests the newest entries are evicted first.
-    """
-    found = collections.Counter()
-
-    def seen(event, duration_secs, fun_name="", **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found[fun_name] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(seen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(seen)
 
 
 def ids(completions):

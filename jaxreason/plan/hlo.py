@@ -73,32 +73,38 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
     return bodies, entry
 
 
-def instructions(text: str, loops: int = 1, fused: bool = False) -> list[Instruction]:
+def instructions(text: str, loops: int = 1, fused: bool = False, share: float = 1.0) -> list[Instruction]:
     """Every instruction that the program executes as such or, with ``fused``, also those inside fusions.
 
-    ``loops`` is how often a loop runs whose number of rounds the compiler does not know.
+    Args:
+      text: HLO.
+      loops: rounds of a loop whose number of rounds the compiler does not know, where no other loop is around it.
+      share: a document's part of its row. A loop without a known end inside one of n rounds is blockwise attention's: for the
+        query block i of a document it runs over the i key blocks up to it, (n · share + 1) / 2 of them on average.
     """
     bodies, entry = computations(text)
     times: dict[str, int] = collections.Counter()
-    if entry is not None:
-        _count(entry, 1, bodies, times, loops, fused)
-    return [dataclasses.replace(one, times=times[name]) for name, body in bodies.items() if times[name] for one in body]
 
-
-def _count(
-    name: str, count: int, bodies: dict[str, list[Instruction]], times: dict[str, int], loops: int, fused: bool
-) -> None:
-    times[name] += count
-    for one in bodies.get(name, ()):
-        if one.kind == "fusion" and not fused:
-            continue
-        trips = _TRIPS.search(one.rest)
-        rounds = (int(trips[1]) if trips else loops) if one.kind == "while" else 1
-        for role, called, several in _CALLED.findall(one.rest):
-            if role == "to_apply" and one.kind != "call":  # how two elements are combined, not a step of the program
+    def count(name: str, runs: int, around: int | None) -> None:
+        """``around``: rounds of the loop that this computation is a part of; None: of none."""
+        times[name] += runs
+        for one in bodies.get(name, ()):
+            if one.kind == "fusion" and not fused:
                 continue
-            for name_of in [called] if called else re.findall(r"[\w.$-]+", several):
-                _count(name_of, count * rounds, bodies, times, loops, fused)
+            rounds, inside = 1, around
+            if one.kind == "while":
+                trips = _TRIPS.search(one.rest)
+                unknown = loops if around is None else math.ceil((around * share + 1) / 2)
+                rounds = inside = int(trips[1]) if trips else unknown
+            for role, called, several in _CALLED.findall(one.rest):
+                if role == "to_apply" and one.kind != "call":  # how two elements are combined, not a step of the program
+                    continue
+                for name_of in [called] if called else re.findall(r"[\w.$-]+", several):
+                    count(name_of, runs * rounds, inside)
+
+    if entry is not None:
+        count(entry, 1, None)
+    return [dataclasses.replace(one, times=times[name]) for name, body in bodies.items() if times[name] for one in body]
 
 
 def is_product(one: Instruction) -> bool:
@@ -123,11 +129,11 @@ def product_shape(one: Instruction, types: dict[str, str]) -> tuple[int, int, in
     return batch, rows, math.prod(shapes(one.type)[0][1]) // (batch * rows), depth
 
 
-def matmul_flops(text: str, loops: int = 1) -> int:
-    """FLOPs of all matrix products; attention's custom calls are not among them."""
+def matmul_flops(text: str, loops: int = 1, share: float = 1.0) -> int:
+    """FLOPs of all matrix products; attention's custom calls are not among them. Arguments as of ``instructions``."""
     bodies, _ = computations(text)
     types = {one.name: one.type for body in bodies.values() for one in body}
-    products = (one for one in instructions(text, loops, fused=True) if is_product(one))
+    products = (one for one in instructions(text, loops, fused=True, share=share) if is_product(one))
     return sum(2 * math.prod(product_shape(one, types)) * one.times for one in products)
 
 

@@ -53,7 +53,7 @@ def report_of(s: Shape, run: Programs, made: dict[str, compile.Program], options
         },
         "batch": {"rows": s.rows, "tokens_per_row": s.length, "microbatches": s.microbatches},
         "xla_options": compile.xla.compile_options(s.devices, config.run.deterministic),
-        "recompute": _recompute(made["update"], s),
+        "recompute": _recompute(made["update"], s, options),
         "recompute_head": _head_share(s) if run.head_again else 0.0,
         "attention_per_layer": [n / (s.model.arch.num_layers * s.microbatches) for n in made["update"].attention_calls],
         "programs": [_program(p, run.planned[p.name].beside, s, options) for p in made.values()],
@@ -62,12 +62,12 @@ def report_of(s: Shape, run: Programs, made: dict[str, compile.Program], options
     }  # fmt: skip
 
 
-def _recompute(update: compile.Program, s: Shape) -> float:
+def _recompute(update: compile.Program, s: Shape, options: Options) -> float:
     """FLOPs of the step's matrix products over those of the convention: 1 where nothing is computed twice.
 
     Attention's own are not among either, unless it is blockwise, whose products the compiled program shows.
     """
-    done = compile.hlo.matmul_flops(update.text, s.microbatches)
+    done = compile.hlo.matmul_flops(update.text, s.microbatches, speed.document_tokens(s, options) / s.length)
     return done / (weight_flops_per_token(s.model) * s.rows * s.length / s.devices)
 
 

@@ -22,10 +22,10 @@ def record(s: Shape, run: Programs, made: dict[str, Program], options: Options, 
 
     ``backend``: what computes attention, whose FLOPs the compiler does not see where it is cudnn.
     """
-    target, document = s.place.target, _document(s, options)
+    target, document = s.place.target, document_tokens(s, options)
     price = target.usd_per_hour if options.price is None else options.price
     flops, tokens = train_flops_per_token(s.model, [document]), s.rows * s.length
-    kinds = _kinds(made["update"], s, options, Documents(s.length * document))
+    kinds = _kinds(made["update"], s, options)
     step = sum(kinds.values())
     updates, rollouts = _steps(s, options, document)
     found: dict[str, Any] = {
@@ -41,7 +41,7 @@ def record(s: Shape, run: Programs, made: dict[str, Program], options: Options, 
         found["decode"] = _decode(s, run, made, options)
     seconds = (updates or 0) * step
     if isinstance(s.config, cfg.GrpoConfig):
-        found["phases"] = _phases(s, s.config, made, options, found, document)
+        found["phases"] = _phases(s, s.config, made, options, found)
         seconds = rollouts * sum(found["phases"].values())
     if updates:
         hours = seconds / 3600
@@ -49,8 +49,10 @@ def record(s: Shape, run: Programs, made: dict[str, Program], options: Options, 
     return found
 
 
-def _kinds(program: Program, s: Shape, options: Options, documents: Documents) -> dict[str, float]:
+def _kinds(program: Program, s: Shape, options: Options) -> dict[str, float]:
     """Seconds of one run of the program by kind, largest first."""
+    document = document_tokens(s, options)
+    documents = Documents(s.length * document, share=document / s.length)
     found = timing.by_kind(timing.costs(program.text, program.loops, s.place.target, documents))
     if s.devices > 1:
         links = roofline.collective_seconds(program.collectives, s.place.target, options.hosts, options.devices)
@@ -72,7 +74,7 @@ def _decode(s: Shape, run: Programs, made: dict[str, Program], options: Options)
 
 
 def _phases(
-    s: Shape, c: cfg.GrpoConfig, made: dict[str, Program], options: Options, found: dict, document: int
+    s: Shape, c: cfg.GrpoConfig, made: dict[str, Program], options: Options, found: dict
 ) -> dict[str, float]:
     """Seconds of one rollout and of what is trained on it, if every completion is as long as it may be."""
     drawn = c.rollout.prompts_per_step * c.rollout.group_size * (1 + c.second_turn.samples) * c.rollout.max_completion_tokens
@@ -81,12 +83,12 @@ def _phases(
     phases = away | {"rollout": drawn / (found["decode"]["tokens_per_second_per_device"] * s.devices)}
     for name in _SCORED:
         if name in made:
-            seconds = _kinds(made[name], s, options, Documents(s.length * document)).values()
+            seconds = _kinds(made[name], s, options).values()
             phases[name] = c.train.minibatches * sum(seconds)
     return phases | {"updates": c.train.updates_per_rollout * found["train"]["step_seconds"]}
 
 
-def _document(s: Shape, options: Options) -> int:
+def document_tokens(s: Shape, options: Options) -> int:
     """Mean tokens of a document: as given, or all of a row."""
     return min(options.document_tokens or s.length, s.length)
 
@@ -98,9 +100,9 @@ def _roofline(s: Shape, update: Program, options: Options, backend: str) -> dict
     not see into, those of the convention.
     """
     target = s.place.target
-    attention = train_flops_per_token(s.model, [_document(s, options)]) - weight_flops_per_token(s.model)
+    attention = train_flops_per_token(s.model, [document_tokens(s, options)]) - weight_flops_per_token(s.model)
     unseen = attention * s.rows * s.length / s.devices if backend == "cudnn" else 0
-    flops = hlo.matmul_flops(update.text, s.microbatches) + unseen
+    flops = hlo.matmul_flops(update.text, s.microbatches, document_tokens(s, options) / s.length) + unseen
     moved = update.argument_bytes + update.output_bytes
     links = roofline.collective_seconds(update.collectives, target, options.hosts, options.devices) if s.devices > 1 else 0.0
     return {"compute": flops / target.bf16_flops_per_s, "memory": moved / target.memory_bytes_per_s, "links": links}

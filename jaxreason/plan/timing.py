@@ -34,6 +34,7 @@ class Documents:
 
     squares: float  # Σs² over the row's documents of s tokens
     context: float = 0.0  # live positions that a decoding step reads of a sequence
+    share: float = 1.0  # a document's part of its row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def costs(text: str, loops: int, target: Target, documents: Documents) -> list[C
     bodies, _ = hlo.computations(text)
     types = {one.name: one.type for body in bodies.values() for one in body}
     found = []
-    for one in hlo.instructions(text, loops):
+    for one in hlo.instructions(text, loops, share=documents.share):
         if one.kind in _FREE or one.kind.endswith("-done"):
             continue
         kind, seconds = _cost(one, bodies, types, target, documents)

@@ -53,6 +53,8 @@ def _drawn_adapters(config: ModelConfig, params: dict, key: jax.Array) -> dict |
 
 def draw_adapters(config: ModelConfig, params: dict, mesh: Mesh, seed: int) -> dict | None:
     """The adapters that a run begins with beside ``params``; they change nothing yet. None where the config has none."""
+    if config.adapter is None:
+        return None
     draw = functools.partial(_drawn_adapters, config)
     out = shardings(jax.eval_shape(draw, params, start_key(seed)), mesh)
     return jax.jit(draw, out_shardings=out)(params, start_key(seed))

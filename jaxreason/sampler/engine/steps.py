@@ -73,10 +73,11 @@ def _decode_of(
     return jax.jit(decode, donate_argnums=(1, 2))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def empty_slots(slots: int, pad_id: int, mesh: Mesh | None = None) -> Slots:
     zeros = jnp.zeros(slots, jnp.int32)
-    made = Slots(zeros + pad_id, zeros, zeros + 0, zeros > 0, jax.random.split(jax.random.key(0), slots))
-    return made if mesh is None else jax.device_put(made, placed(mesh))
+    made = Slots(zeros + pad_id, zeros, zeros, zeros > 0, jax.random.split(jax.random.key(0), slots))
+    return made if mesh is None else jax.lax.with_sharding_constraint(made, placed(mesh))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
