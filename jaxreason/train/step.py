@@ -237,8 +237,8 @@ def _make_gradient(
 
             def value_of(trained: dict) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
                 whole = merge(trained, rest)
-                value, *found = _loss_by_token(whole, config, loss, micro, totals, temperature, second, added)
-                return value, tuple(found)
+                value, metrics, tokens = _loss_by_token(whole, config, loss, micro, totals, temperature, second, added)
+                return value, (metrics, tokens)
 
             (value, (metrics, tokens)), grads = jax.value_and_grad(value_of, has_aux=True)(weights)
             return value, metrics, grads, tokens
