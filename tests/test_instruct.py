@@ -1,7 +1,6 @@
 """Self-Instruct: what is asked, how lists and instances are read, and what a scripted model makes of known seeds."""
 
 import json
-import math
 import random
 import re
 from types import SimpleNamespace
@@ -12,8 +11,8 @@ import scripted
 from jaxreason import cli
 from jaxreason import config as cfg
 from jaxreason.curate import instruct, tasks
-from jaxreason.curate.instruct import InstructJob
-from jaxreason.curate.overlap import Contamination, Novelty
+from jaxreason.curate.instruct import Draft, InstructJob
+from jaxreason.curate.overlap import Contamination
 from jaxreason.curate.tasks import Instance, Task
 from jaxreason.data import schema
 from jaxreason.errors import UserError
@@ -32,7 +31,8 @@ from jaxreason.errors import UserError
         ("9. Halve it.\n9.5 apples are left.\n11. Add.", ["Halve it. 9.5 apples are left.", "Add."]),
         ("9. Name what happened in\n1984. It was a year.\n10. Add.", ["Name what happened in 1984. It was a year.", "Add."]),
         ("9. Sort.\n10.Add\n11. Sing.", ["Sort. 10.Add", "Sing."]),
-        ("9. Sort.\n17. Too many.", ["Sort. 17. Too many."]),  # eight are asked for: 9 to 16
+        ("9. Sort.\n17. of May.", ["Sort. 17. of May."]),  # eight are asked for: 9 to 16
+        ("15. Sort.\n16. Add.\n17. Too many.\n18. More.", ["Sort.", "Add."]),
         ("9. \n10. ", ["", ""]),
         ("9. a 10. b", ["a 10. b"]),
         ("no list", []),
@@ -43,7 +43,17 @@ from jaxreason.errors import UserError
     ],
 )
 def test_numbered_lists(text, found):
-    assert tasks.numbered(text, 9, 16) == found
+    assert tasks.numbered(text, 9, 16)[0] == found
+
+
+@pytest.mark.parametrize(
+    "text, unfinished",
+    [("9. Sort", True), ("9. Sort\n\n", False),
+     ("9. Sort\n\nThey are", False), ("16. Sort\n17. Ad", False), ("9. Sort\n17. Ad", True),
+     ("none", False), ("9. ", True)],
+)  # fmt: skip
+def test_a_list_says_whether_its_last_item_is_open(text, unfinished):
+    assert tasks.numbered(text, 9, 16)[1] is unfinished
 
 
 def test_a_list_of_any_text_is_read_without_failing_in_no_time():
@@ -51,12 +61,12 @@ def test_a_list_of_any_text_is_read_without_failing_in_no_time():
     for _ in range(300):
         parts = ["9", "10", ". ", ") ", "\n", " ", "*", "Input: ", "Output", ": ", "a", "Example 1"]
         text = "".join(draw.choice(parts) for _ in range(60))
-        items = tasks.numbered(text, 9, 16)
+        items, _ = tasks.numbered(text, 9, 16)
         assert len(items) <= 8 and all("\n" not in item for item in items)
         for kind in (True, False):
             assert all(pair.output == pair.output.strip() for pair in tasks.instances(text, kind))
     for text in ("9" + " " * 200_000, "input" + " " * 200_000 + "x", "*" * 200_000, "example #" + "9" * 200_000):
-        assert len(tasks.numbered(text, 9, 16)) <= 1 and tasks.instances(text, False) == []
+        assert len(tasks.numbered(text, 9, 16)[0]) <= 1 and tasks.instances(text, False) == []
 
 
 @pytest.mark.parametrize(
@@ -112,6 +122,8 @@ def test_the_kind_is_the_first_word(text, said):
         ("a " * 150, None),
         ("a " * 151, "more than 150 words"),
         ("", "empty"),
+        ("1. Sort these four words", "begins with a number of another list"),
+        ("100 words are enough here", None),
         ("- sort these four words", "begins with punctuation"),
         ("Übersetze diese vier Wörter", "begins with a letter that is not English"),
         ("Describe the Picture below in words", "names what a model of text cannot do"),
@@ -169,7 +181,7 @@ SEEDS = [
        "instances": [{"input": f"the {word}", "output": "yes"}]} for i, word in enumerate(("cat", "dog", "cow", "owl"))),
 ]  # fmt: skip
 LISTS = {
-    0: " Write a poem on autumn leaves\n10. Tell if a review is kind\n11. Draw me a cat\n12. Count apples and say their number",
+    0: " Write a poem on autumn leaves\n10. Tell if a review pleases\n11. Draw me a cat\n12. Count apples and say their number",
     1: " Write a poem on autumn leaves\n10. Rhyme\n11. Explain how bread is baked at home",
     2: " Translate this sentence to French now\n10. Invent some riddle about the moon",
 }
@@ -196,13 +208,15 @@ class Encoding(scripted.Bytes):
 class Library:
     """Answers by what is asked, and what was asked; dies after ``most`` answers."""
 
-    def __init__(self, most=10**9):
-        self.lists, self.calls, self.most = [], [], most
+    def __init__(self, most=10**9, says=None):
+        self.lists, self.calls, self.most, self.says, self.jobs = [], [], most, says, []
 
     def __call__(self, prompt, sample):
         self.calls.append(prompt)
         if len(self.calls) > self.most:
             raise KeyboardInterrupt
+        if self.says is not None:
+            return self.says
         asked = prompt.rpartition("Task: ")[2]
         if "Go on with" in prompt:
             if prompt not in self.lists:
@@ -217,6 +231,7 @@ def made(tmp_path, monkeypatch, library, **changes):
     source = SimpleNamespace(path=tmp_path / "runs/x/checkpoints/00000007", kind="checkpoint", digest=lambda: "d" * 64)
     model = scripted.model(library)
     model.sampler.release = lambda: None
+    library.jobs = model.sampler.jobs
     opened = SimpleNamespace(source=source, tokenizer=Encoding(), identity={"weights": "d"}, sampler=model.sampler,
                              chat=lambda _: Chat(), model=lambda _: model)  # fmt: skip
     opened.load = lambda: opened
@@ -316,12 +331,41 @@ def test_it_ends_with_as_many_as_were_asked_for_or_after_the_last_list(tmp_path,
 
 
 def test_an_instruction_of_exactly_the_limit_is_no_new_one():
-    """Of ten words seven are common: 2 · 7 / 20."""
-    novelty = Novelty(math.nextafter(0.7, 0.0))
-    novelty.add("a b c d e f g h i j")
-    assert novelty.refuses("a b c d e f g x y z") and not novelty.refuses("a b c d e f w x y z")
-    reason = instruct._unfit("a b c d e f g x y z", cfg.Instruct(), Contamination([]), Chat(), novelty)
-    assert reason == "ROUGE-L with an earlier instruction not below 0.7"
+    """Of ten words seven are common, 2 · 7 / 20, then six."""
+    said = Draft("", "", 0, "a b c d e f g x y z\n3. a b c d e f w x y z", False, 1, None)
+    drafts = SimpleNamespace(of=lambda asked, first, what: [said])
+    options = cfg.Instruct(proposals=1)
+    made, _, counts = instruct.propose([Task("s", "a b c d e f g h i j")], options, Contamination([]), Chat(), drafts)
+    assert [one.task.instruction for one in made] == ["a b c d e f w x y z"]
+    assert counts.dropped == {"ROUGE-L with an earlier instruction not below 0.7": 1}
+
+
+OTHER = {
+    "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "instance_temperature": 0.5, "seed": 1,
+    "max_completion_tokens": 99,
+    "instructions": 2, "proposals": 1, "together": 2, "seeds_shown": 4, "made_shown": 1, "shots": 1, "instances": 1,
+    "rouge_below": 0.1, "min_words": 6, "max_words": 6, "refused": ["bread"], "max_rows": 7, "ngram": 2, "slots": 1,
+}  # fmt: skip
+# A scripted model has no template, no system prompt and no weights, and a file of seeds no splits; ``against`` is with ngram.
+ELSEWHERE = {"template", "system_prompt", "compute_dtype", "attention", "split", "against"}
+
+
+def test_every_key_is_held_to_something():
+    assert set(OTHER) | ELSEWHERE == set(cfg.keys(cfg.Instruct))
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_every_key_changes_what_is_asked_or_made(key, tmp_path, monkeypatch):
+    """The prompts of each call of the sampler with its settings, and the rows."""
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"problem": "is baked", "answer": "5"}) + "\n")
+    found = []
+    for name, changes in (("a", {}), ("b", {key: OTHER[key]})):
+        (tmp_path / name).mkdir()
+        library = Library()
+        words = {"against": [str(tmp_path / "eval.jsonl")], "proposals": 3} | changes
+        rows = made(tmp_path / name, monkeypatch, library, **words)[1]
+        found.append((library.calls, str(library.jobs), [row["messages"] for row in rows]))
+    assert found[0] != found[1]
 
 
 def test_what_is_cut_off_and_what_an_evaluation_set_holds_is_left_out(tmp_path, monkeypatch):
@@ -339,7 +383,7 @@ def test_what_is_cut_off_and_what_an_evaluation_set_holds_is_left_out(tmp_path, 
 
 def test_a_model_that_makes_nothing_ends_with_a_message(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no instance was kept \(empty: 4\); see .*report.json; a model that follows"):
-        made(tmp_path, monkeypatch, lambda prompt, sample: "", together=2, proposals=4)
+        made(tmp_path, monkeypatch, Library(says=""), together=2, proposals=4)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["lists"] == 4
 
 

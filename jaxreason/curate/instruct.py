@@ -191,9 +191,9 @@ def _proposal(number: int, shown: Sequence[Task], options: cfg.Instruct, chat: C
 
 def _listed(draft: Draft, shown: int, counts: Counts) -> list[str]:
     """The instructions of a list after ``shown`` others. All are counted; the last one of a list that was cut off is left out."""
-    found = tasks.numbered(f"{shown + 1}. {draft.text}", shown + 1, shown + tasks.MORE)
+    found, unfinished = tasks.numbered(f"{shown + 1}. {draft.text}", shown + 1, shown + tasks.MORE)
     counts.proposed += len(found)
-    if draft.truncated and found:
+    if draft.truncated and unfinished:
         counts.dropped["not finished within max_completion_tokens"] += 1
         found.pop()
     return found

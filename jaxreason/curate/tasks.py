@@ -150,15 +150,19 @@ def _line(text: str) -> str:
 # ---- what is read
 
 
-def numbered(text: str, first: int, last: int) -> list[str]:
-    """Items ``first`` to ``last`` of a numbered list (``9. …``, ``9) …``, ``**9.** …``, ``Task 9: …``), a line each in the end.
+def numbered(text: str, first: int, last: int) -> tuple[list[str], bool]:
+    """Items ``first`` to ``last`` of a numbered list (``9. …``, ``9) …``, ``**9.** …``, ``Task 9: …``), a line each in the end;
+    and whether the text ends within the last of them.
 
     An item begins on a line of its own with a higher number than the one before; other numbers are part of its text. It ends at
-    a blank line: what follows, up to the next number, is not of the list.
+    a blank line: what follows, up to the next number, is not of the list. The list ends where ``last`` + 1 follows ``last``.
     """
     items, at, open_item = list[list[str]](), first - 1, False
     for line in text.splitlines():
         match = _NUMBER.match(line)
+        if match and at == last and int(match[1]) == last + 1:
+            open_item = False
+            break
         if match and at < int(match[1]) <= last:
             at, open_item = int(match[1]), True
             items.append([line[match.end() :]])
@@ -166,7 +170,7 @@ def numbered(text: str, first: int, last: int) -> list[str]:
             open_item = open_item and not any(part.strip() for part in items[-1])
         elif open_item:
             items[-1].append(line)
-    return [_line(" ".join(parts)) for parts in items]
+    return [_line(" ".join(parts)) for parts in items], open_item
 
 
 def kind(text: str) -> bool | None:
@@ -229,6 +233,8 @@ def unfit(instruction: str, min_words: int, max_words: int, refused: Sequence[st
         return f"more than {max_words} words"
     if instruction[0] in string.punctuation:
         return "begins with punctuation"
+    if re.match(r"[0-9]+[.):]", instruction):
+        return "begins with a number of another list"
     if not instruction[0].isascii():
         return "begins with a letter that is not English"
     for word in refused:
