@@ -255,7 +255,8 @@ def compare(args: argparse.Namespace) -> None:
 def _report_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the folder of a run, finished or not, or of a finished pipeline")
     parser.add_argument("other", nargs="?", help="a second run, shown beside it, with the config keys that differ")
-    parser.add_argument("--tree", metavar="FILE", help="also draw what generate.py --strategy tot_bfs --out FILE wrote")
+    told = "also draw what generate.py --strategy tot_bfs --out FILE wrote, or the first trees of an evaluation's answers.jsonl"
+    parser.add_argument("--tree", metavar="FILE", help=told)
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
 
 

@@ -138,6 +138,21 @@ def test_a_search_is_drawn(tmp_path, capsys):
     drawn = [(a["class"], text) for a, text in zip((a for tag, a in page.tags if tag == "li"), page.texts["pre"])]
     assert drawn == [("d0 kept", "the start"), ("d1 kept", "a"), ("d2 end", "c"), ("d1 dropped", f"b{EVIL}")]
     assert "img" not in [tag for tag, _ in page.tags]
+    known = {"gold": EVIL, "tokens": 7, "details": {"tree": whole["tree"]}}
+    answers = [known | {"question": f"q{i}", "correct": i == 0} for i in range(6)]
+    answers.insert(1, known | {"question": "no tree", "correct": None, "details": {}})
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers) + '{"question": "cut o')
+    assert cli.report([str(path), "--tree", str(tmp_path / "answers.jsonl")]) == 0
+    text = (path / "report.html").read_text()
+    page = Page(text)
+    assert sum(tag == "ul" and a.get("class") == "tree" for tag, a in page.tags) == 4 and "2 more trees are in the file" in text
+    assert text.count("(right; right is") == 1 and text.count("(wrong; right is") == 3 and "no tree" not in text
+    assert "img" not in [tag for tag, _ in page.tags]
+    spoilt = {"[]": "not the answers of an evaluation", json.dumps(answers[1]): "no answer has a tree"}
+    for content, message in spoilt.items():
+        (tmp_path / "answers.jsonl").write_text(content + "\n")
+        assert cli.report([str(path), "--tree", str(tmp_path / "answers.jsonl")]) == 2
+        assert message in capsys.readouterr().err
     for spoilt in ({"votes": []}, whole | {"tree": {"nodes": [node(1, 0, 1, "a")], "answer": 1}}):
         (tmp_path / "tree.json").write_text(json.dumps(spoilt))
         assert cli.report([str(path), "--tree", str(tmp_path / "tree.json")]) == 2

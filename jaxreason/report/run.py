@@ -40,12 +40,14 @@ _SHADES: Mapping[str, _Shade] = MappingProxyType({  # by the key of samples.json
     "gap": _Shade("sampler's gap", abs, (1e-3, 1e-2, 0.05, 0.2), "beyond ±0.001, 0.01, 0.05, 0.2 nats"),
 })  # fmt: skip
 _NODES = 500  # of a tree that are drawn
+_TREES = 4  # of an evaluation that are drawn
+_GRADES = MappingProxyType({True: "right", False: "wrong", None: "not graded"})
 
 
 def write_run_report(run: Path, other: Path | None = None, out: Path | None = None, tree: Path | None = None) -> Path:
     """Writes ``out`` (``run``/report.html) from the files of ``run`` and, beside it, of ``other``. Returns its path.
 
-    ``tree``: what ``generate.py --strategy tot_bfs --out`` wrote, drawn in addition.
+    ``tree``: what ``generate.py --strategy tot_bfs --out`` wrote, or an evaluation's answers.jsonl, drawn in addition.
 
     Raises UserError for a folder that is no run, runs of different algorithms, and a file of theirs that is damaged.
     """
@@ -66,7 +68,7 @@ def write_run_report(run: Path, other: Path | None = None, out: Path | None = No
         constant={title(k): short(value) for k, value in constant.items()},
         smooth=max(window(found.last_step) for found in runs), tables=_tables(variants),
         data=[(v.label, rows) for v in variants if (rows := _data(v.runs[0]))], steps=_steps(runs[0]),
-        search=None if tree is None else search(tree),
+        searches=[] if tree is None else searches(tree),
         lengths=[bars for i, v in enumerate(variants) if (bars := lengths(v, i))], differences=_differences(runs),
         config=yaml.safe_dump(runs[0].config, sort_keys=False, allow_unicode=True),
         origins=[(f"Start {i + 1} of {v.label}", one) for v in variants for i, one in enumerate(v.runs[0].origins)],
@@ -191,11 +193,33 @@ def _differences(runs: Sequence[Run]) -> Table | None:
 # ---- a search
 
 
-def search(path: Path) -> dict[str, Any]:
-    """A tree of thoughts as lines in the order of a walk through it, each with its depth and what it adds to its parent.
+def searches(path: Path) -> list[dict[str, Any]]:
+    """The tree of thoughts of generate.py's file, or the first few trees of an evaluation's answers.jsonl.
 
     Raises UserError for another file."""
-    found = read_json(path)
+    if path.suffix != ".jsonl":
+        found = read_json(path)
+        return [search(found, path, str(found.get("strategy")))]
+    fix = "give what evaluate.py --strategy tot_bfs --out FOLDER wrote"
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")  # the last one may be cut short
+        answers = [answer for answer in map(json.loads, lines) if "tree" in answer["details"]]
+        about = [f"{_GRADES[a['correct']]}; right is {_cut(str(a['gold']))}" for a in answers[:_TREES]]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the answers of an evaluation ({error!r}); {fix}") from None
+    if not answers:
+        raise UserError(f"{path}: no answer has a tree; {fix}")
+    drawn = [search(answer | {"tree": answer["details"]["tree"]}, path, said) for answer, said in zip(answers, about)]
+    drawn[-1]["trees_left"] = len(answers) - len(drawn)
+    return drawn
+
+
+def search(found: dict[str, Any], path: Path, about: str) -> dict[str, Any]:
+    """A tree as lines in the order of a walk through it, each with its depth and what it adds to its parent.
+
+    Raises UserError for what is none."""
     try:
         nodes = {node["id"]: node for node in found["tree"]["nodes"]}
         below: dict[Any, list[dict]] = {}
@@ -215,7 +239,7 @@ def search(path: Path) -> dict[str, Any]:
                 "fate": str(node["fate"]), "answer": node["id"] == found["tree"]["answer"],
             })  # fmt: skip
             stack += below.get(node["id"], [])[::-1]
-        head = {"question": _cut(str(found["question"])), "strategy": str(found["strategy"]), "tokens": int(found["tokens"])}
+        head = {"question": _cut(str(found["question"])), "about": about, "trees_left": 0, "tokens": int(found["tokens"])}
     except (KeyError, TypeError, ValueError) as error:
         fix = "give what generate.py --strategy tot_bfs --out FILE wrote"
         raise UserError(f"{path}: no tree of thoughts ({error!r}); {fix}") from None
