@@ -174,23 +174,35 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _build_data_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="RUN|CHECKPOINT|HF_DIR")
-    parser.add_argument("--source", required=True, help="problems with known answers: what data.source takes")
-    parser.add_argument("--samples", type=int, default=8, help="traces of a prompt (8)")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--source", help="problems with known answers: what data.source takes")
+    rows.add_argument("--seeds", metavar="FILE", help="tasks that the model makes new ones after (Self-Instruct)")
+    parser.add_argument("--samples", type=int, help="with --source: traces of a prompt (8)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the same command goes on where it stopped")
-    parser.add_argument("words", nargs="*", metavar="key=value", help=", ".join(cfg.keys(cfg.Build)))
+    known = f"{', '.join(cfg.keys(cfg.Build))}; with --seeds: {', '.join(cfg.keys(cfg.Instruct))}"
+    parser.add_argument("words", nargs="*", metavar="key=value", help=known)
 
 
 @command(_build_data_words)
 def build_data(args: argparse.Namespace) -> None:
-    """Draws traces from a model, keeps the verified ones that pass the filters, and writes them as rows for SFT."""
-    options = cfg.parse_words(cfg.Build, args.words)
-    if args.samples < 1:
-        raise UserError(f"--samples is {args.samples}; it is 1 or more")
+    """Draws traces of problems, or new tasks after seed tasks, and writes what passes the filters as rows for SFT."""
     out = local(args.out, "--out")
+    if args.seeds is not None:
+        if args.samples is not None:
+            raise UserError("--samples goes with --source; of a new instruction there are at most instances=5")
+        told = cfg.parse_words(cfg.Instruct, args.words)
+        _start()
+        from jaxreason.curate.instruct import InstructJob, instruct
+
+        instruct(InstructJob(args.model, args.seeds, out, told))
+        return
+    options, samples = cfg.parse_words(cfg.Build, args.words), 8 if args.samples is None else args.samples
+    if samples < 1:
+        raise UserError(f"--samples is {samples}; it is 1 or more")
     _start()
     from jaxreason.curate.rows import BuildJob, build
 
-    build(BuildJob(args.model, args.source, args.samples, out, options))
+    build(BuildJob(args.model, args.source, samples, out, options))
 
 
 def _pipeline_words(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +255,8 @@ def compare(args: argparse.Namespace) -> None:
 def _report_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="the folder of a run, finished or not, or of a finished pipeline")
     parser.add_argument("other", nargs="?", help="a second run, shown beside it, with the config keys that differ")
-    parser.add_argument("--tree", metavar="FILE", help="also draw what generate.py --strategy tot_bfs --out FILE wrote")
+    told = "also draw what generate.py --strategy tot_bfs --out FILE wrote, or the first trees of an evaluation's answers.jsonl"
+    parser.add_argument("--tree", metavar="FILE", help=told)
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
 
 

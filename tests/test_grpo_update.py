@@ -20,6 +20,7 @@ from jaxreason.errors import UserError
 from jaxreason.rl import grpo
 from jaxreason.rl.batch import Batcher, order
 from jaxreason.rl.objective import objective_of
+from jaxreason.rl.samples import of_learner
 from jaxreason.rl.sequence import Sequence
 from jaxreason.rl.shapes import shapes_of
 from jaxreason.sampler import Completion
@@ -73,6 +74,13 @@ def logp(params: dict, config: models.ModelConfig, ids: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=1)
+def entropy(params: dict, config: models.ModelConfig, ids: jax.Array) -> jax.Array:
+    """[n, 15] −Σ p ln p over the vocabulary, from full logits."""
+    found = jax.nn.log_softmax(models.logits(params, config, ids)[:, :-1] / TEMPERATURE, axis=-1)
+    return -jnp.sum(jnp.exp(found) * found, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
 @functools.partial(jax.value_and_grad, has_aux=True)
 def twin_loss(params: dict, config: models.ModelConfig, ids, answer, trained, old, ref, advantage):
     """GRPO (2402.03300): mean over sequences of the mean over tokens of −min(r A, clip(r) A) + β k3; and the ratios."""
@@ -107,7 +115,8 @@ def settings(tmp_path_factory):
 
 
 def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
-    """(start, reference, parameters after the step's four updates, metrics, batches), as the loop makes them."""
+    """(start, reference, parameters after the step's four updates, metrics, batches, sequences, what the learner says of each
+    token), as the loop makes them."""
     mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
     model = models.preset(config.model.preset, config.model.overrides)
     objective = objective_of(config)
@@ -118,20 +127,21 @@ def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
     start = jax.tree.map(np.asarray, state.params)
     score = grpo.compile_score(model, shapes, config.rollout.temperature, mesh)
     batcher = Batcher(config, objective, shapes, mesh, PAD, score, {"ref_logp": ScoringModel(score, reference, False)})
-    _, batches = batcher(groups, [], state.model_params, step)
+    done, batches = batcher(groups, [], state.model_params, step)
     abstract = states.abstract(model, optimizer, mesh)
     inputs = types.SimpleNamespace(setup=types.SimpleNamespace(config=model), objective=objective)
     compiled = grpo.compile_step(config, inputs, shapes, optimizer, abstract, mesh, 12)
     def fetch(metrics, state, batch):
         return {k: float(v) for k, v in metrics.items() if k != "leaf_norms"}
 
-    state, metrics = grpo.update(compiled, state, batches, config.train.updates_per_rollout, types.SimpleNamespace(fetch=fetch))
-    return model, start, reference, state.params, metrics, batches
+    loop = types.SimpleNamespace(fetch=fetch)
+    state, metrics, learner = grpo.update(compiled, state, batches, config.train.updates_per_rollout, loop)
+    return model, start, reference, state.params, metrics, batches, done, learner
 
 
 def test_a_step_of_four_updates_over_two_minibatches_equals_the_twin(settings):
     groups = sequences()
-    model, start, reference, found, metrics, batches = ours(settings, groups)
+    model, start, reference, found, metrics, batches, done, learner = ours(settings, groups)
     flat = [s for group in groups for s in group]
     ids, answer = rows_of(flat)
     trained = np.array([not (np.isnan(s.reward) or s.completion.truncated) for s in flat])
@@ -142,6 +152,11 @@ def test_a_step_of_four_updates_over_two_minibatches_equals_the_twin(settings):
     parts = np.array_split(order(0, 2, 16, 2), 2)
     params, moments, losses, clipped = start, [(0.0, 0.0)] * len(jax.tree.leaves(start)), [], 0
     for k in range(4):
+        if k < 2:  # by token: log-probs of the rollout's policy, entropies of the one that the minibatch is first updated from
+            for i, spread in zip(parts[k], entropy(params, model, ids[parts[k]])):
+                said = of_learner(done[i], learner)
+                np.testing.assert_allclose(said["entropy"], spread[answer[i]], atol=6e-4)
+                np.testing.assert_allclose(said["gap"], old[i][answer[i]], rtol=6e-3)  # the sampler's are zeros
         given = (x[parts[k % 2]] for x in (ids, answer, trained, old, ref, advantage))
         (value, r), grads = twin_loss(params, model, *given)
         losses.append(float(value))
@@ -285,9 +300,11 @@ def test_a_rule_of_the_current_policy_is_evaluated_before_every_update(settings)
     np.testing.assert_allclose(found(batcher.reselected(2, batch, 1))[:2] / scale, moved, rtol=1e-5)
 
     seen, states = [], [types.SimpleNamespace(model_params=k) for k in range(4)]
-    step = lambda state, batch, second: (states[state.model_params + 1], {"x": batch})  # noqa: E731
+    step = lambda state, batch, second: (states[state.model_params + 1], {"x": batch.x}, {})  # noqa: E731
     fetch = types.SimpleNamespace(fetch=lambda metrics, state, batch: seen.append(metrics["x"]) or {})
-    grpo.update(step, states[0], ["a", "b"], 3, fetch, lambda batch, params: f"{batch}{params}")
+    batches = [types.SimpleNamespace(x=x, old_logp=None) for x in "ab"]
+    picked = lambda batch, params: types.SimpleNamespace(x=f"{batch.x}{params}", old_logp=None)  # noqa: E731
+    grpo.update(step, states[0], batches, 3, fetch, picked)
     assert seen == ["a", "b1", "a2"]
     with pytest.raises(UserError, match=r"set train\.minibatches=1"):
         objective_of(config.model_copy(update={"train": settings.train}))

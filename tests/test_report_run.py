@@ -106,12 +106,18 @@ def test_tokens_are_shaded_by_their_probability(tmp_path):
     """ln 0.9 = -0.105, ln 0.6 = -0.511, ln 0.3 = -1.204, ln 0.1 = -2.303: a token on either side of each."""
     logp = [-0.1, -0.11, -0.5, -0.52, -1.2, -1.21, -2.3, -2.31, float("nan")]
     pieces = [f"{chr(97 + i)}{EVIL}" for i in range(9)]
-    shaded = sample(1, 0, 0.0, 3) | {"pieces": pieces, "logp": logp}
+    entropy = [0.1, 0.2, 0.6, 1.1, 2.1, 0, 0, 0, None]
+    gap = [1e-3, -2e-3, 0.02, -0.06, 0.3, 0, 0, 0, None]
+    shaded = sample(1, 0, 0.0, 3) | {"pieces": pieces, "logp": logp, "entropy": entropy, "gap": gap}
     broken = sample(1, 1, 0.0, 3) | {"pieces": pieces, "logp": logp[1:]}
     path = make_run(tmp_path, "a", 0, lines(0.5, 0.6), samples=[shaded, broken])
     page = Page(report.write_run_report(path).read_text())
     spans = [a for tag, a in page.tags if tag == "span" and a.get("title", "").startswith("log-prob")]
-    assert [int(a["class"][1]) for a in spans] == [1, 1, 2, 2, 3, 3, 4] and spans[-1]["title"] == "log-prob -2.31"
+    classes = [a["class"] for a in spans]
+    assert classes == ["l1 e1 g1", "l1 e2 g2", "l2 e3 g3", "l2 e4 g4", "l3", "l3", "l4"]
+    assert spans[0]["title"] == "log-prob -0.110, entropy 0.200, sampler's gap -0.00200"
+    radios = [(a["value"], "checked" in a) for tag, a in page.tags if tag == "input" and a["type"] == "radio"]
+    assert radios == [("logp", True), ("entropy", False), ("gap", False)]
     assert "img" not in [tag for tag, _ in page.tags]
     # Of the two tokens that are not shaded, the last has no number.
     assert pieces[0] + pieces[8] == page.texts["pre"][0] and sum(text.startswith("completion") for text in page.texts["pre"]) == 1
@@ -132,6 +138,21 @@ def test_a_search_is_drawn(tmp_path, capsys):
     drawn = [(a["class"], text) for a, text in zip((a for tag, a in page.tags if tag == "li"), page.texts["pre"])]
     assert drawn == [("d0 kept", "the start"), ("d1 kept", "a"), ("d2 end", "c"), ("d1 dropped", f"b{EVIL}")]
     assert "img" not in [tag for tag, _ in page.tags]
+    known = {"gold": EVIL, "tokens": 7, "details": {"tree": whole["tree"]}}
+    answers = [known | {"question": f"q{i}", "correct": i == 0} for i in range(6)]
+    answers.insert(1, known | {"question": "no tree", "correct": None, "details": {}})
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers) + '{"question": "cut o')
+    assert cli.report([str(path), "--tree", str(tmp_path / "answers.jsonl")]) == 0
+    text = (path / "report.html").read_text()
+    page = Page(text)
+    assert sum(tag == "ul" and a.get("class") == "tree" for tag, a in page.tags) == 4 and "2 more trees are in the file" in text
+    assert text.count("(right; right is") == 1 and text.count("(wrong; right is") == 3 and "no tree" not in text
+    assert "img" not in [tag for tag, _ in page.tags]
+    spoilt = {"[]": "not the answers of an evaluation", json.dumps(answers[1]): "no answer has a tree"}
+    for content, message in spoilt.items():
+        (tmp_path / "answers.jsonl").write_text(content + "\n")
+        assert cli.report([str(path), "--tree", str(tmp_path / "answers.jsonl")]) == 2
+        assert message in capsys.readouterr().err
     for spoilt in ({"votes": []}, whole | {"tree": {"nodes": [node(1, 0, 1, "a")], "answer": 1}}):
         (tmp_path / "tree.json").write_text(json.dumps(spoilt))
         assert cli.report([str(path), "--tree", str(tmp_path / "tree.json")]) == 2

@@ -1,7 +1,9 @@
 """samples.jsonl: what is written of a completion, and token by token of the first ones."""
 
+import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,8 +36,14 @@ def test_pieces_are_the_text(text):
 def test_the_first_two_that_were_drawn_are_written_by_token(tmp_path):
     tokenizer = load("embedded")
     drawn = [sequence("1", tokenizer, 0, "expert"), *(sequence(f"{i}", tokenizer, i) for i in range(1, 4))]
+    # "1" and "2" are one token of log-prob -2: in the second minibatch, row 1, columns 2 and 0.
+    drawn[1:3] = [dataclasses.replace(s, place=(1, 1, slice(c, c + 1))) for s, c in zip(drawn[1:3], (2, 0))]
+    first = {name: jnp.full((2, 3), 9.0) for name in ("logp", "entropy")}
+    second = {"logp": jnp.array([[9.0] * 3, [-2.5, 9.0, -1.99994]]), "entropy": jnp.array([[9.0] * 3, [1.23456, 9.0, 0.5]])}
     with Samples(tmp_path, tokenizer) as samples:
-        samples.write(5, drawn)
+        samples.write(5, drawn, [first, second])
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert ["pieces" in line for line in lines] == [False, True, True, False]
     assert [line["step"] for line in lines] == [5] * 4 and lines[1]["pieces"] == ["1"] and lines[0]["prompt"] == "asked"
+    assert [line["entropy"] for line in lines[1:3]] == [[0.5], [1.235]]
+    assert lines[1]["gap"] == [pytest.approx(6e-5, rel=0.01)] and lines[2]["gap"] == [-0.5] and "gap" not in lines[3]

@@ -3,7 +3,7 @@
 Nothing here touches a device or imports jax, so a wrong key is reported in a second.
 """
 
-from jaxreason.config.build import Build
+from jaxreason.config.build import Build, Curate, Instruct
 from jaxreason.config.control import control
 from jaxreason.config.grpo import (
     Advantage,
@@ -51,6 +51,7 @@ __all__ = [
     "RESUMABLE",
     "Advantage",
     "Build",
+    "Curate",
     "Data",
     "Decode",
     "Draw",
@@ -64,6 +65,7 @@ __all__ = [
     "GrpoLoss",
     "GrpoTrain",
     "Harvest",
+    "Instruct",
     "Kl",
     "Lora",
     "Loss",

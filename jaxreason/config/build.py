@@ -7,18 +7,70 @@ from pydantic import Field, model_validator
 from jaxreason.config.grpo import Reward
 from jaxreason.config.schema import Decode, Fraction, NonNegative, Positive
 
+# What a model that reads and writes text cannot do, and programs, of which a model otherwise proposes little else (2212.10560).
+_REFUSED = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to",
+            "write a program")  # fmt: skip
 
-class Build(Decode):
-    """Overrides of build_data.py: which prompts, how traces are drawn and verified, and which are kept."""
+
+class Curate(Decode):
+    """What both ways of build_data.py share."""
+
+    split: str = "train"
+    """Split of a source that has splits."""
+    max_rows: Positive | None = None
+    """Use only the first rows of the source."""
+    against: list[str] = Field([])
+    """Evaluation sets that no kept row may share a run of words with: benchmarks (NAME or NAME=PATH) and sources of problems,
+    of which the split ``eval`` or ``test`` is read."""
+    ngram: Positive = 13
+    """Words in such a run (GPT-3: 13)."""
+
+
+class Instruct(Curate):
+    """Overrides of build_data.py --seeds: Self-Instruct (arXiv 2212.10560)."""
+
+    temperature: float = Field(0.7, ge=0)
+    """Of the proposals of new instructions; 0: greedy."""
+    top_p: float = Field(0.5, gt=0, le=1)
+    """Of the proposals, too."""
+    instance_temperature: float = Field(0.0, ge=0)
+    """Of the instances; 0: greedy."""
+    instructions: Positive = 100
+    """It ends with this many new instructions."""
+    proposals: Positive | None = None
+    """It ends after this many lists of proposals, whatever they held; null: as many as ``instructions``."""
+    together: Positive = 16
+    """Lists that are drawn at the same time: none of them shows what another one found."""
+    seeds_shown: Positive = 6
+    """Seed tasks that a list is shown first; it gets more of them while there are too few others."""
+    made_shown: NonNegative = 2
+    """Tasks of the model's own that a list is shown first."""
+    shots: NonNegative = 3
+    """Seed tasks of either kind that are shown where the kind or instances of a task are asked for."""
+    instances: Positive = 5
+    """At most this many instances of an instruction."""
+    rouge_below: float = Field(0.7, gt=0, le=1)
+    """The ROUGE-L of an instruction with every seed and every earlier one is below this."""
+    min_words: Positive = 4
+    max_words: Positive = 150
+    """Words of an instruction."""
+    refused: list[str] = Field(list(_REFUSED))
+    """An instruction with one of these words is left out."""
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if self.max_words < self.min_words:
+            raise ValueError(f"max_words={self.max_words} is below min_words={self.min_words}: no instruction can be kept")
+        return self
+
+
+class Build(Curate):
+    """Overrides of build_data.py --source: which prompts, how traces are drawn and verified, and which are kept."""
 
     temperature: float = Field(1.0, ge=0)
     """0: greedy."""
-    split: str = "train"
-    """Split of a source that has splits."""
     row_schema: str = Field("auto", alias="schema")
     """Row format of the source; auto: detected from the columns."""
-    max_rows: Positive | None = None
-    """Use only the first rows of the source."""
     keep_columns: list[str] = Field([])
     """Columns of a row that your reward function reads as ``sample.row[name]``."""
     max_prompt_tokens: Positive | None = None
@@ -37,11 +89,6 @@ class Build(Decode):
     """The language of the thought, told by its letters; null: any."""
     min_language: Fraction = 0.9
     """Least share of the thought's words in ``language``."""
-    against: list[str] = Field([])
-    """Evaluation sets that no kept row may share a run of words with: benchmarks (NAME or NAME=PATH) and sources of problems,
-    of which the split ``eval`` or ``test`` is read."""
-    ngram: Positive = 13
-    """Words in such a run (GPT-3: 13)."""
     max_rouge: Fraction | None = None
     """A trace is left out if its ROUGE-L with a kept one is above this; null: only if it is the same text."""
     rouge_with: Literal["prompt", "all"] = "prompt"

@@ -1,9 +1,11 @@
 """Rows for SFT from a model's verified traces: what build_data.py does."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +49,26 @@ def build(job: BuildJob) -> dict[str, Any]:
     and for what cannot be read.
     """
     way = traces.way_of(job.options, job.samples)
-    if job.out.is_file():
-        raise UserError(f"--out {job.out} is a file; give a folder, in which {ROWS} and {REPORT} are written")
-    job.out.mkdir(parents=True, exist_ok=True)
-    owner = Owner(job.out, fix="give another folder (--out)")
-    try:
+    with owned(job.out):
         return _build(job, way)
+
+
+@contextlib.contextmanager
+def owned(out: Path) -> Iterator[None]:
+    """The folder is made, and is this process's own meanwhile. Raises UserError for a file, and where it is another's."""
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; give a folder, in which {ROWS} and {REPORT} are written")
+    out.mkdir(parents=True, exist_ok=True)
+    owner = Owner(out, fix="give another folder (--out)")
+    try:
+        yield
     finally:
         owner.release()
 
 
 def _build(job: BuildJob, way: traces.Way) -> dict[str, Any]:
     opened = open_model(job.model, job.options)
-    seen = _evaluation_sets(job.options, opened)
+    seen = evaluation_sets(job.options, opened)
     found, rows_dropped = _prompts(job, opened)
     records = Records(job.out, Trace, traces.FILE)
     settings = traces.settings_of(way, job.options.seed, opened.identity)
@@ -80,8 +89,7 @@ def _build(job: BuildJob, way: traces.Way) -> dict[str, Any]:
             "filter or the model"
         )
     origin = _origin(job, opened)
-    lines = [json.dumps(_row(kept, origin), ensure_ascii=False) + "\n" for kept in selection.kept]
-    _replace(job.out / ROWS, "".join(lines).encode("utf-8", "replace"))
+    write_rows(job.out, [_row(kept, origin) for kept in selection.kept])
     return report
 
 
@@ -101,7 +109,7 @@ def _prompts(job: BuildJob, opened: Opened) -> tuple[dict[str, Prompt], dict[str
     return found, dict(dropped)
 
 
-def _evaluation_sets(options: cfg.Build, opened: Opened) -> Contamination:
+def evaluation_sets(options: cfg.Curate, opened: Opened) -> Contamination:
     """The problems that ``against`` names. Raises UserError for a set that cannot be read."""
     questions: list[str] = []
     for word in options.against:
@@ -135,12 +143,17 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
 def _origin(job: BuildJob, opened: Opened) -> dict[str, Any]:
     """Columns that all rows share."""
-    source, options = opened.source, job.options
-    step = int(source.path.name) if source.kind == "checkpoint" else None
-    return {
-        "model": str(source.path), "weights": source.digest()[:_DIGEST_CHARS], "step": step, "source": job.source,
-        "split": options.split, "seed": options.seed, "temperature": options.temperature,
+    options = job.options
+    return maker(opened) | {
+        "source": job.source, "split": options.split, "seed": options.seed, "temperature": options.temperature,
     }  # fmt: skip
+
+
+def maker(opened: Opened) -> dict[str, Any]:
+    """Columns that say which weights wrote a row."""
+    source = opened.source
+    step = int(source.path.name) if source.kind == "checkpoint" else None
+    return {"model": str(source.path), "weights": source.digest()[:_DIGEST_CHARS], "step": step}
 
 
 def _row(kept: Kept, origin: dict[str, Any]) -> dict[str, Any]:
@@ -151,8 +164,10 @@ def _row(kept: Kept, origin: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes atomically, and only what is not there already: who reads it by its time of change is not misled."""
+def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes rows.jsonl atomically, and only if it is another: who reads it by its time of change is not misled."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path, content = out / ROWS, "".join(lines).encode("utf-8", "replace")
     if path.is_file() and path.read_bytes() == content:
         return
     temporary = path.with_name(path.name + ".tmp")

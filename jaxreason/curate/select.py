@@ -90,16 +90,17 @@ def _unfit(prompt: Prompt, trace: Trace, options: cfg.Build, chat: Chat, seen: C
         return f"not of the format {options.format}"
     if options.language is not None and language_reward(sample, language=options.language) < options.min_language:
         return f"less than {options.min_language:g} of the thought in {options.language}"
-    if reason := _unreadable(prompt, trace, chat):
+    if reason := unreadable(messages_of(prompt, trace), chat):
         return f"SFT could not read it: {reason}"
     if seen.has(prompt.user, trace.completion):
         return f"shares {options.ngram} words in a row with an evaluation set"
     return None
 
 
-def _unreadable(prompt: Prompt, trace: Trace, chat: Chat) -> Reason:
+def unreadable(messages: list[dict[str, str]], chat: Chat) -> Reason:
+    """Why SFT would not train on a conversation; None: it would."""
     try:
-        reply = schema.parse({"messages": messages_of(prompt, trace)}, "messages", False).reply
+        reply = schema.parse({"messages": messages}, "messages", False).reply
         assert reply is not None  # the conversation ends with it
         chat.check_reply(reply)
     except Reject as reject:

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,14 +27,27 @@ NAME = "report.html"
 _PROMPTS = 12  # of a step that are shown
 _SHOWN_CHARACTERS = 4000  # of a prompt or completion
 _BINS = 12  # of a histogram of lengths
-_SHADES = (0.9, 0.6, 0.3, 0.1)  # a token is darker below each of these probabilities
+class _Shade(NamedTuple):
+    name: str
+    degree: Callable[[float], float]
+    limits: tuple[float, ...]  # a token is darker past each of them
+    said: str
+
+
+_SHADES: Mapping[str, _Shade] = MappingProxyType({  # by the key of samples.jsonl
+    "logp": _Shade("log-prob", lambda value: -math.exp(value), (-0.9, -0.6, -0.3, -0.1), "probability below 90, 60, 30, 10 %"),
+    "entropy": _Shade("entropy", lambda value: value, (0.1, 0.5, 1.0, 2.0), "above 0.1, 0.5, 1, 2 nats"),
+    "gap": _Shade("sampler's gap", abs, (1e-3, 1e-2, 0.05, 0.2), "beyond ±0.001, 0.01, 0.05, 0.2 nats"),
+})  # fmt: skip
 _NODES = 500  # of a tree that are drawn
+_TREES = 4  # of an evaluation that are drawn
+_GRADES = MappingProxyType({True: "right", False: "wrong", None: "not graded"})
 
 
 def write_run_report(run: Path, other: Path | None = None, out: Path | None = None, tree: Path | None = None) -> Path:
     """Writes ``out`` (``run``/report.html) from the files of ``run`` and, beside it, of ``other``. Returns its path.
 
-    ``tree``: what ``generate.py --strategy tot_bfs --out`` wrote, drawn in addition.
+    ``tree``: what ``generate.py --strategy tot_bfs --out`` wrote, or an evaluation's answers.jsonl, drawn in addition.
 
     Raises UserError for a folder that is no run, runs of different algorithms, and a file of theirs that is damaged.
     """
@@ -54,7 +68,7 @@ def write_run_report(run: Path, other: Path | None = None, out: Path | None = No
         constant={title(k): short(value) for k, value in constant.items()},
         smooth=max(window(found.last_step) for found in runs), tables=_tables(variants),
         data=[(v.label, rows) for v in variants if (rows := _data(v.runs[0]))], steps=_steps(runs[0]),
-        search=None if tree is None else search(tree), shades=[f"{100 * limit:.0f} %" for limit in _SHADES],
+        searches=[] if tree is None else searches(tree),
         lengths=[bars for i, v in enumerate(variants) if (bars := lengths(v, i))], differences=_differences(runs),
         config=yaml.safe_dump(runs[0].config, sort_keys=False, allow_unicode=True),
         origins=[(f"Start {i + 1} of {v.label}", one) for v in variants for i, one in enumerate(v.runs[0].origins)],
@@ -179,11 +193,33 @@ def _differences(runs: Sequence[Run]) -> Table | None:
 # ---- a search
 
 
-def search(path: Path) -> dict[str, Any]:
-    """A tree of thoughts as lines in the order of a walk through it, each with its depth and what it adds to its parent.
+def searches(path: Path) -> list[dict[str, Any]]:
+    """The tree of thoughts of generate.py's file, or the first few trees of an evaluation's answers.jsonl.
 
     Raises UserError for another file."""
-    found = read_json(path)
+    if path.suffix != ".jsonl":
+        found = read_json(path)
+        return [search(found, path, str(found.get("strategy")))]
+    fix = "give what evaluate.py --strategy tot_bfs --out FOLDER wrote"
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")  # the last one may be cut short
+        answers = [answer for answer in map(json.loads, lines) if "tree" in answer["details"]]
+        about = [f"{_GRADES[a['correct']]}; right is {_cut(str(a['gold']))}" for a in answers[:_TREES]]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the answers of an evaluation ({error!r}); {fix}") from None
+    if not answers:
+        raise UserError(f"{path}: no answer has a tree; {fix}")
+    drawn = [search(answer | {"tree": answer["details"]["tree"]}, path, said) for answer, said in zip(answers, about)]
+    drawn[-1]["trees_left"] = len(answers) - len(drawn)
+    return drawn
+
+
+def search(found: dict[str, Any], path: Path, about: str) -> dict[str, Any]:
+    """A tree as lines in the order of a walk through it, each with its depth and what it adds to its parent.
+
+    Raises UserError for what is none."""
     try:
         nodes = {node["id"]: node for node in found["tree"]["nodes"]}
         below: dict[Any, list[dict]] = {}
@@ -203,7 +239,7 @@ def search(path: Path) -> dict[str, Any]:
                 "fate": str(node["fate"]), "answer": node["id"] == found["tree"]["answer"],
             })  # fmt: skip
             stack += below.get(node["id"], [])[::-1]
-        head = {"question": _cut(str(found["question"])), "strategy": str(found["strategy"]), "tokens": int(found["tokens"])}
+        head = {"question": _cut(str(found["question"])), "about": about, "trees_left": 0, "tokens": int(found["tokens"])}
     except (KeyError, TypeError, ValueError) as error:
         fix = "give what generate.py --strategy tot_bfs --out FILE wrote"
         raise UserError(f"{path}: no tree of thoughts ({error!r}); {fix}") from None
@@ -241,7 +277,7 @@ def _steps(run: Run) -> list[dict[str, Any]]:
             for (_, prompt, gold), group in list(problems.items())[:_PROMPTS]
         ]
         found.append({"step": samples[0]["step"], "problems": shown, "left": max(0, len(problems) - _PROMPTS),
-                      "shaded": any(s.get("pieces") for s in samples)})  # fmt: skip
+                      "shades": {k: v for k, v in _SHADES.items() if any(s.get(k) for s in samples)}})  # fmt: skip
     return found
 
 
@@ -260,16 +296,27 @@ def _completions(group: Sequence[dict]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _shaded(sample: dict) -> list[tuple[str, int, str]]:
-    """(text, shade 0 to 4, log-prob) of the tokens of a sample that was written token by token; [] of another."""
-    pieces, logp = sample.get("pieces") or [], sample.get("logp") or []
-    if len(pieces) != len(logp) or sum(map(len, pieces)) > 2 * _SHOWN_CHARACTERS:
+def _by_token(sample: dict, key: str) -> list[float | None]:
+    """The numbers of a sample's tokens; [] of a sample that has none."""
+    return [number(value) for value in sample.get(key) or []]
+
+
+def _shaded(sample: dict) -> list[tuple[str, str, str]]:
+    """(text, classes that shade it, numbers) of the tokens of a sample that was written token by token; [] of another.
+
+    A class is the first letter of what it shades by and 1 to 4.
+    """
+    pieces = [str(piece) for piece in sample.get("pieces") or []]
+    values = {key: found for key in _SHADES if (found := _by_token(sample, key))}
+    if any(len(found) != len(pieces) for found in values.values()) or sum(map(len, pieces)) > 2 * _SHOWN_CHARACTERS:
         return []
-    values = [(str(piece), number(value)) for piece, value in zip(pieces, logp)]
-    return [
-        (piece, sum(math.exp(value) < limit for limit in _SHADES) if value is not None else 0, short(value))
-        for piece, value in values
-    ]
+    shown = []
+    for i, piece in enumerate(pieces):
+        known = {key: value for key, found in values.items() if (value := found[i]) is not None}
+        degrees = {key: sum(_SHADES[key].degree(value) > limit for limit in _SHADES[key].limits) for key, value in known.items()}
+        classes = " ".join(f"{key[0]}{degree}" for key, degree in degrees.items() if degree)
+        shown.append((piece, classes, ", ".join(f"{_SHADES[key].name} {short(value)}" for key, value in known.items())))
+    return shown
 
 
 def _cut(text: str) -> str:

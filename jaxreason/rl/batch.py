@@ -175,6 +175,9 @@ class Batcher:
             for batch, p, part in zip(batches, packed, parts):
                 for i, values in zip(part, p.read(self.squares(params, batch))):
                     scored[i] = dataclasses.replace(scored[i], extras=scored[i].extras | {SUM_PI_SQUARED: values})
+        for k, (p, part) in enumerate(zip(packed, parts)):
+            for i, (row, _, answer) in zip(part, p.places):
+                scored[i] = dataclasses.replace(scored[i], place=(k, row, answer))
         finished = self._decided(scored, groups, second, coefs)
         done = [
             self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, coefs)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import optax
+from jax import Array
 from jax.sharding import Mesh
 
 from jaxreason import config as cfg
@@ -53,7 +54,7 @@ from jaxreason.train.setup import (
     start_state,
     starting_model,
 )
-from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_sum_of_squares, make_train_step
+from jaxreason.train.step import ITSELF, Compared, abstract_second, make_policy_step, make_score, make_sum_of_squares
 from jaxreason.types import Batch, TrainState, combine_metrics
 
 SHOWN = {
@@ -136,13 +137,13 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             follow_base(model, others, state)
             sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, coefs.now)
             reselected, second = functools.partial(batcher.reselected, step), teacher.params() if teacher else None
-            state, record = update(train_step, state, batches, updates, loop, reselected, second)
+            state, record, learner = update(train_step, state, batches, updates, loop, reselected, second)
             del batches, second
             times = rollout.seconds | {"update": time.monotonic() - update_clock} | shelf.seconds
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
             record |= meter(np.array([s.length for s in sequences]), times["update"], passes=updates / shapes.minibatches)
             record |= coefs.after(record)
-            loop.note(samples.write, step, sequences)
+            loop.note(samples.write, step, sequences, learner)
             watch(step, record)
             refresh(config, others, state, step)
             loop.end(state, record, {"cursor": cursor} | coefs.state(), functools.partial(kept_reference, config, others))
@@ -256,13 +257,13 @@ def compile_step(
     config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, optimizer: optax.GradientTransformation,
     abstract: TrainState, mesh: Mesh, updates: int,
 ) -> Callable:  # fmt: skip
-    """The step, whose compilation begins now; the state is donated."""
+    """The step (``make_policy_step``), whose compilation begins now; the state is donated."""
     schedule, second = opt.schedule(config.optimizer, updates), compared_with(config, inputs)
-    step = make_train_step(
+    step = make_policy_step(
         inputs.setup.config, inputs.objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
         second_config=second, seed=config.run.seed, skips=config.train.max_skipped_updates is not None,
     )  # fmt: skip
-    out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
+    out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh), batch_sharding(mesh))
     other = abstract_second(second, mesh)
     return Ahead(jax.jit(step, donate_argnums=0, out_shardings=out), mesh, abstract, shapes.batch(mesh), other)
 
@@ -348,25 +349,28 @@ def kept_reference(config: cfg.GrpoConfig, others: dict[str, ScoringModel]) -> d
 def update(
     train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop,
     reselected: Callable[[Batch, dict], Batch] = lambda batch, _: batch, second: dict | None = None,
-) -> tuple[TrainState, dict]:  # fmt: skip
+) -> tuple[TrainState, dict, list[dict[str, Array]]]:  # fmt: skip
     """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``,
-    over those that were not skipped; ``tokens`` over all.
+    over those that were not skipped; ``tokens`` over all. Third, what the first update of each minibatch says by token.
 
     ``reselected`` gives a batch what a rule of the current policy picks; the first update's is that of the rollout's.
     ``second``: parameters of the model that the loss compares with.
     """
-    found: list[dict[str, float]] = []
+    found, by_token = list[dict[str, float]](), list[dict[str, Array]]()
     for number in range(updates):
         batch = batches[number % len(batches)]
         batch = reselected(batch, state.model_params) if number else batch
-        state, metrics = train_step(state, batch, second)
+        state, metrics, tokens = train_step(state, batch, second)
+        if number < len(batches):
+            # The policy has moved by the second minibatch's update; the log-probs of the one that drew it are in the batch.
+            by_token.append(tokens if batch.old_logp is None else tokens | {"logp": batch.old_logp})
         found.append(loop.fetch(metrics, state, batch))
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for one in found for name in one):
         values = [one[name] for one in found if name in one]
         values = values if name.endswith(("_max", "_min")) else [value / len(values) for value in values]
         merged[name] = functools.reduce(lambda a, b: float(combine_metrics(name, a, b)), values)
-    return state, merged
+    return state, merged, by_token
 
 
 def speeds(seconds: float, times: dict[str, float], trained: float, sequences: list[Sequence]) -> dict[str, float]:

@@ -7,9 +7,12 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax import Array
 
 from jaxreason.data.tokenizer import Tokenizer
+from jaxreason.errors import present
 from jaxreason.rl.sequence import Sequence
+from jaxreason.train import hosts
 
 _BY_TOKEN = 2  # completions of a step that are written token by token, too: all of them would be most of a run's bytes
 _MOST_BYTES = 4  # of a character: a token may hold a part of one
@@ -30,8 +33,10 @@ class Samples:
         if self._file:
             self._file.close()
 
-    def write(self, step: int, sequences: list[Sequence]) -> None:
-        """One line a completion."""
+    def write(self, step: int, sequences: list[Sequence], learner: list[dict[str, Array]]) -> None:
+        """One line a completion. ``learner``: ``logp`` and ``entropy`` [B, T] of every minibatch, from its first update.
+
+        They are read after the step's metrics, when the devices have them: nothing waits for a copy."""
         if not self._file:
             return
         shown = [s for s in sequences if s.drawn][:_BY_TOKEN]
@@ -43,7 +48,7 @@ class Samples:
                 "rewards": {k: None if math.isnan(v) else v for k, v in s.rewards.items()},
             }  # fmt: skip
             if any(s is each for each in shown):
-                line |= by_token(s, self._tokenizer)
+                line |= by_token(s, self._tokenizer) | of_learner(s, learner)
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
@@ -63,3 +68,12 @@ def by_token(sequence: Sequence, tokenizer: Tokenizer) -> dict[str, list[Any]]:
         pieces.append(text if whole else "")
         pending = [] if whole else pending
     return {"pieces": pieces, "logp": [round(float(value), 3) for value in sequence.completion.policy_logp]}
+
+
+def of_learner(sequence: Sequence, learner: list[dict[str, Array]]) -> dict[str, list[float]]:
+    """``entropy``: of the distribution that each token was drawn from, nats at the sampler's temperature; ``gap``: the learner's
+    log-prob of the token − the sampler's, both before top-p and top-k. Both are the update's own numbers."""
+    minibatch, row, columns = present(sequence.place, "Sequence.place")
+    logp, entropy = (hosts.rows(learner[minibatch][name])[row, columns] for name in ("logp", "entropy"))
+    gap = logp - sequence.completion.policy_logp
+    return {"entropy": [round(float(value), 3) for value in entropy], "gap": [float(f"{value:.3g}") for value in gap]}

@@ -31,6 +31,7 @@ class Sequence:
     source: Literal["policy", "data", "expert"] = "policy"
     teacher_ids: tuple[int, ...] | None = None  # a teacher's own prompt; (): it has nothing to say; None: it reads the policy's
     greedy: float | None = None  # reward of its prompt's greedy completion (NaN: no reward); None: none was drawn
+    place: tuple[int, int, slice] | None = None  # in an update: its minibatch, row and columns; None: not packed yet
     extras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [n] float32 each, for a loss of one's own
 
     @property

@@ -76,12 +76,22 @@ def batch_loss(
     ``params``: of the whole model. ``second``: the reference or teacher that the loss compares with. ``noise`` [B, T, D] is
     added to the embeddings.
     """
+    value, metrics, _ = _loss_by_token(params, config, loss, batch, totals, temperature, second, noise)
+    return value, metrics
+
+
+def _loss_by_token(
+    params: dict, config: ModelConfig, loss: Loss, batch: Batch, totals: Totals, temperature: float, second: Second | None,
+    noise: Array | None,
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:  # fmt: skip
+    """``batch_loss``, and for a policy loss ``logp`` and ``entropy`` [B, T] of the targets at ``temperature``."""
     x = hidden(params, config, batch.tokens, batch.positions, batch.segment_ids, noise)
     head = head_kernel(params, config)
     if loss.kind == "sft":
-        return _supervised(x, head, loss, batch, _sequence_ids(batch), totals, second)
+        return *_supervised(x, head, loss, batch, _sequence_ids(batch), totals, second), {}
     stats, divergence = _policy_stats(x, head, loss, batch, temperature, second)
-    return loss(policy_inputs(stats, batch, totals, divergence))
+    value, metrics = loss(policy_inputs(stats, batch, totals, divergence))
+    return value, metrics, {"logp": stats.logp, "entropy": stats.entropy}
 
 
 def policy_inputs(stats: HeadStats, batch: Batch, totals: Totals, divergence: Array | None = None) -> PolicyInputs:
@@ -200,22 +210,38 @@ def make_gradient(
     the model whose parameters are passed as ``second_params``, or ``ITSELF`` or ``BASE``, which need none; ``step`` decides the
     noise; ``frozen`` holds the parameters of the model that get no gradient.
     """
+    whole = _make_gradient(config, loss, count, temperature, second_config, noise)
 
     def gradient(
         params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None
     ) -> tuple[Array, dict[str, Array], dict, Totals]:
+        return whole(params, batch, second_params, step, frozen)[:4]
+
+    return gradient
+
+
+def _make_gradient(
+    config: ModelConfig, loss: Loss, count: int, temperature: float, second_config: Compared | None, noise: Noise | None
+) -> Callable:
+    """``make_gradient``'s function, which returns what ``_loss_by_token`` gives by token [B, T] in addition."""
+
+    def gradient(
+        params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None
+    ) -> tuple[Array, dict[str, Array], dict, Totals, dict[str, Array]]:
         chex.assert_rank(jax.tree.leaves(batch), 2)
         chex.assert_equal_shape(jax.tree.leaves(batch))  # at tracing: every field is [B, T]
         totals = totals_of(batch)
         batch = dataclasses.replace(batch, sequence_ids=_sequence_ids(batch))
-        def one(micro: Batch) -> tuple[Array, dict[str, Array], dict]:
+        def one(micro: Batch) -> tuple[Array, dict[str, Array], dict, dict[str, Array]]:
             added = None if noise is None else noise.of(step, micro, config.arch.embed_dim)
 
-            def value_of(trained: dict) -> tuple[Array, dict[str, Array]]:
-                return batch_loss(merge(trained, rest), config, loss, micro, totals, temperature, second, added)
+            def value_of(trained: dict) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
+                whole = merge(trained, rest)
+                value, metrics, tokens = _loss_by_token(whole, config, loss, micro, totals, temperature, second, added)
+                return value, (metrics, tokens)
 
-            (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(weights)
-            return value, metrics, grads
+            (value, (metrics, tokens)), grads = jax.value_and_grad(value_of, has_aux=True)(weights)
+            return value, metrics, grads, tokens
 
         weights, rest = cast_layers(params, config), cast_layers(frozen or {}, config)
         second: Second | None = None
@@ -227,21 +253,28 @@ def make_gradient(
             second = config, rest
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
-            value, metrics, grads = one(batch)
-            return value, metrics, add_gradients(zeros, grads), totals
+            value, metrics, grads, tokens = one(batch)
+            return value, metrics, add_gradients(zeros, grads), totals, tokens
 
-        def body(i: Array, carry: tuple[Array, dict[str, Array], dict]) -> tuple[Array, dict[str, Array], dict]:
-            value, metrics, grads = one(jax.tree.map(lambda x: x[i], pieces))
+        def body(i: Array, carry: tuple) -> tuple:
+            value, metrics, grads, tokens = one(jax.tree.map(lambda x: x[i], pieces))
             metrics = {k: combine_metrics(k, carry[1][k], metrics[k]) for k in metrics}
-            return carry[0] + value, metrics, add_gradients(carry[2], grads)
+            tokens = {k: carry[3][k].at[i].set(tokens[k]) for k in tokens}
+            return carry[0] + value, metrics, add_gradients(carry[2], grads), tokens
 
         pieces = microbatches(batch, count)
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], pieces)))
-        start = (jnp.zeros(()), empty_metrics(shapes[1]), zeros)
-        value, metrics, grads = lax.fori_loop(0, _occupied(pieces), body, start)
-        return value, metrics, grads, totals
+        by_token = {k: jnp.zeros((count, *x.shape), x.dtype) for k, x in shapes[3].items()}
+        start = (jnp.zeros(()), empty_metrics(shapes[1]), zeros, by_token)
+        value, metrics, grads, by_token = lax.fori_loop(0, _occupied(pieces), body, start)
+        return value, metrics, grads, totals, {k: _rows(x, batch.tokens.shape) for k, x in by_token.items()}
 
     return gradient
+
+
+def _rows(pieces: Array, shape: tuple[int, ...]) -> Array:
+    """[B, T] of what microbatches [count, B/count, T] hold, in the batch's order."""
+    return pieces.swapaxes(0, 1).reshape(shape)
 
 
 def make_train_step(
@@ -266,10 +299,37 @@ def make_train_step(
     nothing was), and ``leaf_norms``, the gradient norm of every trained parameter in the order of ``jax.tree.leaves``, by
     which a step that is not finite names what was not.
     """
-    gradient = make_gradient(config, loss, count, temperature, second_config, noise)
+    whole = _make_step(_make_gradient(config, loss, count, temperature, second_config, noise), optimizer, schedule, seed, skips)
 
     def step(state: TrainState, batch: Batch, second_params: dict | None = None) -> tuple[TrainState, dict]:
-        value, metrics, grads, _ = gradient(state.params, batch, second_params, state.step, state.frozen)
+        return whole(state, batch, second_params)[:2]
+
+    return step
+
+
+def make_policy_step(
+    config: ModelConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable,
+    count: int,
+    temperature: float = 1.0,
+    second_config: Compared | None = None,
+    seed: int = 0,
+    skips: bool = False,
+) -> Callable:
+    """``make_train_step`` of a policy loss, whose step returns ``logp`` and ``entropy`` in addition, [B, T] float32: of the
+    targets, under the parameters that the step begins with, 0 where a row is empty. The loss reads both anyway."""
+    return _make_step(_make_gradient(config, loss, count, temperature, second_config, None), optimizer, schedule, seed, skips)
+
+
+def _make_step(
+    gradient: Callable, optimizer: optax.GradientTransformation, schedule: Callable, seed: int, skips: bool
+) -> Callable:
+    def step(
+        state: TrainState, batch: Batch, second_params: dict | None = None
+    ) -> tuple[TrainState, dict, dict[str, Array]]:
+        value, metrics, grads, _, by_token = gradient(state.params, batch, second_params, state.step, state.frozen)
         squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, norm = opt.apply(state.params, updates, state.step, seed), jnp.sqrt(jnp.sum(squares))
@@ -283,7 +343,7 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "tokens": jnp.sum(batch.loss_mask),
         }
-        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics, by_token
 
     return step
 
@@ -312,7 +372,7 @@ def make_score(config: ModelConfig, count: int, temperature: float) -> Callable:
             return jax.tree.map(lambda whole, part: whole.at[i].set(part), out, stats)
 
         stats = lax.fori_loop(0, _occupied(pieces), body, empty)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.tokens.shape), stats)
+        return jax.tree.map(lambda x: _rows(x, batch.tokens.shape), stats)
 
     return score
 
@@ -330,7 +390,6 @@ def make_sum_of_squares(config: ModelConfig, count: int, temperature: float) -> 
 
     def squares(params: dict, batch: Batch) -> Array:
         params = cast_layers(params, config)
-        found = lax.map(lambda micro: one(params, micro), microbatches(batch, count))
-        return found.swapaxes(0, 1).reshape(batch.tokens.shape)
+        return _rows(lax.map(lambda micro: one(params, micro), microbatches(batch, count)), batch.tokens.shape)
 
     return squares
