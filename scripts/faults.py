@@ -1,6 +1,6 @@
 """Kills, damaged files, hostile inputs and long runs, counted; what docs/reliability.md says was counted by this.
 
-usage: python scripts/faults.py [--long] [--kills N] [--fuzz N] [--steps N] [--no-damage]
+usage: python scripts/faults.py [--long] [--kills N] [--fuzz N] [--steps N] [--no-damage] [--network]
 
 Without ``--long`` the numbers are small: minutes. Each part prints its counts; the exit status is 1 if anything was lost,
 differed or was raised that should not have been. It runs from a clone, whose tests/ it uses.
@@ -8,6 +8,7 @@ differed or was raised that should not have been. It runs from a clone, whose te
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -71,6 +72,16 @@ def flat(root: Path, steps: int) -> bool:
     return harness.is_flat(early, late)
 
 
+def network(root: Path) -> bool:
+    """Two hosts with a network between them: what one host trains, and a cable that is pulled."""
+    import network
+
+    if reason := network.missing():
+        print(f"two hosts: not possible here: {reason}")
+        return False
+    return subprocess.run([*network.inside(), sys.executable, network.__file__, str(root)]).returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", help="1,000 kills, 1,000,000 inputs, 2,000 steps: a day")
@@ -78,13 +89,15 @@ def main() -> int:
     parser.add_argument("--fuzz", type=int, metavar="N", help="inputs (2,000; --long: 1,000,000); 0: none")
     parser.add_argument("--steps", type=int, metavar="N", help="of the GRPO run (60; --long: 2,000); 0: none")
     parser.add_argument("--no-damage", action="store_true", help="damage no files")
+    parser.add_argument("--network", action="store_true", help="two hosts by Linux's namespaces: five minutes (--long: too)")
     args = parser.parse_args()
     given = (args.kills, args.fuzz, args.steps)
     default = (250, 1_000_000, 2_000) if args.long else (2, 2_000, 60)
     count, inputs, steps = (d if g is None else g for g, d in zip(given, default))
     good = True
     for part, wanted in ((lambda p: hostile(p, inputs), inputs), (damage, not args.no_damage),
-                         (lambda p: flat(p, steps), steps), (lambda p: kills(p, count), count)):  # fmt: skip
+                         (lambda p: flat(p, steps), steps), (lambda p: kills(p, count), count),
+                         (network, args.network or args.long)):  # fmt: skip
         if wanted:
             with tempfile.TemporaryDirectory(prefix="faults-") as folder:
                 good &= part(Path(folder))
