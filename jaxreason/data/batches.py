@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 def assemble(
     rows: Sequence[Sequence[Piece]], first_row: int, length: int, pad_id: int, weights: tuple[float, float] | None
 ) -> Batch[np.ndarray]:
-    """Rows ``first_row``, … of a step as arrays [len(rows), length]; ``weights``: of the targets of a thought, and of the rest."""
+    """Rows ``first_row``, … of a step as arrays [len(rows), length]; ``weights``: of a thought's targets, and of the rest."""
     shape = (len(rows), length)
     tokens, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
     positions, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
@@ -143,10 +143,11 @@ class Rows:
         share = self.batch_size // process_count
         first = step * self.batch_size
         rows = [self.examples(first + row) for row in range(process_index * share, (process_index + 1) * share)]
-        pieces = [[self._piece(example) for example in row] for row in rows]
+        pieces = [[self.piece(example) for example in row] for row in rows]
         return assemble(pieces, process_index * share, self.length, self._pad_id, self.weights)
 
-    def _piece(self, example: int) -> Piece:
+    def piece(self, example: int) -> Piece:
+        """Example at a position in ``index`` and ``lengths``."""
         length, stored = int(self.lengths[example]), int(self.index[example])
         start, answer = int(self._store.starts[stored]), int(self._store.answers[stored])
         return Piece(self._store.example(stored)[:length], start, answer)

@@ -22,6 +22,7 @@ from jaxreason.paths import expanded, protocol
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")  # of the kinds that are text
+_JSON = (".jsonl", ".ndjson", ".json")
 _BINARY = (".parquet", ".arrow")
 _SPLITS = {"train": "train", "test": "test", "eval": "eval"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 # What the hub's client and save_to_disk write beside the rows.
@@ -185,7 +186,7 @@ def chunks(file: File) -> Iterator[Chunk]:
         yield from tables.parquet(file)
     elif suffix == ".arrow":
         yield from tables.arrow(file)
-    elif isinstance(file, RemoteFile) or packing or suffix in (".csv", ".tsv") or (suffix == ".json" and _is_array(file, packing)):
+    elif isinstance(file, RemoteFile) or packing or suffix not in _JSON or (suffix == ".json" and _is_array(file, packing)):
         yield from _in_order(file, suffix, packing)
     else:
         with _reading(file):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # What pip installs for a protocol that fsspec has no code of its own for.
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-PACKAGES |= dict.fromkeys(("abfs", "abfss", "az"), "adlfs") | {"oci": "ocifs", "oss": "ossfs", "sftp": "paramiko", "ssh": "paramiko"}
+PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "oci": "ocifs", "oss": "ossfs", "sftp": "paramiko"}
 _STAMPS = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "Content-MD5", "generation", "Last-Modified", "LastModified",
            "last_modified", "mtime", "updated", "created")  # fmt: skip
 _WAITS_S = (1.0, 5.0, 20.0)  # before a broken connection is opened again; a file that is gone stays gone
@@ -201,8 +201,7 @@ def _filesystem(url: str) -> tuple["fsspec.AbstractFileSystem", str]:
         raise UserError(f"data.source {shown(url)}: {protocol}:// needs a package that is not installed: {fix}") from None
     except ValueError:
         raise UserError(
-            f"data.source {shown(url)}: no protocol {protocol}://; those of object stores and servers are s3://, gs://, az://, hf:// "
-            "and https://"
+            f"data.source {shown(url)}: no protocol {protocol}://; known ones are s3://, gs://, az://, hf:// and https://"
         ) from None
     if protocol == "hf" and hub.offline():
         raise UserError(f"data.source {url}: the hub cannot be reached; {hub.HELP}")
