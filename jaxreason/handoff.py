@@ -14,6 +14,8 @@ from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
 from jaxreason.data import files
 from jaxreason.data.directory import read_json
+from jaxreason.data.remote import shown
+from jaxreason.paths import protocol
 from jaxreason.weights import WeightSource
 
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")  # how the hub's cache names what it downloaded
@@ -112,6 +114,9 @@ def _data(config: Mapping[str, Any]) -> list[tuple[str, bool]]:
 def _named(name: str) -> tuple[str, bool]:
     if name.startswith(("embedded:", "reasoning-gym:")):
         return name, False
+    if protocol(name) is not None:
+        found = re.match(r"hf://datasets/([^/@]+/[^/@]+)", name)
+        return (found[1], True) if found else (shown(name), False)
     match = _DATA_ID.fullmatch(name)
     if match and Path(name).suffix not in files.SUFFIXES and not files.exists(name):
         return match[1], True

@@ -19,6 +19,7 @@ from helpers import grpo_words
 
 from jaxreason import checkpoint, cli, losses, xla
 from jaxreason import config as cfg
+from jaxreason.data import prompts as data_prompts
 from jaxreason.data.prompts import Prompt, PromptStream, load_prompts
 from jaxreason.evaluate import accuracy
 from jaxreason.losses.check import tiny_inputs
@@ -76,6 +77,17 @@ def scripted(model, stop_ids, mesh):
 
 def config_of(places: Places, words: list[str]) -> cfg.GrpoConfig:
     return cfg.load("grpo", grpo_words(places.root, *words))
+
+
+def opened(places: Places, words: list[str]) -> object:
+    """Whether the sources of the prompts are opened as streams."""
+    asked, real = [], data_prompts.open_source
+    data_prompts.open_source = lambda *given: asked.append(given[-1]) or real(*given)
+    try:
+        prompts(places, words)
+    finally:
+        data_prompts.open_source = real
+    return asked
 
 
 def prompts(places: Places, words: list[str]) -> object:
@@ -238,6 +250,7 @@ ROWS: dict[str, tuple] = {
     "data.template": (prompts, "r1_zero", "data.max_prompt_tokens=512"),
     "data.trust_special_tokens": (prompts, "true", "data.source={marked}", "data.max_rows=null"),
     "data.max_rows": (prompts, 20),
+    "data.streaming": (opened, "true"),
     **mixture_rows(prompts, NOT_EMBEDDED),
     "data.keep_columns": (prompts, "[level]", *NOT_EMBEDDED),
     "data.eval_source": (prompts, "{other}", "eval.problems=5"),

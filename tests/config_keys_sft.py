@@ -101,7 +101,11 @@ def data(places: Places, words: list[str]) -> object:
     """The first batches of two epochs and the held-out ones."""
     config = config_of(places, words)
     found = prepare(config.data, load("embedded"), config.run.seed, progress=False)
-    batches = [found.train.batch(i) for i in (0, 1, found.train.num_steps())]
+    if config.data.streaming:
+        with found.batches(3, 0, 1) as streamed:
+            batches = list(streamed)
+    else:
+        batches = [found.train.batch(i) for i in (0, 1, found.train.num_steps())]
     batches += [found.eval.batch(0)] if found.eval else []
     return digest(*jax.tree.leaves(batches)), found.chat, [b.tokens.shape for b in batches]
 
@@ -242,6 +246,8 @@ ROWS: dict[str, tuple] = {
     "data.think_weight": (data, 0.5),
     "data.answer_weight": (data, 0.5),
     "data.eval_rows": (data, 8),
+    "data.streaming": (data, "true", *NOT_EMBEDDED, "data.batch_size=2"),
+    "data.stream_rows": (data, 5, *NOT_EMBEDDED, "data.streaming=true", "data.batch_size=2"),
     "data.workers": (processes, 3),
     "loss.name": (program, "dft"),
     "loss.options": (program, "{{z_loss_coef: 0.1}}"),

@@ -55,10 +55,10 @@ def test_shuffled_shares_use_all_rows_equally_often():
 
 def questions(prepared, epochs):
     """How often each question stands in the rows of the first epochs."""
-    train, tokenizer, found = prepared.train, prepared._tokenizer, collections.Counter()
+    train, tokenizer, found = prepared.train, helpers.llama(), collections.Counter()
     for row in range(sum(train.rows_per_epoch(e) for e in range(epochs))):
         for example in train.examples(row):
-            text = tokenizer.decode(prepared._store.example(int(train.index[example])))
+            text = tokenizer.decode(train._store.example(int(train.index[example])))
             found[text.split("What is ")[1].split("?")[0]] += 1
     return found
 
@@ -75,7 +75,7 @@ def test_sft_trains_each_source_as_often_as_its_weight(config, packing):
 
 def test_held_out_rows_are_of_no_epoch(config):
     prepared = prepare(config(("b", 0.5), ("c", 3), eval_rows=6), helpers.llama(), 0, progress=False)
-    text = lambda example: prepared._tokenizer.decode(prepared._store.example(int(example)))  # noqa: E731
+    text = lambda example: helpers.llama().decode(prepared.train._store.example(int(example)))  # noqa: E731
     held_out = {text(example).split("What is ")[1].split("?")[0] for example in prepared.eval.index}
     assert len(held_out) == 6 and {int(q) // 100 for q in held_out} >= {0, 1}  # of several sources
     trained = questions(prepared, epochs=4)

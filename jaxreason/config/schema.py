@@ -130,7 +130,8 @@ class Portion(Section):
 class Problems(Section):
     source: str
     """``embedded:NAME``, ``reasoning-gym:NAME``, a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also
-    packed as .gz or .zst), a directory of them, a pattern such as ``data/*.jsonl``, or a hub id."""
+    packed as .gz or .zst), a directory of them, a pattern such as ``data/*.jsonl``, each also as an address (``s3://``, ``gs://``,
+    ``hf://``, ``https://``), or a hub id."""
     split: str = "train"
     """Split of a hub data set, or of a directory whose files are named after splits; a file has none."""
     row_schema: str = Field("auto", alias="schema")
@@ -144,6 +145,9 @@ class Problems(Section):
     is in what a user, a system message or an earlier turn says, and a row whose answer holds one is dropped and counted."""
     max_rows: Positive | None = None
     """Use only the first rows of the source."""
+    streaming: bool = False
+    """Read the source in passes and keep none of it on the disk: SFT tokenizes it as it comes (``stream_rows``), GRPO holds its
+    prompts in memory, as always; a hub data set is not downloaded."""
     mixture: list[Portion] = []
     """Further sources, ``[{source: b.jsonl, weight: 0.5}]``: an epoch is one pass over ``source`` and ``weight`` over each."""
     keep_columns: list[str] = []
@@ -172,12 +176,28 @@ class Data(Problems):
     """Weight of the targets up to ``</think>`` in the loss; the denominator stays the token count."""
     answer_weight: float = Field(1.0, ge=0)
     """Weight of the targets after ``</think>``, or of all where an answer has no thought."""
+    stream_rows: Positive = 8192
+    """With ``streaming``: examples that are shuffled and packed together. At most twice as many are in memory."""
     eval_rows: NonNegative = 0
-    """Held-out examples for the loss: of ``eval_source``, or chosen from this source by seed; 0: none."""
+    """Held-out examples for the loss: of ``eval_source``, or chosen from this source by seed (of a stream the first); 0: none."""
     workers: NonNegative = 2
     """Processes that tokenize; 0: in this one."""
     cache_dir: str | None = None
     """Tokenized data; null: ``~/.cache/jaxreason`` (or ``$JAXREASON_CACHE``)."""
+
+    @model_validator(mode="after")
+    def _stream(self):
+        if self.streaming and self.mixture:
+            raise ValueError(
+                "data.streaming does not go with data.mixture: its weights are in passes, and how long a pass over a stream is "
+                "nobody knows before its end; put the files into one directory, or leave data.streaming false"
+            )
+        if self.streaming and self.max_rows is not None:
+            raise ValueError(
+                "data.streaming does not go with data.max_rows, since each pass reads the shards in another order: set "
+                "data.max_rows=null; train.steps says how much is read"
+            )
+        return self
 
 
 class Loss(Section):
@@ -380,6 +400,15 @@ class SftConfig(Section):
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
     resolved: Resolved = Resolved()
+
+    @model_validator(mode="after")
+    def _length_of_stream(self):
+        if self.data.streaming and self.train.steps is None:
+            raise ValueError(
+                "data.streaming: how many steps train.epochs are nobody knows before the end of the stream: set "
+                "train.epochs=null and train.steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters(self):

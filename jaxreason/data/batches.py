@@ -4,7 +4,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -21,6 +21,42 @@ class Order:
     packing: bool
     shuffle: bool
     seed: int
+
+
+class Piece(NamedTuple):
+    """One example in a row."""
+
+    ids: np.ndarray  # [n] tokens
+    start: int  # the first that is trained
+    answer: int  # the first after the thought
+
+
+def assemble(
+    rows: Sequence[Sequence[Piece]], first_row: int, length: int, pad_id: int, weights: tuple[float, float] | None
+) -> Batch[np.ndarray]:
+    """Rows ``first_row``, … of a step as arrays [len(rows), length]; ``weights``: of a thought's targets, and of the rest."""
+    shape = (len(rows), length)
+    tokens, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
+    positions, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    token_weights = None if weights is None else np.ones(shape, np.float32)
+    of_thought, of_answer = weights or (1.0, 1.0)
+    for r, pieces in enumerate(rows):
+        at = 0
+        for segment, piece in enumerate(pieces, 1):
+            end = at + len(piece.ids)
+            tokens[r, at:end] = piece.ids
+            targets[r, at : end - 1] = piece.ids[1:]
+            positions[r, at:end] = np.arange(len(piece.ids))
+            segments[r, at:end] = segment
+            # Position t is trained to say token t + 1, so the mask begins one before the trained span.
+            mask[r, at + piece.start - 1 : end - 1] = 1
+            if token_weights is not None:
+                answer = min(at + piece.answer - 1, end)
+                token_weights[r, at:answer], token_weights[r, answer:end] = of_thought, of_answer
+            at = end
+    # Each row holds fewer than T segments, so a row's ids cannot reach the next row's.
+    sequence_ids = (np.arange(first_row, first_row + len(rows), dtype=np.int32)[:, None] * length) + segments
+    return Batch(tokens, targets, positions, segments, mask, sequence_ids=sequence_ids, token_weights=token_weights)
 
 
 class Rows:
@@ -107,34 +143,14 @@ class Rows:
         share = self.batch_size // process_count
         first = step * self.batch_size
         rows = [self.examples(first + row) for row in range(process_index * share, (process_index + 1) * share)]
-        return self._assemble(rows, process_index * share)
+        pieces = [[self.piece(example) for example in row] for row in rows]
+        return assemble(pieces, process_index * share, self.length, self._pad_id, self.weights)
 
-    def _assemble(self, rows: Sequence[np.ndarray], first_row: int) -> Batch[np.ndarray]:
-        shape = (len(rows), self.length)
-        tokens, targets = np.full(shape, self._pad_id, np.int32), np.full(shape, self._pad_id, np.int32)
-        positions, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        weights = None if self.weights is None else np.ones(shape, np.float32)
-        of_thought, of_answer = self.weights or (1.0, 1.0)
-        for r, examples in enumerate(rows):
-            at = 0
-            for segment, example in enumerate(examples, 1):
-                length, stored = int(self.lengths[example]), int(self.index[example])
-                ids, end = self._store.example(stored)[:length], at + length
-                tokens[r, at:end] = ids
-                targets[r, at : end - 1] = ids[1:]
-                positions[r, at:end] = np.arange(length)
-                segments[r, at:end] = segment
-                # Position t is trained to say token t + 1, so the mask begins one before the trained span.
-                mask[r, at + self._store.starts[stored] - 1 : end - 1] = 1
-                if weights is not None:
-                    answer = min(at + self._store.answers[stored] - 1, end)
-                    weights[r, at:answer], weights[r, answer:end] = of_thought, of_answer
-                at = end
-        # Each row holds fewer than T segments, so a row's ids cannot reach the next row's.
-        sequence_ids = (np.arange(first_row, first_row + len(rows), dtype=np.int32)[:, None] * self.length) + segments
-        return Batch(
-            tokens, targets, positions, segments, mask, sequence_ids=sequence_ids, token_weights=weights
-        )
+    def piece(self, example: int) -> Piece:
+        """Example at a position in ``index`` and ``lengths``."""
+        length, stored = int(self.lengths[example]), int(self.index[example])
+        start, answer = int(self._store.starts[stored]), int(self._store.answers[stored])
+        return Piece(self._store.example(stored)[:length], start, answer)
 
     def _end(self, epoch: int) -> int:
         while len(self._ends) <= epoch:

@@ -1,9 +1,11 @@
 """From ``config.Data`` to batches: read, encode, cut to length, split off held-out rows, pack."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from rich.text import Text
@@ -11,33 +13,53 @@ from rich.text import Text
 from jaxreason.config import Data, Portion, Problems
 from jaxreason.data import chat as chats
 from jaxreason.data import files, mixture
-from jaxreason.data.batches import Order, Rows
+from jaxreason.data.batches import Batches, Order, Rows, loader
 from jaxreason.data.chat import Chat
 from jaxreason.data.encode import Encoder, Fit, fit
-from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report
+from jaxreason.data.report import Report, RowsReport, SourceReport, preview, source_report, stream_report
 from jaxreason.data.sources import held_out_split, open_source, parts, splits_itself
 from jaxreason.data.store import Store
+from jaxreason.data.stream import Stream, StreamBatches, store_of
 from jaxreason.data.tally import reasons
 from jaxreason.data.tokenizer import Tokenizer
 from jaxreason.data.tokenizing import cache_root, tokenize
 from jaxreason.errors import UserError
 
+_SAMPLE = 512  # examples of a stream that are looked at before it is trained
 _EVAL_STREAM = 2**32 - 1  # no epoch's number, so that held-out rows are drawn independently of every order
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    train: Rows
+    train: Rows | Stream
     eval: Rows | None
     report: Report
     chat: Chat  # generation must render with the same one, and an export must ship its template
     fingerprint: str  # of the examples as they are trained and held out: another one is another run
-    _store: Store
-    _tokenizer: Tokenizer
+    _shown: Callable[[int], list[Text]]
 
     def preview(self, count: int) -> list[Text]:
         """The first training examples, the trained tokens between ``[[`` and ``]]``."""
-        return preview(self._store, self.train.index, self.train.lengths, self._tokenizer, count)
+        return self._shown(count)
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps of so many passes."""
+        assert isinstance(self.train, Rows)  # the config refuses epochs of a stream
+        return self.train.num_steps(epochs)
+
+    @contextlib.contextmanager
+    def batches(self, num_steps: int, process_index: int, process_count: int) -> Iterator[Batches]:
+        """An iterator over this process's batches; what reads ahead for it ends with it."""
+        if isinstance(self.train, Rows):
+            yield loader(self.train, num_steps, process_index=process_index, process_count=process_count)
+            return
+        with contextlib.closing(StreamBatches(self.train, num_steps, process_index, process_count)) as found:
+            yield found
+
+    def reported(self, batches: Batches) -> dict:
+        """data_report.json, with what the batches so far took from a stream."""
+        more = {"stream": batches.read()} if isinstance(batches, StreamBatches) else {}
+        return self.report.to_dict() | more
 
 
 def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = True) -> Prepared:
@@ -49,6 +71,8 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     eval_source = eval_split = None
     if data.eval_source is not None or data.eval_split is not None:
         eval_source, eval_split = held_out_source(data)
+    if data.streaming:
+        return _streamed(data, tokenizer, chat, seed, eval_source, eval_split)
     read = functools.partial(_source, data, tokenizer=tokenizer, chat=chat, seed=seed, progress=progress)
     mixed = mixture.portions(data)
     stores, fits, sources = map(list, zip(*map(read, mixed)))
@@ -73,7 +97,50 @@ def prepare(data: Data, tokenizer: Tokenizer, seed: int, *, progress: bool = Tru
     eval_report = None if eval_rows is None else _rows_report(eval_rows)
     report = Report(tuple(sources), _rows_report(rows), eval_report, chat.origin)
     used = [(store, train)] if held_out is None else [(store, train), (eval_store, held_out)]
-    return Prepared(rows, eval_rows, report, chat, _fingerprint(used, shares), store, tokenizer)
+
+    def shown(count: int) -> list[Text]:
+        names = [f"row {int(row) + 1}" for row in store.rows[train.index[:count]]]
+        return preview([rows.piece(i) for i in range(len(names))], names, tokenizer)
+
+    return Prepared(rows, eval_rows, report, chat, _fingerprint(used, shares), shown)
+
+
+def _streamed(
+    data: Data, tokenizer: Tokenizer, chat: Chat, seed: int, eval_source: str | None, eval_split: str | None
+) -> Prepared:
+    """Of a source that is read as it is trained: its first rows are read here, to be held out and to see what they are."""
+    encoder = Encoder(tokenizer, chat, data.keep_only_correct, spans=_weights(data) is not None)
+    source = open_source(data.source, data.split, None, seed, streaming=True)
+    stream, own = Stream(data, source, encoder, seed), data.eval_rows if eval_source is None else 0
+    held_out = stream.first(own) if own else None
+    if held_out is not None:
+        if len(held_out.pieces) < own:
+            raise UserError(_nothing_left(data, f"{len(held_out.pieces)} examples"))
+        stream = stream.without(held_out.end)
+    sample = stream.first(min(data.stream_rows, _SAMPLE))
+    if not sample.pieces:
+        raise UserError(_nothing_left(data, f"{own} examples"))
+    filled = len(rows := stream.rows_of(sample.pieces, 0)) * stream.length
+    reports = [stream_report(source, sample.read)]
+    eval_rows = None
+    if eval_source is not None:
+        of_eval = Portion(source=eval_source, split=eval_split, row_schema=data.row_schema, max_rows=data.eval_rows or None)
+        store, kept, of_held_out = _source(data, of_eval, tokenizer=tokenizer, chat=chat, seed=seed, progress=True)
+        reports.append(of_held_out)
+    elif held_out is not None:
+        store, kept = store_of(held_out.pieces)
+    if eval_source is not None or held_out is not None:
+        order = Order(data.packing, False, seed)
+        eval_rows = Rows(
+            store, kept.index, kept.lengths, length=stream.length, batch_size=data.batch_size, order=order,
+            pad_id=tokenizer.pad_id, endless=False,
+        )  # fmt: skip
+    used = sum(len(piece.ids) for row in rows for piece in row)
+    of_train = RowsReport(None, None, stream.length, used / filled, data.batch_size, None)
+    report = Report(tuple(reports), of_train, None if eval_rows is None else _rows_report(eval_rows), chat.origin)
+    fingerprint = stream.fingerprint if eval_rows is None else f"{stream.fingerprint}-{_fingerprint([(store, kept)], None)}"
+    names = [f"example {at + 1}" for at in range(len(sample.pieces))]
+    return Prepared(stream, eval_rows, report, chat, fingerprint, lambda count: preview(sample.pieces[:count], names, tokenizer))
 
 
 def _joined(fits: list[Fit], stores: list[Store]) -> Fit:
@@ -152,7 +219,7 @@ def _source(
     data: Data, portion: Portion, *, tokenizer: Tokenizer, chat: Chat, seed: int, progress: bool
 ) -> tuple[Store, Fit, SourceReport]:
     name = portion.source
-    source = open_source(name, portion.split, portion.max_rows, seed)
+    source = open_source(name, portion.split, portion.max_rows, seed, data.streaming)
     store = tokenize(
         source,
         Encoder(tokenizer, chat, data.keep_only_correct, spans=_weights(data) is not None),

@@ -162,7 +162,7 @@ def _of_source(
     max_reply_tokens: int | None,
 ) -> tuple[list[Prompt], SourceRows]:  # fmt: skip
     known(portion.row_schema)
-    source = open_source(portion.source, portion.split, portion.max_rows, seed)
+    source = open_source(portion.source, portion.split, portion.max_rows, seed, data.streaming)
     prompts: list[Prompt] = []
     tally = Tally()
     for chunk in source.chunks():

@@ -8,9 +8,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxreason.data.batches import Piece
 from jaxreason.data.encode import Fit
 from jaxreason.data.sources import Source
 from jaxreason.data.store import Store
+from jaxreason.data.stream import Read
 from jaxreason.data.tokenizer import Tokenizer
 
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
@@ -31,18 +33,19 @@ class SourceReport:
     trained_tokens: int
     unread: tuple[str, ...]  # files that are there and not read, with why
     length_percentiles: dict[str, int]  # of all encoded examples, before data.over_length
+    streamed: bool = False  # these are its first rows; what was read in the run is in ``stream`` when it ends
 
 
 @dataclasses.dataclass(frozen=True)
 class RowsReport:
     """How the kept examples fill rows."""
 
-    examples: int
-    rows_per_epoch: int
+    examples: int | None  # None, as the next and the last: of a stream, which nobody has counted
+    rows_per_epoch: int | None
     row_length: int
     packing_efficiency: float  # tokens / (rows x row length)
     batch_size: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +64,31 @@ class Report:
         return Group(*[_source_table(source) for source in self.sources], _rows_table(self.train, self.eval))
 
 
+def stream_report(source: Source, read: Read) -> SourceReport:
+    """Of the first rows of a stream."""
+    return SourceReport(
+        source=source.name,
+        formats=dict(read.tally.formats),
+        rows=read.tally.rows,
+        kept=read.kept,
+        truncated=read.truncated,
+        dropped=read.tally.dropped,
+        first_dropped=read.tally.first_dropped,
+        tokens=read.tokens,
+        trained_tokens=read.trained_tokens,
+        unread=source.unread,
+        length_percentiles=_percentiles(np.concatenate([np.zeros(0, np.int32), *read.lengths])),
+        streamed=True,
+    )
+
+
+def _percentiles(lengths: np.ndarray) -> dict[str, int]:
+    found = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
+    return {f"p{p}": int(value) for p, value in zip(PERCENTILES, found)}
+
+
 def source_report(source: Source, store: Store, fit: Fit) -> SourceReport:
-    rejects, lengths = store.meta["rejects"], store.lengths
-    percentiles = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
+    rejects = store.meta["rejects"]
     return SourceReport(
         source=source.name,
         formats=store.meta["formats"],
@@ -75,7 +100,7 @@ def source_report(source: Source, store: Store, fit: Fit) -> SourceReport:
         tokens=int(fit.lengths.sum()),
         trained_tokens=int((fit.lengths - store.starts[fit.index]).sum()),
         unread=source.unread,
-        length_percentiles={f"p{p}": int(value) for p, value in zip(PERCENTILES, percentiles)},
+        length_percentiles=_percentiles(store.lengths),
     )
 
 
@@ -91,19 +116,19 @@ def unread_line(unread: Sequence[str]) -> str:
     return ", ".join(unread[:5]) + (f" and {len(unread) - 5:,} more" if len(unread) > 5 else "")
 
 
-def preview(store: Store, index: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer, count: int) -> list[Text]:
-    """The first ``count`` examples as text, the trained tokens between ``[[`` and ``]]`` (and in bold)."""
+def preview(pieces: Sequence[Piece], names: Sequence[str], tokenizer: Tokenizer) -> list[Text]:
+    """Examples as text, the trained tokens between ``[[`` and ``]]`` (and in bold)."""
     shown = []
-    for stored, length in zip(index[:count].tolist(), lengths[:count].tolist()):
-        ids, start = store.example(stored)[:length], int(store.starts[stored])
-        title = f"row {int(store.rows[stored]) + 1}: {length} tokens, {length - start} trained\n"
+    for (ids, start, _), name in zip(pieces, names):
+        title = f"{name}: {len(ids)} tokens, {len(ids) - start} trained\n"
         prompt, trained = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
         shown.append(Text.assemble((title, "underline"), prompt, ("[[" + trained + "]]", "bold")))
     return shown
 
 
 def _source_table(report: SourceReport) -> Table:
-    table = Table(title=f"{report.source} ({formats_line(report.formats)})", title_justify="left", show_header=False)
+    streamed = ", its first rows, since it is streamed" if report.streamed else ""
+    table = Table(title=f"{report.source} ({formats_line(report.formats)}){streamed}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
@@ -126,6 +151,7 @@ def _rows_table(train: RowsReport, held_out: RowsReport | None) -> Table:
     for name, rows in (("train", train), ("eval", held_out)):
         if rows is not None:
             filled = f"{rows.packing_efficiency:.1%}"
-            numbers = rows.row_length, filled, rows.batch_size, rows.steps_per_epoch
-            table.add_row(name, f"{rows.examples:,}", f"{rows.rows_per_epoch:,}", *map(str, numbers))
+            counts = ("-" if n is None else f"{n:,}" for n in (rows.examples, rows.rows_per_epoch))
+            steps = "-" if rows.steps_per_epoch is None else str(rows.steps_per_epoch)
+            table.add_row(name, *counts, str(rows.row_length), filled, str(rows.batch_size), steps)
     return table

@@ -2,26 +2,41 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxreason.data import files, hub
 from jaxreason.data.chunks import CHUNK_ROWS, Chunk, Inline
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
 
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A part of a source, which is read from its beginning on."""
+
+    chunks: Callable[[], Iterator[Chunk]]
+    stamp: Any  # JSON-able; tells it from other shards wherever it is: name, size and tag or time
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     name: str
-    total: int  # sum of the chunks' weights
-    chunks: Callable[[], Iterator[Chunk]]
+    shards: tuple[Shard, ...]
+    weigh: Callable[[], int]  # sum of the chunks' weights, which may have to open every file; 0: not known
     fingerprint: str  # changes with the rows; for files by path, size and times, so it may also change without them
     unread: tuple[str, ...] = ()  # files that are there and not read, with why
+
+    def chunks(self) -> Iterator[Chunk]:
+        return itertools.chain.from_iterable(shard.chunks() for shard in self.shards)
 
 
 HELD_OUT = ("test", "validation", "eval")  # splits to evaluate on, the first of them that a source has
@@ -53,7 +68,8 @@ def held_out_split(source: str) -> str | None:
 def parts(source: str, split: str | None) -> frozenset[str]:
     """What the rows of a split are read from: two splits that share a part share rows."""
     if not splits_itself(source) and files.exists(source):
-        return frozenset(str(file.resolve()) for file in files.find(source, split).paths)
+        found = files.find(source, split).files
+        return frozenset(str(file.resolve() if isinstance(file, Path) else file) for file in found)
     return frozenset([f"{source.partition('?')[0]}, split {split}"])
 
 
@@ -76,10 +92,10 @@ def _hub_splits(source: str) -> list[str]:
         raise UserError(f"data.eval_source {source}: its splits cannot be listed: {state}; set data.eval_split") from None
 
 
-def open_source(source: str, split: str | None, max_rows: int | None, seed: int) -> Source:
-    """The source that ``data.source`` names; only a hub id touches the network. Raises UserError.
+def open_source(source: str, split: str | None, max_rows: int | None, seed: int, streaming: bool = False) -> Source:
+    """The source that ``data.source`` names; only a hub id and an address touch the network. Raises UserError.
 
-    ``split`` None: of files that no split is named for.
+    ``split`` None: of files that no split is named for. ``streaming``: a hub data set is read where it is, not downloaded.
     """
     if source.startswith("embedded:"):
         from jaxreason.data import embedded
@@ -91,18 +107,16 @@ def open_source(source: str, split: str | None, max_rows: int | None, seed: int)
         return _inline(source, gym.examples(source.removeprefix("reasoning-gym:"), split, max_rows, seed))
     if files.exists(source):
         found = files.find(source, split)
-        paths = found.paths
-        # The time of the last change of a file's inode cannot be set back, as that of its content can.
-        stamps = [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for f in paths]
-        total = sum(map(files.weight, paths))
-        chunks = lambda: itertools.chain.from_iterable(map(files.chunks, paths))  # noqa: E731
-        return Source(source, total, chunks, _digest(stamps), tuple(found.unread))
+        shards = tuple(Shard(functools.partial(files.chunks, file), files.stamp(file)) for file in found.files)
+        weigh = lambda: sum(map(files.weight, found.files))  # noqa: E731
+        return Source(source, shards, weigh, _digest([files.exact_stamp(file) for file in found.files]), tuple(found.unread))
     if _may_be_hub(source):
         name, _, config = source.partition(":")
-        return _hub(name, config or None, split)
+        return (hub_stream if streaming else _hub)(name, config or None, split)
     raise UserError(
         f"data.source {source}: no such file or directory; give a {', '.join(files.SUFFIXES)} file, a directory of "
-        "them, a pattern (data/*.jsonl), a hub id (owner/name or owner/name:config), embedded:NAME, or reasoning-gym:NAME"
+        "them, a pattern (data/*.jsonl), an address (s3://, gs://, hf://, https://), a hub id (owner/name or owner/name:config), "
+        "embedded:NAME, or reasoning-gym:NAME"
     )
 
 
@@ -111,12 +125,8 @@ def _hub(name: str, config: str | None, split: str | None) -> Source:
 
     offline = hub.offline()
     download = datasets.DownloadConfig(local_files_only=offline, max_retries=0 if offline else 3)
-    try:
-        with _without_network(offline):
-            table = datasets.load_dataset(name, config, split=split, download_config=download)
-    except Exception as error:  # many libraries fail below load_dataset, each in its own way
-        state = "the hub cannot be reached and it is not in the local cache" if offline else hub.reason(error)
-        raise UserError(f"data.source {name}: no such file, and as a hub data set: {state}; {hub.HELP}") from None
+    with _of_hub(name, offline, "the hub cannot be reached and it is not in the local cache"):
+        table = datasets.load_dataset(name, config, split=split, download_config=download)
     if not isinstance(table, datasets.Dataset):
         raise UserError(f"data.source {name}: data.split {split} is not one split; known: {', '.join(table)}")
 
@@ -126,7 +136,51 @@ def _hub(name: str, config: str | None, split: str | None) -> Source:
             yield Inline(f"{name} ({split})", start, rows, len(rows))
 
     stamp = [name, config, split, len(table), sorted(file["filename"] for file in table.cache_files)]
-    return Source(name, len(table), chunks, _digest(stamp))
+    return Source(name, (Shard(chunks, stamp),), lambda: len(table), _digest(stamp))
+
+
+def hub_stream(name: str, config: str | None, split: str | None) -> Source:
+    """A data set of the hub, or a directory laid out like one, whose rows are read where they are. Raises UserError.
+
+    Its shards are those of ``datasets``: files of the split, at the commit that is the newest now. What tells them from others
+    are their addresses, with that commit, or the time of a local file.
+    """
+    import datasets
+
+    offline = hub.offline() and not Path(name).is_dir()
+    with _of_hub(name, offline, "the hub cannot be reached"):
+        builder = datasets.load_dataset_builder(name, config)
+        table = builder.as_streaming_dataset(split=split)
+    if not isinstance(table, datasets.IterableDataset):
+        raise UserError(f"data.source {name}: data.split {split} is not one split; known: {', '.join(table)}")
+    listed = (builder.config.data_files or {}).get(split, [])
+    found = [[file, *map(str, origin)] for file, origin in zip(listed, getattr(listed, "origin_metadata", ()))]
+    stamp = [name, config, split, builder.hash, table.num_shards, found]
+    shards = (Shard(functools.partial(_streamed, name, split, table, index), [index, stamp]) for index in range(table.num_shards))
+    return Source(name, tuple(shards), lambda: 0, _digest(stamp))
+
+
+def _streamed(name: str, split: str | None, table: "datasets.IterableDataset", index: int) -> Iterator[Chunk]:
+    """The rows of a shard. Raises UserError."""
+    first, rows = 0, iter(table.shard(table.num_shards, index))
+    while True:
+        with _of_hub(f"{name} ({split}, shard {index + 1} of {table.num_shards}), near row {first + 1}", False, ""):
+            items = tuple(itertools.islice(rows, CHUNK_ROWS))
+        if not items:
+            return
+        yield Inline(f"{name} ({split}, shard {index + 1} of {table.num_shards})", first, items, len(items))
+        first += len(items)
+
+
+@contextlib.contextmanager
+def _of_hub(name: str, offline: bool, unreachable: str) -> Iterator[None]:
+    """Raises UserError for what goes wrong at the hub, ``unreachable`` where there is no network."""
+    try:
+        with _without_network(offline):
+            yield
+    except Exception as error:  # many libraries fail below these calls, each in its own way
+        state = unreachable if offline else hub.reason(error)
+        raise UserError(f"data.source {name}: no such file, and as a hub data set: {state}; {hub.HELP}") from None
 
 
 @contextlib.contextmanager
@@ -150,7 +204,8 @@ def _inline(source: str, examples: Sequence[Example]) -> Source:
             items = tuple(examples[start : start + CHUNK_ROWS])
             yield Inline(source, start, items, len(items))
 
-    return Source(source, len(examples), chunks, _digest([repr(example) for example in examples]))
+    fingerprint = _digest([repr(example) for example in examples])
+    return Source(source, (Shard(chunks, fingerprint),), lambda: len(examples), fingerprint)
 
 
 def _digest(value: Any) -> str:

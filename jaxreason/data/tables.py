@@ -10,6 +10,7 @@ from jaxreason.data import hub
 from jaxreason.data.chunks import CHUNK_ROWS, Chunk, Inline, Item, Row
 from jaxreason.data.example import Reject
 from jaxreason.data.json_rows import MAX_ROW_BYTES
+from jaxreason.data.remote import RemoteFile
 from jaxreason.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,67 +21,68 @@ GROUP_ROWS = 4096  # larger parquet row groups are read here in pieces, to bound
 
 @dataclasses.dataclass(frozen=True)
 class ParquetGroup:
-    origin: str
+    file: Path | RemoteFile
     group: int
     first: int
     weight: int
 
     def rows(self) -> Iterator[tuple[int, Row]]:
-        for batch in _read_parquet(self.origin, self.group):
+        for batch in _read_parquet(self.file, self.group):
             yield from batch
 
     def place(self, key: int) -> str:
-        return f"{self.origin}, row {self.first + key + 1}"
+        return f"{self.file}, row {self.first + key + 1}"
 
 
-def open_parquet(path: Path | str) -> "pyarrow.parquet.ParquetFile":
+def open_parquet(file: Path | RemoteFile) -> "pyarrow.parquet.ParquetFile":
     """Raises UserError."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(file.open() if isinstance(file, RemoteFile) else file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {hub.reason(error)}") from None
+        raise UserError(f"{file}: not a readable parquet file: {hub.reason(error)}") from None
 
 
-def parquet(path: Path) -> Iterator[Chunk]:
+def parquet(file: Path | RemoteFile) -> Iterator[Chunk]:
     """The file's row groups, the large ones in pieces."""
-    metadata, first = open_parquet(path).metadata, 0
+    metadata, first = open_parquet(file).metadata, 0
     for group in range(metadata.num_row_groups):
         count = metadata.row_group(group).num_rows
         if count <= GROUP_ROWS:
-            yield ParquetGroup(str(path), group, first, count)
+            yield ParquetGroup(file, group, first, count)
         else:
-            for batch in _read_parquet(str(path), group):
-                yield Inline(str(path), first + batch[0][0], tuple(row for _, row in batch), len(batch))
+            for batch in _read_parquet(file, group):
+                yield Inline(str(file), first + batch[0][0], tuple(row for _, row in batch), len(batch))
         first += count
 
 
-def _read_parquet(path: str, group: int) -> Iterator[list[tuple[int, Row]]]:
+def _read_parquet(file: Path | RemoteFile, group: int) -> Iterator[list[tuple[int, Row]]]:
     import pyarrow
 
     at = 0
     try:
-        for batch in open_parquet(path).iter_batches(CHUNK_ROWS, row_groups=[group]):
+        for batch in open_parquet(file).iter_batches(CHUNK_ROWS, row_groups=[group]):
             rows = batch.to_pylist()
             yield list(enumerate(rows, at))
             at += len(rows)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, near row {at + 1} of row group {group}: damaged: {hub.reason(error)}") from None
+        raise UserError(f"{file}, near row {at + 1} of row group {group}: damaged: {hub.reason(error)}") from None
 
 
-def arrow(path: Path) -> Iterator[Chunk]:
+def arrow(path: Path | RemoteFile) -> Iterator[Chunk]:
     """The record batches of an Arrow file or stream, such as those of ``Dataset.save_to_disk``."""
     import pyarrow
     import pyarrow.ipc
 
     first = 0
     try:
-        with pyarrow.memory_map(str(path)) as file:
+        with pyarrow.PythonFile(path.open()) if isinstance(path, RemoteFile) else pyarrow.memory_map(str(path)) as file:
             try:
                 reader = iter(pyarrow.ipc.open_stream(file))
             except pyarrow.ArrowInvalid:
+                file.seek(0)
                 of_file = pyarrow.ipc.open_file(file)
                 reader = (of_file.get_batch(i) for i in range(of_file.num_record_batches))
             for batch in reader:

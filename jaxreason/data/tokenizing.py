@@ -70,7 +70,7 @@ def _build(
 ) -> None:
     writer, tally = Writer(path, encoder.tokenizer.vocab_size), Tally()
     try:
-        for chunk, part in _advance(source, _encode_all(source.chunks(), encoder, schema, workers), progress):
+        for chunk, part in _advance(source, encode_all(source.chunks(), encoder, schema, workers), progress):
             if max_rows is not None and tally.rows + part.rows > max_rows:
                 part = _first_rows(part, max_rows - tally.rows)
             for _, reason, key, detail in part.rejects:
@@ -125,7 +125,7 @@ def _work(chunk: Chunk, schema: str) -> Encoded:
     return _encoder.chunk(chunk, schema)
 
 
-def _encode_all(
+def encode_all(
     chunks: Iterator[Chunk], encoder: Encoder, schema: str, workers: int
 ) -> Iterator[tuple[Chunk, Encoded]]:
     """Encoded chunks in order. Only a few are read ahead, so memory does not grow with the data."""
@@ -160,15 +160,15 @@ def _encode_all(
 
 def _advance(source: Source, parts: Iterator[tuple[Chunk, Encoded]], progress: bool) -> Iterator[tuple[Chunk, Encoded]]:
     """The parts, with a progress bar on a terminal and a line now and then in a log."""
-    console, done, rows, told = Console(stderr=True), 0, 0, time.monotonic()
+    console, done, rows, told, total = Console(stderr=True), 0, 0, time.monotonic(), source.weigh()
     columns = (TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"))
     bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not (progress and console.is_terminal))
     with bar:
-        task = bar.add_task("", total=source.total, rows=0)
+        task = bar.add_task("", total=total or None, rows=0)
         for chunk, part in parts:
             done, rows = done + chunk.weight, rows + part.rows
             bar.update(task, completed=done, rows=rows)
             if progress and not console.is_terminal and time.monotonic() - told > _HEARTBEAT_SECONDS:
-                console.print(f"tokenizing {source.name}: {done / source.total:.0%}, {rows:,} rows")
+                console.print(f"tokenizing {source.name}: {f'{done / total:.0%}, ' if total else ''}{rows:,} rows")
                 told = time.monotonic()
             yield chunk, part

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxreason import config as cfg
 from jaxreason import losses
 from jaxreason.checkpoint import stored_params, write_json
-from jaxreason.data.batches import loader
 from jaxreason.data.pipeline import Prepared, prepare
 from jaxreason.data.prompts import Prompts
 from jaxreason.errors import UserError, present
@@ -61,7 +60,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     folder.settle(resolved.model_copy(update={"data": data.fingerprint}))
     problems = held_out_problems(config, setup, data.chat)
     console.print(data.report.table())
-    total = config.train.steps or data.train.num_steps(present(config.train.epochs, "train.epochs"))
+    total = config.train.steps or data.num_steps(present(config.train.epochs, "train.epochs"))
     if done := folder.finished(total):
         console.print(f"{folder.path} is finished ({total} steps); delete it or set run.name to train again")
         return done
@@ -90,14 +89,17 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
     held_out = HeldOut(config, setup, data, problems, mesh)
     # Random weights know nothing that training could spoil.
     first = config.model.weights is not None
-    with Loop(folder, config, Span(total, 1, SHOWN), model, held_out, evaluate_first=first) as loop:
+    process = jax.process_index(), jax.process_count()
+    with (
+        Loop(folder, config, Span(total, 1, SHOWN), model, held_out, evaluate_first=first) as loop,
+        data.batches(total, *process) as batches,
+    ):
         if jax.process_index() == 0:
             setup.tokenizer.save(folder.path / "tokenizer", data.chat.template)
             write_json(folder.path / "data_report.json", data.report.to_dict())
         state, data_state = loop.restore(
             abstract, lambda: start_state(config, setup, optimizer, mesh), lambda: setup.base_params(mesh)
         )
-        batches = loader(data.train, total, process_index=jax.process_index(), process_count=jax.process_count())
         if data_state is not None:
             batches.set_state(data_state)
         every, meter = config.reference.refresh_every, Meter(model, jax.local_devices())
@@ -113,6 +115,8 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
             if every is not None and step % every == 0:
                 second = moved(present(second, "the reference"), state.model_params, 1.0)
             loop.end(state, record, batches.get_state(), functools.partial(dict, {} if every is None else {"reference": second}))
+        if jax.process_index() == 0:
+            write_json(folder.path / "data_report.json", data.reported(batches))
         return loop.finish()
 
 
@@ -153,14 +157,14 @@ def noise_of(config: cfg.SftConfig) -> Noise | None:
 
 def _rows_of(config: cfg.SftConfig, data: Prepared, model: ModelConfig, mesh: Mesh, total: int) -> list[tuple[str, str]]:
     rows, run_as = config.data.batch_size, model.execution
-    count = rows // (config.train.microbatch_size or rows)
+    count, an_epoch = rows // (config.train.microbatch_size or rows), data.report.train.steps_per_epoch
     return [
         ("parameters", f"{param_count(model):,} ({model.arch.num_layers} layers x {model.arch.embed_dim})"),
         ("weights from", config.model.weights or f"random, seed {config.run.seed}"),
         ("dtypes", f"{run_as.param_dtype} weights, {run_as.compute_dtype} matmuls, {config.optimizer.moment_dtype} moments"),
         ("loss", f"{config.loss.name} {config.loss.options or ''}"),
         ("batch", f"{rows} rows x {data.train.length} tokens, {count} microbatches"),
-        ("steps", f"{total} ({data.train.steps_per_epoch()} an epoch)"),
+        ("steps", f"{total} ({'of a stream' if an_epoch is None else f'{an_epoch} an epoch'})"),
         ("mesh", " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
     ]
 
