@@ -313,6 +313,8 @@ def test_a_grpo_run_compiles_nothing_after_its_second_step(tmp_path, monkeypatch
     words = ["kl.coef=0.1", "train.updates_per_rollout=2", "train.minibatches=2", "rollout.max_completion_tokens=48"]
     assert train("grpo", grpo_words(tmp_path, *words, "train.steps=5")) == 0
     assert len(counts) == 5 and counts[1] == counts[3]  # the last step's save slices arrays
-    # The programs with the network in them: policy and reference score batches of other fields.
-    network = {name: counts[3].get(f"jit({name})") for name in ("step", "score", "fill", "_decode", "admit", "_copy_one")}
-    assert network == {"step": 1, "score": 2, "fill": 1, "_decode": 1, "admit": 1, "_copy_one": 1}
+    # The programs with the network in them: policy and reference score batches of other fields. What an earlier test of the
+    # same process compiled is not compiled again.
+    most = {"step": 1, "score": 2, "fill": 1, "_decode": 1, "admit": 1, "_copy_one": 1}
+    found = {name: counts[3].get(f"jit({name})", 0) for name in most}
+    assert found["step"] == 1 and all(found[name] <= most[name] for name in most), found

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -33,6 +33,7 @@ from jaxreason.train.measure import Trace
 from jaxreason.types import Batch, TrainState
 
 Evaluate = Callable[[TrainState], dict[str, float]]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Loop:
         self._step, self._stopped, self._unmeasured = self._start, False, False
         if config.train.max_skipped_updates is not None:
             self._counters["skipped_updates"] = 0.0
-        self._unwritten: OSError | None = None
+        self._failed: OSError | UserError | None = None  # what this step could not do, apart from training
         self._spoilt: str | None = None  # why the run ends after this step
 
     # ---- around the loop
@@ -169,14 +170,15 @@ class Loop:
         """The tree ``more[name]`` of the checkpoint that the run goes on from; None for a new run. After :meth:`restore`."""
         return None if self._folder.resume is None else self._checkpoints.restore_more(self._folder.resume, name, abstract)
 
-    def note(self, write: Callable[..., None], *what: Any) -> None:
-        """``write(*what)``, a line of this step in a file of the run. Where the system refuses it (a full disk), the run is
-        told to stop: :meth:`end` saves the step first and then raises what was refused."""
+    def note(self, do: Callable[..., T], *what: Any) -> T | None:
+        """``do(*what)``: it writes a line of this step, or reads what the next one needs. Where that fails (a full disk, a source
+        that is gone), the run is told to stop: :meth:`end` saves the step first, on all processes, and then raises it."""
         try:
-            write(*what)
-        except OSError as error:
-            self._unwritten = self._unwritten or error
+            return do(*what)
+        except (OSError, UserError) as error:
+            self._failed = self._failed or error
             self._interrupt.requested = True
+            return None
 
     def end(
         self, state: TrainState, record: dict[str, float], data: Any, more: Callable[[], Mapping[str, Any]] = dict
@@ -199,8 +201,8 @@ class Loop:
         saved = {"data": data, "counters": dict(self._counters)}
         if keep := self._stopped or self._spoilt is not None or bool(every.save_every and step % every.save_every == 0):
             self._checkpoints.save(state, saved, self._model, more())
-        if self._unwritten:
-            raise self._unwritten
+        if self._failed:
+            raise self._failed
         if self._spoilt:
             raise UserError(self._spoilt)
         if self._due(step):

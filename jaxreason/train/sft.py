@@ -106,15 +106,18 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         second = None if every is None else loop.restore_more("reference", second_shape)
         if second is None and compared is not None and compared.params is not None:
             second = compared.params(mesh)
+        ahead = next(batches, None)  # none is left where the last step was saved and its evaluation failed
         for step in loop:
-            clock, batch = time.monotonic(), next(batches)
+            clock, batch = time.monotonic(), present(ahead, "a batch")
             state, metrics = step_of(state, placed := put(batch, mesh), second)
+            data_state = batches.get_state()
+            ahead = loop.note(next, batches, None)  # while the devices work
             record = loop.fetch(metrics, state, placed)
             seconds = time.monotonic() - clock
             record |= speeds(seconds, record["tokens"], batch) | meter(segment_lengths(batch.segment_ids), seconds)
             if every is not None and step % every == 0:
                 second = moved(present(second, "the reference"), state.model_params, 1.0)
-            loop.end(state, record, batches.get_state(), functools.partial(dict, {} if every is None else {"reference": second}))
+            loop.end(state, record, data_state, functools.partial(dict, {} if every is None else {"reference": second}))
         if jax.process_index() == 0:
             write_json(folder.path / "data_report.json", data.reported(batches))
         return loop.finish()
