@@ -17,6 +17,7 @@ from jaxreason.model import Adapter, lora
 from jaxreason.model.flops import weight_flops_per_token
 from jaxreason.model.vocab import head_stats
 from jaxreason.sharding import batch_sharding, make_mesh, replicated, shardings
+from jaxreason.train import state as states
 from jaxreason.train.step import make_gradient
 from jaxreason.types import merge
 
@@ -35,7 +36,7 @@ def test_they_begin_as_the_model_and_compute_what_changed_tables_do(tied):
     """The twin writes W + 2 B A by itself; tied tables are one, on both sides."""
     config, params, adapters = of(tied)
     plain = dataclasses.replace(config, adapter=None)
-    start = model.init_adapters(config, jax.random.key(2))
+    start = states.draw_adapters(config, params, make_mesh(cfg.Mesh(), jax.devices()[:1]), seed=0)
     assert set(start) == ({"layers", "embedding_lora"} if tied else {"layers", "embedding_lora", "head_lora"})
     assert not start["embedding_lora"]["lora_b"].any() and start["embedding_lora"]["lora_a"].any()
     np.testing.assert_allclose(logits(merge(params, start), config), logits(params, plain), atol=1e-6)
@@ -105,9 +106,18 @@ def test_pefts_names_both_ways(tied, tmp_path):
     assert said["target_modules"] == ["embed_tokens", *([] if tied else ["lm_head"]), "q_proj"]
     (out / "SHA256SUMS").unlink()
     # PEFT adds the table itself.
-    save_file(tensors | {name + "base_layer.weight": np.zeros((2, 2), np.float32)}, out / "adapter_model.safetensors")
+    more, table, head = {}, np.zeros((2, 2), np.float32), "base_model.model.lm_head."
+    if tied:  # and for the head the same adapter again
+        own = {"lora_A.weight": leaves["lora_a"], "lora_B.weight": leaves["lora_b"]}
+        more = {head + key: value for key, value in (own | {"base_layer.weight": table}).items()}
+    more = {key: np.asarray(value) for key, value in more.items()}
+    save_file(tensors | more | {name + "base_layer.weight": table}, out / "adapter_model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, hf.load_adapters(str(out), config), adapters)
     if tied:
+        more[head + "lora_B.weight"] = more[head + "lora_B.weight"] + 1
+        save_file(tensors | more, out / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="lm_head has an adapter of its own"):
+            hf.load_adapters(str(out), config)
         (out / "adapter_config.json").write_text(json.dumps(said | {"ensure_weight_tying": False}))
         with pytest.raises(UserError, match="changes the embedding but not the head"):
             hf.load_adapters(str(out), config)

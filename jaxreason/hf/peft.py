@@ -95,6 +95,8 @@ def load_adapters(path: str, config: ModelConfig) -> dict[str, Any]:
             raise UserError(f"{file}: {name} holds NaN or infinite values; the adapter is damaged")
         place[...] = value
         tensors.pop(f"{each.module}.base_layer.weight", None)  # PEFT adds the model's own table to the adapter of one
+    if _tied(config):
+        _drop_copies(tensors, found, file)
     if tensors:
         named = ", ".join(adapter.targets)
         raise UserError(f"{file} has {min(tensors)}, which is no adapter of lora.targets ({named}); name all that it has")
@@ -147,6 +149,16 @@ def _config(adapter: Adapter, config: ModelConfig, base: str) -> dict[str, Any]:
 def _tied(config: ModelConfig) -> bool:
     """Whether one adapter changes both of two tied tables."""
     return config.arch.tie_embeddings and "embedding" in present(config.adapter, "ModelConfig.adapter").targets
+
+
+def _drop_copies(tensors: dict[str, np.ndarray], found: dict[tuple[str, ...], np.ndarray], file: Path) -> None:
+    """Takes out what PEFT adds for the head of tied tables: the same adapter again. Raises UserError if it is another."""
+    head = "base_model.model.lm_head."
+    tensors.pop(head + "base_layer.weight", None)
+    for leaf in ("lora_a", "lora_b"):
+        copy = tensors.pop(head + _SUFFIX[leaf], None)
+        if copy is not None and not np.array_equal(copy.astype(np.float32), found[TABLES["embedding"], leaf]):
+            raise UserError(f"{file}: lm_head has an adapter of its own, but this model's tables are one; train them tied")
 
 
 def _check(values: dict, config: ModelConfig, where: Path) -> None:

@@ -155,7 +155,11 @@ def with_magnitudes(adapters: dict, params: dict) -> dict:
     """DoRA's magnitudes at the norms of the kernels that they belong to; other leaves, and other trees, as they are."""
     if "magnitude" in adapters:
         return {**adapters, "magnitude": column_norms(kernel_of(params["kernel"]))}
-    return {name: with_magnitudes(child, params[name]) if isinstance(child, dict) else child for name, child in adapters.items()}
+
+    def one(name: str, child: Any) -> Any:
+        return with_magnitudes(child, params[name]) if isinstance(child, dict) and name in params else child
+
+    return {name: one(name, child) for name, child in adapters.items()}
 
 
 def principal(kernel: Array, rank: int, scale: float) -> dict[str, Array]:
