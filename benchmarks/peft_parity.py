@@ -82,6 +82,10 @@ def check(name: str, adapter: Adapter, root: Path) -> None:
     theirs = network(torch.tensor(np.asarray(batch.tokens)).long()).logits.detach().numpy()
     logits = float(np.abs(ours - theirs).max())
 
+    if name == "tied tables":  # PEFT trains its head's copy apart, with a gradient of its own
+        print(f"{name}: logits {logits:.1e}")
+        assert logits < LOGITS, f"{name}: logits differ by {logits}, more than {LOGITS}"
+        return
     gradient = jax.jit(make_gradient(config, losses.get("nll"), 1))
     _, _, grads, _ = gradient(adapters, batch, frozen=params)
     torch_loss(network, batch).backward()
