@@ -2,7 +2,8 @@
 
     python benchmarks/peft_parity.py          # needs peft and torch, which jaxreason itself does not
 
-It prints the largest differences of float32 for LoRA, rsLoRA and DoRA, and fails where one is above its bound.
+It prints the largest differences of float32 for LoRA, rsLoRA, DoRA and adapters of embedding and head (one where they are
+tied), and fails where one is above its bound.
 """
 
 import dataclasses
@@ -31,6 +32,8 @@ KINDS = {
     "lora": Adapter(4, 8.0, TARGETS),
     "rslora": Adapter(16, 2.0, ("q", "v", "down")),  # alpha 8 / sqrt(16)
     "dora": Adapter(4, 2.0, TARGETS, "dora"),
+    "tied tables": Adapter(4, 2.0, (*TARGETS, "embedding")),
+    "tables": Adapter(4, 2.0, (*TARGETS, "embedding", "head")),
 }
 
 
@@ -61,14 +64,15 @@ def compared(tree: dict, theirs: dict[str, np.ndarray], config: model.ModelConfi
 
 
 def check(name: str, adapter: Adapter, root: Path) -> None:
-    config = dataclasses.replace(BASE, adapter=adapter)
-    params = model.init(BASE, jax.random.key(0))
+    plain = BASE.replace(tie_embeddings="head" not in adapter.targets)
+    config = dataclasses.replace(plain, adapter=adapter)
+    params = model.init(plain, jax.random.key(0))
     start = lora.with_magnitudes(model.init_adapters(config, jax.random.key(1)), params)
     leaves, tree = jax.tree.flatten(start)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     adapters = jax.tree.unflatten(tree, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
     base_dir, adapter_dir = root / f"{name}-base", root / f"{name}-adapter"
-    hf.save(params, BASE, base_dir, dtype="float32")
+    hf.save(params, plain, base_dir, dtype="float32")
     hf.save_adapters(adapters, config, str(adapter_dir), str(base_dir))
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     network = peft.PeftModel.from_pretrained(base, adapter_dir, is_trainable=True)
@@ -78,6 +82,10 @@ def check(name: str, adapter: Adapter, root: Path) -> None:
     theirs = network(torch.tensor(np.asarray(batch.tokens)).long()).logits.detach().numpy()
     logits = float(np.abs(ours - theirs).max())
 
+    if name == "tied tables":  # PEFT trains its head's copy apart, with a gradient of its own
+        print(f"{name}: logits {logits:.1e}")
+        assert logits < LOGITS, f"{name}: logits differ by {logits}, more than {LOGITS}"
+        return
     gradient = jax.jit(make_gradient(config, losses.get("nll"), 1))
     _, _, grads, _ = gradient(adapters, batch, frozen=params)
     torch_loss(network, batch).backward()

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -34,9 +34,9 @@ from jax.experimental import multihost_utils
 
 from jaxreason.errors import UserError
 from jaxreason.locks import lock
-from jaxreason.model import Adapter, Execution, ModelConfig, RopeScaling, make_config
+from jaxreason.model import Adapter, Execution, ModelConfig, RopeScaling, lora, make_config
 from jaxreason.restore import restore_tree
-from jaxreason.types import TrainState
+from jaxreason.types import TrainState, merge
 
 MANIFEST, MODEL, UNFINISHED = "manifest.json", "model.json", "unfinished"
 _NAME = re.compile("[0-9]{8,}")
@@ -256,8 +256,12 @@ def _verify_once(step_dir: Path) -> None:
 
 
 def stored_params(state: TrainState, model: ModelConfig) -> dict:
-    """What a checkpoint holds of the model: all of it, or its adapters alone."""
-    return state.params if model.adapter else state.model_params
+    """What a checkpoint holds of the model: all of it, or its adapters alone, with where they began if PiSSA made them."""
+    return _held(state) if model.adapter else state.model_params
+
+
+def _held(state: TrainState) -> dict:
+    return merge(state.params, lora.split(state.frozen)[1])
 
 
 class Checkpoints:
@@ -344,18 +348,22 @@ class Checkpoints:
             self._thread = None
         self.check()
 
-    def restore(self, step: int, abstract: TrainState, base: dict | None = None) -> tuple[TrainState, dict]:
+    def restore(
+        self, step: int, abstract: TrainState, base: Callable[[dict], dict] | None = None
+    ) -> tuple[TrainState, dict]:
         """The verified state of a step, on the shardings of ``abstract``, and the data iterator's state.
 
-        ``base``: of a run with adapters, the parameters that do not train; its checkpoint does not hold them.
+        ``base``: of a run with adapters, whose checkpoint does not hold what they stand beside: makes it, given where PiSSA's
+        adapters began.
         """
         path = self.directory / f"{step:08d}"
         _verify_once(path)
-        params = restore_tree(path / "params", abstract.model_params if base is None else abstract.params)
+        params = restore_tree(path / "params", _held(abstract) if base else abstract.model_params)
         opt_state = restore_tree(path / "optimizer", {"opt_state": abstract.opt_state})["opt_state"]
         place = getattr(abstract.step, "sharding", None)
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), place)
-        trained, frozen = _part(params, abstract.params), _part(params, abstract.frozen) if base is None else base
+        trained = _part(params, abstract.params)
+        frozen = base(lora.split(params)[1]) if base else _part(params, abstract.frozen)
         return TrainState(count, trained, frozen, opt_state), json.loads((path / "data.json").read_text())
 
     def restore_more(self, step: int, name: str, abstract: Any) -> Any:

@@ -7,6 +7,7 @@ from jaxreason import config as cfg
 from jaxreason.data.tokenizer import load as load_tokenizer
 from jaxreason.errors import UserError
 from jaxreason.locks import Partial
+from jaxreason.model import lora
 from jaxreason.paths import local
 from jaxreason.sharding import make_mesh
 from jaxreason.weights import WeightSource, locate
@@ -38,7 +39,10 @@ def to_peft(model: str, out: str) -> str:
         raise UserError(f"{source.path} holds a whole model; export it by to-hf (to-peft is for runs with lora.rank)")
     adapter, base = found
     config = dataclasses.replace(source.config("float32", "float32"), adapter=adapter)
-    adapters = source.adapters(config, make_mesh(cfg.Mesh()))
+    adapters, starts = source.adapters(config, make_mesh(cfg.Mesh()))
+    if adapter.init == "pissa":  # on the weights as anyone has them it is an adapter of twice the rank
+        adapters = lora.on_the_model(adapters, starts)
+        config = dataclasses.replace(config, adapter=dataclasses.replace(adapter, rank=2 * adapter.rank, init="kaiming"))
     # A hub id means the same on another machine, the directory where it was found here does not.
     given = cfg.read_run(source.run / "config.yaml").get("model") if (source.run / "config.yaml").is_file() else None
     name = (given or {}).get("weights") or base.path

@@ -1,6 +1,7 @@
 """Runs a step again whose loss or gradient was not finite, on the batch that the run kept, and says where it comes from."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +113,7 @@ def weights(again: Again, update: int) -> tuple[TrainState, int]:
     if not found:
         return start_state(config, again.setup, optimizer, mesh), 0
     abstract = states.abstract(again.setup.config, optimizer, mesh, config.train.freeze)
-    base = again.setup.base_params(mesh) if again.setup.config.adapter else None
+    base = functools.partial(again.setup.base_params, mesh) if again.setup.config.adapter else None
     return again.folder.saved().restore(found[-1], abstract, base)[0], found[-1]
 
 

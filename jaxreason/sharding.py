@@ -13,6 +13,8 @@ from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.types import BATCH_AXES
 
+_PAIRS = ("lora", "start")  # adapters, and where PiSSA's began
+
 # Parameter name → how its axes are split. Output channels of q, k, v, gate and up go over `tensor` and those of o and
 # down come back from it, so a block needs one all-reduce each for attention and mlp; `fsdp` splits the other axis.
 RULES: dict[str, PartitionSpec] = {
@@ -24,10 +26,12 @@ RULES: dict[str, PartitionSpec] = {
     **{f"{name}.bias": PartitionSpec(None, "fsdp") for name in ("o", "down")},
     "scale": PartitionSpec(),
     # Adapters: A is split as the kernel's inputs, B as its outputs; the rank is whole everywhere.
-    **{f"{name}.lora_a": PartitionSpec(None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
-    **{f"{name}.lora_b": PartitionSpec(None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"{name}.lora_a": PartitionSpec(None, "tensor", None) for name in ("o", "down")},
-    **{f"{name}.lora_b": PartitionSpec(None, None, "fsdp") for name in ("o", "down")},
+    **{f"{name}.{kind}_a": PartitionSpec(None, "fsdp", None) for name in ("q", "k", "v", "gate", "up") for kind in _PAIRS},
+    **{f"{name}.{kind}_b": PartitionSpec(None, None, "tensor") for name in ("q", "k", "v", "gate", "up") for kind in _PAIRS},
+    **{f"{name}.{kind}_a": PartitionSpec(None, "tensor", None) for name in ("o", "down") for kind in _PAIRS},
+    **{f"{name}.{kind}_b": PartitionSpec(None, None, "fsdp") for name in ("o", "down") for kind in _PAIRS},
+    **{f"{table}_lora.lora_a": PartitionSpec(None, "fsdp") for table in ("embedding", "head")},
+    **{f"{table}_lora.lora_b": PartitionSpec("tensor", None) for table in ("embedding", "head")},
     **{f"{name}.magnitude": PartitionSpec(None, "tensor") for name in ("q", "k", "v", "gate", "up")},
     **{f"{name}.magnitude": PartitionSpec(None, "fsdp") for name in ("o", "down")},
 }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Literal
 
@@ -13,7 +14,8 @@ from jax.sharding import Mesh
 from jaxreason import checkpoint, hf
 from jaxreason import config as cfg
 from jaxreason.errors import UserError, present
-from jaxreason.model import Adapter, ModelConfig, lora, quantized, shapes
+from jaxreason.hf.table import flatten, unflatten
+from jaxreason.model import Adapter, ModelConfig, full_shapes, lora, quantized, shapes
 from jaxreason.paths import local
 from jaxreason.restore import restore_each, restore_tree
 from jaxreason.sharding import leaf_sharding, shardings
@@ -71,35 +73,37 @@ class WeightSource:
             return hf.read_config(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
         return checkpoint.read_model(self.path).replace(param_dtype=param_dtype, compute_dtype=compute_dtype)
 
-    def params(self, config: ModelConfig, mesh: Mesh) -> dict:
+    def params(self, config: ModelConfig, mesh: Mesh, starts: dict | None = None) -> dict:
         """The weights in ``config.execution.param_dtype``, each straight on its devices, adapters merged. Raises UserError.
 
-        With adapters of its own the config may want its base quantized: then each matrix is as soon as it is there, so that
-        one of them (stacked over layers) is whole on the devices at a time; all are where adapters are merged before.
+        With adapters of its own the config may want its base without PiSSA's part, or quantized: then each matrix is as soon as
+        it is there, so that one of them (stacked over layers) is whole on the devices at a time; all are where adapters are
+        merged before. ``starts``: where PiSSA's adapters began, from a checkpoint; none: they begin here.
         """
-        base = config.adapter.base if config.adapter else "param"
-        keep = functools.partial(_kept, base, mesh)
+        keep = _Keeper(config.adapter, mesh, starts or {})
         if self.kind == "hf":
 
             def place(path: tuple[str, ...], leaf: hf.Leaf) -> jax.Array | dict:
                 return keep(path, leaf.place(leaf_sharding(path, leaf.shape, mesh)))
 
             dtypes = config.execution.param_dtype, config.execution.compute_dtype
-            return hf.load(str(self.path), *dtypes, placement=place)[0]
+            return merge(hf.load(str(self.path), *dtypes, placement=place)[0], unflatten(keep.starts))
         checkpoint.verify(self.path)
         if found := checkpoint.read_adapters(self.path):
             params = self._merged(*found, config, mesh)
-            return jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
-        wanted = _abstract(shapes(config), mesh)
-        if base == "param":
-            return restore_tree(self.path / "params", wanted)
-        return restore_each(self.path / "params", wanted, keep)
+            params = jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
+        elif keep.all_as_they_are:
+            params = restore_tree(self.path / "params", _abstract(shapes(config), mesh))
+        else:
+            params = restore_each(self.path / "params", _abstract(shapes(config), mesh), keep)
+        return merge(params, unflatten(keep.starts))
 
-    def adapters(self, config: ModelConfig, mesh: Mesh) -> dict:
-        """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says."""
+    def adapters(self, config: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
+        """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says, and where PiSSA's began."""
         checkpoint.verify(self.path)
         adapter = present(config.adapter, "ModelConfig.adapter")
-        return restore_tree(self.path / "params", _abstract(lora.shapes(shapes(config), adapter), mesh))
+        held = merge(lora.shapes(shapes(config), adapter), lora.split(full_shapes(config))[1])
+        return lora.split(restore_tree(self.path / "params", _abstract(held, mesh)))
 
     def _merged(self, adapter: Adapter, base: checkpoint.Base, config: ModelConfig, mesh: Mesh) -> dict:
         """The base, as it was kept beside its adapters, with them merged."""
@@ -111,27 +115,60 @@ class WeightSource:
             )
         stored = checkpoint.read_model(self.path).execution.param_dtype
         beside = dataclasses.replace(config, adapter=adapter)
-        params = source.params(beside.replace(param_dtype=stored), mesh)
-        adapters, out = self.adapters(beside, mesh), shardings(shapes(config), mesh)
+        adapters, starts = self.adapters(beside, mesh)
+        params, out = source.params(beside.replace(param_dtype=stored), mesh, starts), shardings(shapes(config), mesh)
 
         def merge_in(params: dict, adapters: dict) -> dict:
             whole = lora.merged(merge(params, adapters), adapter)
             return jax.tree.map(lambda w: w.astype(config.execution.param_dtype), whole)
 
-        donated = 0 if adapter.base == "param" else ()  # codes are no room for what is made of them
+        # Neither codes nor a start are room for what is made of them.
+        donated = 0 if (adapter.base, adapter.init) == ("param", "kaiming") else ()
         return jax.jit(merge_in, out_shardings=out, donate_argnums=donated)(params, adapters)
 
 
-def _kept(base: Literal["param", "int8", "nf4"], mesh: Mesh, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | dict:
-    """A parameter as a base is kept; a matrix that is quantized is gone."""
-    if base == "param" or path[-1] != "kernel":
-        return leaf
-    shapes = quantized.quantize.eval_shape(leaf, base=base)
-    out = {name: leaf_sharding((*path, name), s.shape, mesh) for name, s in shapes.items()}
-    make = jax.jit(quantized.quantize, static_argnames="base", out_shardings=out)
-    kept = jax.block_until_ready(make(leaf, base=base))
-    leaf.delete()
-    return kept
+class _Keeper:
+    """Makes each parameter what is kept of it beside adapters: called with its path and it, which is then gone if changed.
+
+    ``starts``: by path, where PiSSA's adapters began of the kernels so far.
+    """
+
+    def __init__(self, adapter: Adapter | None, mesh: Mesh, starts: dict):
+        self._adapter, self._mesh, self._given = adapter, mesh, flatten(starts)
+        self.starts: dict[tuple[str, ...], jax.Array] = {}
+
+    @property
+    def all_as_they_are(self) -> bool:
+        return self._adapter is None or (self._adapter.base, self._adapter.init) == ("param", "kaiming")
+
+    def __call__(self, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | dict:
+        if self._adapter is None or path[-1] != "kernel":
+            return leaf
+        if self._adapter.init == "pissa" and path[-2] in self._adapter.targets:
+            leaf = self._residual(path[:-1], leaf)
+        if self._adapter.base == "param":
+            return leaf
+        kept = jax.block_until_ready(self._made(path, functools.partial(quantized.quantize, base=self._adapter.base), leaf))
+        leaf.delete()
+        return kept
+
+    def _residual(self, dense: tuple[str, ...], kernel: jax.Array) -> jax.Array:
+        adapter = present(self._adapter, "ModelConfig.adapter")
+        names = [(*dense, name) for name in lora.STARTS]
+        if self._given:
+            start = {path[-1]: self._given[path] for path in names}
+        else:
+            start = self._made(dense, functools.partial(lora.principal, rank=adapter.rank, scale=adapter.scale), kernel)
+        self.starts |= {path: start[path[-1]] for path in names}
+        less = jax.jit(functools.partial(lora.residual, scale=adapter.scale), out_shardings=kernel.sharding)
+        left = jax.block_until_ready(less(kernel, start))
+        kernel.delete()
+        return left
+
+    def _made(self, path: tuple[str, ...], function: Callable[[jax.Array], dict], leaf: jax.Array) -> dict:
+        """Leaves under ``path``, each placed as its name says."""
+        out = {name: leaf_sharding((*path, name), s.shape, self._mesh) for name, s in jax.eval_shape(function, leaf).items()}
+        return jax.jit(function, out_shardings=out)(leaf)
 
 
 def _abstract(wanted: dict, mesh: Mesh) -> dict:

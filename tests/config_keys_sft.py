@@ -268,7 +268,7 @@ ROWS: dict[str, tuple] = {
     "lora.rank": (adapters, 4, *START),
     **{f"lora.{key}": (adapters, value, *BESIDE) for key, value in (
         ("base", "nf4"), ("alpha", 8.0),
-        ("scaling", "sqrt_rank"), ("targets", "[q]"), ("kind", "dora"), ("learning_rate_ratio", 16.0),
+        ("scaling", "sqrt_rank"), ("targets", "[q]"), ("kind", "dora"), ("init", "pissa"), ("learning_rate_ratio", 16.0),
         ("weights", "{peft}"))},
     "train.neftune_alpha": (program, 5.0),
     "mesh.data": (mesh, 2),

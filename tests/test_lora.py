@@ -99,7 +99,7 @@ def test_a_full_rank_reaches_any_weights():
     other["layers"]["attention"]["q"]["kernel"] = wanted
     np.testing.assert_allclose(logits(merge(PARAMS, adapters), config), logits(other, CONFIG), atol=2e-5)
     with pytest.raises(UserError, match=r"lora.rank 17: k is a matrix of 32 x 16"):
-        model.full_shapes(config_of(rank=17))
+        lora.check(PARAMS, config_of(rank=17).adapter)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -135,7 +135,7 @@ def test_gradients_are_those_of_the_full_weights_by_the_chain_rule(kind):
 def test_microbatches_packing_written_out_layers_and_meshes_change_nothing():
     """Of a base in NF4, whose blocks of 16 or 32 inputs are split as its matrices are; an unquantized one does no more."""
     config = config_of(form="nf4")
-    adapters, base = moved(start_of(config)), jax.jit(lambda p: model.quantized_base(p, config))(PARAMS)
+    adapters, base = moved(start_of(config)), jax.jit(lambda p: model.frozen_base(p, config))(PARAMS)
     whole = jax.jit(make_gradient(config, NLL, 1))(adapters, UNPACKED, frozen=base)[:3]
 
     def assert_same(found):
@@ -270,7 +270,7 @@ def test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged(base, tune
     source = WeightSource.at(str(tmp_path / "hf"))  # each of its matrices is rounded as it is read
     config = dataclasses.replace(source.config("float32", "float32"), adapter=Adapter(4, 8.0, ("q", "down"), base="nf4"))
     read = source.params(config, make_mesh(cfg.Mesh(), jax.devices()[:1]))
-    jax.tree.map(np.testing.assert_array_equal, read, jax.jit(lambda p: model.quantized_base(p, config))(exported))
+    jax.tree.map(np.testing.assert_array_equal, read, jax.jit(lambda p: model.frozen_base(p, config))(exported))
     assert "rounded to nf4" in capsys.readouterr().out and "rounded to nf4" in (tmp_path / "hf" / "README.md").read_text()
     assert train("sft", [*words, "lora.alpha=16", "lora.base=int8"]) == 2
     refused = capsys.readouterr().err

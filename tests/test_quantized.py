@@ -77,7 +77,7 @@ def test_a_model_beside_codes_is_the_one_beside_their_matrices():
     config, plain = config_of("dora", form="nf4"), config_of("dora")
 
     def made(params: dict) -> tuple[dict, dict, dict, dict]:
-        params = model.quantized_base(params, config)
+        params = model.frozen_base(params, config)
         matrices = quantized.map_kernels(quantized.kernel_of, params)
         adapters = lora.with_magnitudes(model.init_adapters(config, jax.random.key(2)), params)
         return params, matrices, adapters, lora.with_magnitudes(adapters, matrices)
@@ -108,7 +108,7 @@ def shapes(jaxpr: Jaxpr) -> Iterator[tuple[int, ...]]:
 def test_no_pass_keeps_the_matrices_of_all_layers(remat):
     """Neither forward nor backward has a stack of what the codes are made into, [2, 32, 48] of gate and up."""
     config = config_of(form="nf4").replace(remat=remat)
-    base = jax.eval_shape(lambda: model.quantized_base(PARAMS, config))
+    base = jax.eval_shape(lambda: model.frozen_base(PARAMS, config))
     adapters = jax.eval_shape(lambda: model.init_adapters(config, jax.random.key(2)))
     made = jax.make_jaxpr(make_gradient(config, losses.get("nll"), 1))(adapters, UNPACKED, None, 0, base)
     found = set(shapes(made.jaxpr))
@@ -119,7 +119,7 @@ def test_no_pass_keeps_the_matrices_of_all_layers(remat):
 def test_what_is_kept_as_codes_is_not_cast(scan_layers):
     """A layer's codes, written out too, are the stack's own; its norms are in the compute dtype."""
     config = config_of(form="nf4").replace(compute_dtype="bfloat16", scan_layers=scan_layers)
-    params = jax.jit(lambda p: model.quantized_base(p, config))(PARAMS)
+    params = jax.jit(lambda p: model.frozen_base(p, config))(PARAMS)
     found, layers = jax.jit(lambda p: model.cast_layers(p, config))(params)["layers"], params["layers"]
     layer = found if scan_layers else jax.tree.map(lambda *w: jnp.stack(w), *found)
     jax.tree.map(np.testing.assert_array_equal, layer["mlp"]["up"], layers["mlp"]["up"])
@@ -136,7 +136,7 @@ def test_the_state_has_a_bit_more_than_four_bits_a_weight():
     assert device_bytes(frozen["layers"]["attention"]["q"]) == 3 * (8192 + 256 + 16)
     assert frozen["embedding"].dtype == jnp.float32
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), frozen, jax.eval_shape(
-        lambda: model.quantized_base(model.init(config, jax.random.key(0)), config)))  # fmt: skip
+        lambda: model.frozen_base(model.init(config, jax.random.key(0)), config)))  # fmt: skip
     with pytest.raises(UserError, match="lora.base nf4: k has 40 inputs, which blocks of 64"):
         model.full_shapes(config.replace(embed_dim=40))
 

@@ -76,7 +76,7 @@ class Model(Section):
         return self
 
 
-Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down", "embedding", "head"]
 
 
 class Lora(Section):
@@ -89,7 +89,10 @@ class Lora(Section):
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """sqrt_rank: by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), under which a large rank learns as fast as a small one."""
     targets: list[Target] = Field(["q", "k", "v", "o", "gate", "up", "down"], min_length=1)
-    """Matrices that have an adapter."""
+    """Matrices that have an adapter; ``embedding`` of a model with tied tables is its head as well."""
+    init: Literal["kaiming", "pissa"] = "kaiming"
+    """How adapters begin. kaiming: A is drawn and B zero, so that the run begins with the model as it is, bit for bit; pissa
+    (arXiv 2404.02948): the largest singular triplets of each matrix, which the frozen base then lacks, train."""
     kind: Literal["lora", "dora"] = "lora"
     """dora (arXiv 2402.09353) also trains the norm of every output's weights, which costs a pass over the weights a layer."""
     base: Literal["param", "int8", "nf4"] = "param"
@@ -99,7 +102,7 @@ class Lora(Section):
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, which uses 16)."""
     weights: str | None = None
     """PEFT adapter to start from: a directory with adapter_config.json, whose rank, scale and targets are those given here;
-    null: A is drawn and B zero, so that the run begins with the model as it is."""
+    null: as ``init`` says."""
 
     @model_validator(mode="after")
     def _of_adapters(self):
@@ -109,6 +112,18 @@ class Lora(Section):
                 raise ValueError(f"lora.{changed[0]} is of adapters, and there are none: set lora.rank, e.g. 16")
         if len(set(self.targets)) < len(self.targets):
             raise ValueError(f"lora.targets names one twice: {', '.join(self.targets)}")
+        tables = [name for name in self.targets if name in ("embedding", "head")]
+        if tables and self.kind == "dora":
+            raise ValueError(f"lora.kind dora is of layers' matrices: leave {', '.join(tables)} out of lora.targets")
+        if self.init == "pissa":
+            refused = {
+                "lora.kind": (self.kind == "dora", "its adapters do not begin at the model's own norms; use lora"),
+                "lora.weights": (self.weights is not None, "adapters that are given are how they begin; leave it null"),
+                "lora.targets": (bool(tables), f"it takes apart matrices of layers only; leave out {', '.join(tables)}"),
+            }
+            for key, (there, fix) in refused.items():
+                if there:
+                    raise ValueError(f"{key} does not combine with lora.init=pissa: {fix}")
         return self
 
 

@@ -1,12 +1,16 @@
 """PEFT's adapter directories, in and out: adapter_config.json and adapter_model.safetensors.
 
 A [in, r] and B [r, out] of a layer are lora_A.weight [r, in] and lora_B.weight [out, r] there, DoRA's magnitude [out] is
-lora_magnitude_vector, and each name begins with base_model.model. and goes on as the weight's own in Hugging Face files.
+lora_magnitude_vector, and each name begins with base_model.model. and goes on as the weight's own in Hugging Face files. Of a
+table B [V, r] and A [r, D] are lora_B.weight and lora_A.weight of lm_head, and transposed lora_embedding_A and lora_embedding_B
+of embed_tokens; one adapter of tied tables is that of embed_tokens with ensure_weight_tying.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -14,15 +18,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxreason.data.directory import check_sums, find, read_json
-from jaxreason.errors import UserError
+from jaxreason.errors import UserError, present
 from jaxreason.hf.table import flatten, rows, unflatten
 from jaxreason.hf.write import all_or_nothing, open_target
 from jaxreason.model import Adapter, ModelConfig, full_shapes
-from jaxreason.model.lora import LEAVES
+from jaxreason.model.lora import LEAVES, TABLES
 from jaxreason.paths import local
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_SUFFIX = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+_SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_OF_EMBEDDING = {"lora_a": "lora_embedding_B", "lora_b": "lora_embedding_A"}
 # Keys of adapter_config.json that ask for what is not implemented here, unless they have one of these values.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
@@ -55,7 +60,7 @@ def save_adapters(adapters: dict, config: ModelConfig, path: str, base: str, tok
 def peft_tensors(adapters: dict, config: ModelConfig) -> dict[str, np.ndarray]:
     """The adapters, or anything shaped like them, by PEFT's names and in its layout, in float32."""
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(adapters).items()}
-    return {name: np.ascontiguousarray(leaves[leaf][layer].T) for name, leaf, layer in _names(config)}
+    return {each.name: np.ascontiguousarray(each.turned(leaves[each.path][each.layer])) for each in _tensors(config)}
 
 
 def load_adapters(path: str, config: ModelConfig) -> dict[str, Any]:
@@ -70,53 +75,100 @@ def load_adapters(path: str, config: ModelConfig) -> dict[str, Any]:
     if where is None or file is None:
         raise UserError(f"{directory} has no {_CONFIG if where is None else _WEIGHTS}; give a directory that PEFT saved")
     check_sums(directory, lambda name: name in (_CONFIG, _WEIGHTS))
-    _check(read_json(where), adapter, where)
+    _check(read_json(where), config, where)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({error}); download or save it again") from None
     shapes = flatten(full_shapes(config))
     found: dict[tuple[str, ...], Any] = {}
-    for name, leaf, layer in _names(config):
-        expected = shapes[leaf].shape[:0:-1]
+    for each in _tensors(config):
+        name, shape = each.name, shapes[each.path].shape
+        stack = found.setdefault(each.path, np.empty(shape, np.float32))
+        place = each.turned(stack[each.layer])
         if name not in tensors:
             raise UserError(f"{file} lacks {name}: lora.targets are {', '.join(adapter.targets)}; name those that it has")
         value = tensors.pop(name)
-        if value.shape != expected:
-            raise UserError(f"{file}: {name} is {list(value.shape)}, but the model and lora.rank make it {list(expected)}")
+        if value.shape != place.shape:
+            raise UserError(f"{file}: {name} is {list(value.shape)}, but the model and lora.rank make it {list(place.shape)}")
         if not np.isfinite(value.astype(np.float32)).all():
             raise UserError(f"{file}: {name} holds NaN or infinite values; the adapter is damaged")
-        stack = found.setdefault(leaf, np.empty(shapes[leaf].shape, np.float32))
-        stack[layer] = value.T
+        place[...] = value
+        tensors.pop(f"{each.module}.base_layer.weight", None)  # PEFT adds the model's own table to the adapter of one
+    if _tied(config):
+        _drop_copies(tensors, found, file)
     if tensors:
         named = ", ".join(adapter.targets)
         raise UserError(f"{file} has {min(tensors)}, which is no adapter of lora.targets ({named}); name all that it has")
     return unflatten(found)
 
 
-def _names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Every tensor of the file: its name, our leaf, and its layer."""
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One of the file: the module that it belongs to and its own part of the name, our leaf, and which part of that it is."""
+
+    module: str
+    suffix: str
+    path: tuple[str, ...]
+    layer: int | EllipsisType = ...  # of a leaf that is stacked over layers
+    transposed: bool = True  # there
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.suffix}"
+
+    def turned(self, value: np.ndarray) -> np.ndarray:
+        return value.T if self.transposed else value
+
+
+def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+    """Every tensor of the file."""
     wanted = {path for path in flatten(full_shapes(config)) if path[-1] in LEAVES}
-    for pattern, (*module, last), _, _ in rows(config):
-        for leaf in LEAVES if last == "kernel" else ():
-            if (path := (*module, leaf)) in wanted:
+    for pattern, path, _, _ in rows(config):
+        module = "base_model.model." + pattern.removesuffix(".weight")
+        for leaf in LEAVES:
+            if path[-1] == "kernel" and (own := (*path[:-1], leaf)) in wanted:
                 for layer in range(config.arch.num_layers):
-                    yield f"base_model.model.{pattern.removesuffix('.weight').format(layer)}{_SUFFIX[leaf]}", path, layer
+                    yield _Tensor(module.format(layer), _SUFFIX[leaf], own, layer)
+            elif (own := (TABLES.get(path[-1], ""), leaf)) in wanted:
+                embedding = path[-1] == "embedding"
+                yield _Tensor(module, (_OF_EMBEDDING if embedding else _SUFFIX)[leaf], own, transposed=embedding)
 
 
 def _config(adapter: Adapter, config: ModelConfig, base: str) -> dict[str, Any]:
     alpha = adapter.scale * adapter.rank
-    modules = sorted({name.split(".")[-3 if leaf[-1] != "magnitude" else -2] for name, leaf, _ in _names(config)})
+    modules = sorted({each.module.split(".")[-1] for each in _tensors(config)})
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": adapter.rank, "lora_alpha": round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha,
         "use_rslora": False, "use_dora": adapter.kind == "dora", "target_modules": modules, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "modules_to_save": None,
+        "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "ensure_weight_tying": _tied(config),
     }  # fmt: skip
 
 
-def _check(values: dict, adapter: Adapter, where: Path) -> None:
+def _tied(config: ModelConfig) -> bool:
+    """Whether one adapter changes both of two tied tables."""
+    return config.arch.tie_embeddings and "embedding" in present(config.adapter, "ModelConfig.adapter").targets
+
+
+def _drop_copies(tensors: dict[str, np.ndarray], found: dict[tuple[str, ...], np.ndarray], file: Path) -> None:
+    """Takes out what PEFT adds for the head of tied tables: the same adapter again. Raises UserError if it is another."""
+    head = "base_model.model.lm_head."
+    tensors.pop(head + "base_layer.weight", None)
+    for leaf in ("lora_a", "lora_b"):
+        copy = tensors.pop(head + _SUFFIX[leaf], None)
+        if copy is not None and not np.array_equal(copy.astype(np.float32), found[TABLES["embedding"], leaf]):
+            raise UserError(f"{file}: lm_head has an adapter of its own, but this model's tables are one; train them tied")
+
+
+def _check(values: dict, config: ModelConfig, where: Path) -> None:
     """Raises UserError where adapter_config.json says other than the config, or asks for what is not here."""
+    adapter = present(config.adapter, "ModelConfig.adapter")
+    if _tied(config) and not values.get("ensure_weight_tying"):
+        raise UserError(
+            f"{where}: it changes the embedding but not the head, which are one table of this model (ensure_weight_tying is not "
+            "set); train it with ensure_weight_tying=True, or without embed_tokens"
+        )
     for key, allowed in _FIXED.items():
         if key in values and values[key] not in allowed:
             raise UserError(f"{where}: {key} is {values[key]!r}, which is not implemented; only {allowed[0]!r} is")

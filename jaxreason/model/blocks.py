@@ -97,7 +97,7 @@ class Dense(nn.Module):
                 drawn = nn.initializers.normal(self.config.arch.init_std)
                 kernel = self.param("kernel", drawn, (x.shape[-1], self.features), dtype)
                 out = x @ kernel.astype(x.dtype)
-            if self.has_variable("params", "lora_a"):
+            if self.has_variable("params", "lora_a") or self.has_variable("params", "start_a"):
                 out = adapted(out, x, self.variables["params"], present(self.config.adapter, "ModelConfig.adapter"))
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)

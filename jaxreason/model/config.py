@@ -70,15 +70,16 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What low-rank adapters on some Denses are (``model/lora.py``).
+    """What low-rank adapters on some Denses and tables are (``model/lora.py``).
 
     Args:
       rank: r, columns of A and rows of B.
       scale: what A·B is multiplied by.
-      targets: names of the Denses that have one.
+      targets: names of the Denses that have one, and ``embedding`` and ``head``.
       kind: ``lora``, or ``dora``, which trains the norm of each output's weights apart from their direction.
       base: what the matrices of the layers, those without an adapter too, are kept as beside them (``model/quantized.py``);
         ``param``: as they are, in ``param_dtype``.
+      init: ``kaiming``: A drawn and B zero; ``pissa``: the largest singular triplets, which the base then lacks.
     """
 
     rank: int
@@ -86,6 +87,7 @@ class Adapter:
     targets: tuple[str, ...]
     kind: Literal["lora", "dora"] = "lora"
     base: Literal["param", "int8", "nf4"] = "param"
+    init: Literal["kaiming", "pissa"] = "kaiming"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ Parameters (stacked over layers for training; :func:`unstack` makes per-layer di
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,7 +45,8 @@ class Decoder(nn.Module):
     def __call__(self, tokens: Array, positions: Array, segment_ids: Array, noise: Array | None = None) -> Array:
         """Hidden states [B, T, D] in the compute dtype, of tokens, positions, segment_ids [B, T].
 
-        ``noise`` [B, T, D] is added to the embeddings (NEFTune).
+        Where the head has an adapter they are [B, T, D + r], see :func:`head_kernel`. ``noise`` [B, T, D] is added to the
+        embeddings (NEFTune).
         """
         c, run = self.config.arch, self.config.execution
         drawn, shape = nn.initializers.normal(c.init_std), (c.vocab_size, c.embed_dim)
@@ -53,6 +54,9 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.param("head", drawn, shape, run.param_dtype)
         x = jnp.take(table, tokens, axis=0).astype(run.compute_dtype)
+        if leaves := self._table_adapter("embedding"):
+            rows = jnp.take(leaves["lora_b"], tokens, axis=0).astype(x.dtype)
+            x = x + rows @ leaves["lora_a"].astype(x.dtype) * present(self.config.adapter, "ModelConfig.adapter").scale
         if noise is not None:
             x = x + noise.astype(x.dtype)
         if resolve(run.attention, x.dtype, c.head_dim) == "cudnn":
@@ -71,7 +75,14 @@ class Decoder(nn.Module):
         else:
             scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
             x, _ = scan(family_of(self.config).layer(self.config, "layers"), x)
-        return Norm(self.config, name="norm")(x).reshape(*batch, c.embed_dim)
+        x = Norm(self.config, name="norm")(x).reshape(*batch, c.embed_dim)
+        if leaves := self._table_adapter(_head_name(self.config)):
+            thin = x @ leaves["lora_a"].astype(x.dtype).T * present(self.config.adapter, "ModelConfig.adapter").scale
+            x = jnp.concatenate([x, thin], axis=-1)
+        return x
+
+    def _table_adapter(self, table: str) -> Mapping[str, Array]:
+        return self.variables.get("params", {}).get(lora.TABLES[table], {})
 
     def _unrolled(self, x: Array, batch: tuple[int, ...], tables: tuple[Array, Array], segment_ids: Array) -> Array:
         """x [B·T, D] after all layers, whose parameters are a list with one dict a layer."""
@@ -107,15 +118,21 @@ def full_shapes(config: ModelConfig) -> dict:
     own = shapes(config)
     if config.adapter is None:
         return own
-    return merge(jax.eval_shape(lambda p: quantized_base(p, config), own), lora.shapes(own, config.adapter))
+    return merge(jax.eval_shape(lambda p: frozen_base(p, config), own), lora.shapes(own, config.adapter))
 
 
-def quantized_base(params: dict, config: ModelConfig) -> dict:
-    """The model's own parameters as the config's adapters keep them beside themselves. Raises UserError."""
-    if config.adapter is None or config.adapter.base == "param":
+def frozen_base(params: dict, config: ModelConfig) -> dict:
+    """The model's own parameters as the config's adapters keep them beside themselves: of PiSSA what is left of a kernel, with
+    its start, and all kernels quantized where they are. Raises UserError."""
+    adapter = config.adapter
+    if adapter is None:
         return params
-    quantized.check(params, base := config.adapter.base)
-    return quantized.map_kernels(lambda kernel: quantized.quantize(kernel, base), params)
+    if adapter.init == "pissa":
+        params = lora.without_principal(params, adapter)
+    if adapter.base == "param":
+        return params
+    quantized.check(params, adapter.base)
+    return quantized.map_kernels(lambda kernel: quantized.quantize(kernel, adapter.base), params)
 
 
 def init_adapters(config: ModelConfig, key: Array) -> dict:
@@ -142,7 +159,10 @@ def hidden(
     segment_ids: Array | None = None,
     noise: Array | None = None,
 ) -> Array:
-    """Final hidden states [B, T, D]; positions default to 0…T−1, segments to one a row."""
+    """Final hidden states [B, T, D], or [B, T, D + r] where the head has an adapter (:func:`head_kernel`).
+
+    Positions default to 0…T−1, segments to one a row.
+    """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
@@ -155,9 +175,21 @@ def _apply(module: nn.Module, params: dict, *arguments: Any) -> Any:
     return module.apply({"params": params}, *arguments)
 
 
+def _head_name(config: ModelConfig) -> str:
+    return "embedding" if config.arch.tie_embeddings else "head"
+
+
 def head_kernel(params: dict, config: ModelConfig) -> Array:
-    """The output table [V, D]: the embedding where tied."""
-    return params["embedding"] if config.arch.tie_embeddings else params["head"]
+    """The output table [V, D]: the embedding where tied.
+
+    With an adapter it is [W, B] [V, D + r] in the compute dtype, and :func:`hidden` gives [x, s·x·Aᵀ], so that their product is
+    x·(W + s·B·A)ᵀ, unrounded, wherever logits are made in chunks.
+    """
+    table = params[_head_name(config)]
+    leaves = params.get(lora.TABLES[_head_name(config)])
+    if leaves is None:
+        return table
+    return jnp.concatenate([part.astype(config.execution.compute_dtype) for part in (table, leaves["lora_b"])], axis=1)
 
 
 def logits(
@@ -236,7 +268,7 @@ def unstack(params: dict, config: ModelConfig) -> dict:
         layer = jax.tree.map(cast, layer)
         return {name: _fuse(child, fused[name]) if name in fused else child for name, child in layer.items()}
 
-    rest = {name: child for name, child in params.items() if name != "layers"}
+    rest = lora.merged({name: child for name, child in params.items() if name != "layers"}, config.adapter)
     return {**jax.tree.map(cast, rest), "layers": [one(i) for i in range(config.arch.num_layers)]}
 
 

@@ -28,7 +28,12 @@ def weight_flops_per_token(config: ModelConfig) -> float:
     if config.adapter is None:
         return 6 * matmul_weights(config)
     pairs = jax.tree.leaves_with_path(lora.shapes(shapes(config), config.adapter))
-    thin = sum(math.prod(leaf.shape) for path, leaf in pairs if path[-1].key != "magnitude")
+    looked_up = "lora_b" if not config.arch.tie_embeddings else None  # rows of the embedding's B, by which nothing is multiplied
+    thin = sum(
+        math.prod(leaf.shape)
+        for path, leaf in pairs
+        if path[-1].key != "magnitude" and [key.key for key in path] != ["embedding_lora", looked_up]
+    )
     return 4 * matmul_weights(config) + 6 * thin
 
 

@@ -111,7 +111,7 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             setup.tokenizer.save(folder.path / "tokenizer", inputs.chat.template)
             write_json(folder.path / "data_report.json", inputs.prompts.report())
         state, carried = loop.restore(
-            abstract, lambda: start_state(config, setup, optimizer, mesh), lambda: setup.base_params(mesh)
+            abstract, lambda: start_state(config, setup, optimizer, mesh), lambda starts: setup.base_params(mesh, starts)
         )
         reference = restored_reference(config, loop, model, mesh)
         others = scoring_models(config, inputs, score, shapes, mesh, reference)

@@ -96,18 +96,17 @@ class Loop:
             last.callback(self._trace.close)
 
     def restore(
-        self, abstract: TrainState, fresh: Callable[[], TrainState], base: Callable[[], dict]
+        self, abstract: TrainState, fresh: Callable[[], TrainState], base: Callable[[dict], dict]
     ) -> tuple[TrainState, Any]:
         """The state to go on from, and the loop's own part of its checkpoint; from ``fresh``, with None, for a new run.
 
-        ``base``: gives what a run's adapters stand beside.
+        ``base``: gives what a run's adapters stand beside, of where PiSSA's began.
         """
         if self._folder.resume is None:
             state, data = fresh(), None
         else:
             console.print(f"resuming {self._folder.path} from step {self._start}")
-            frozen = base() if self._model.adapter else None
-            state, saved = self._checkpoints.restore(self._folder.resume, abstract, frozen)
+            state, saved = self._checkpoints.restore(self._folder.resume, abstract, base if self._model.adapter else None)
             data = saved["data"]
             self._counters |= saved["counters"]
         if self._start == 0 and self._evaluate_first and (found := self._measured(state)):

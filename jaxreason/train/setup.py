@@ -20,7 +20,9 @@ from jaxreason.data.sources import splits_itself
 from jaxreason.data.tokenizer import Tokenizer, load
 from jaxreason.errors import UserError, present
 from jaxreason.hf import load_adapters
-from jaxreason.model import Adapter, ModelConfig, full_shapes, init, preset
+from jaxreason.model import Adapter, ModelConfig, init, preset, shapes
+from jaxreason.model.lora import check as check_adapter
+from jaxreason.model.quantized import check as check_base
 from jaxreason.sharding import batch_sharding, shardings
 from jaxreason.train import state as states
 from jaxreason.train.folder import RunFolder
@@ -42,9 +44,12 @@ class Setup:
     seed: int  # of the random weights
     resolved: cfg.Resolved  # where the weights were found, and their digest
 
-    def base_params(self, mesh: Mesh) -> dict:
-        """What a run's adapters stand beside, as its checkpoints do not hold it. Raises UserError."""
-        return present(self.source, "model.weights").params(self.config, mesh)
+    def base_params(self, mesh: Mesh, starts: dict) -> dict:
+        """What a run's adapters stand beside, as its checkpoints do not hold it. Raises UserError.
+
+        ``starts``: where PiSSA's adapters began, from a checkpoint.
+        """
+        return present(self.source, "model.weights").params(self.config, mesh, starts)
 
     def reference_params(self, mesh: Mesh) -> dict:
         """The run's true starting weights in the compute dtype, also where the run is resumed. Raises UserError.
@@ -97,12 +102,15 @@ def open_model(config: cfg.RunConfig, folder: RunFolder | None = None) -> Setup:
 
 
 def adapter_of(lora: cfg.Lora, model: ModelConfig) -> Adapter | None:
-    """The adapters that the section asks for. Raises UserError for a rank that a matrix of the model does not have."""
+    """The adapters that the section asks for. Raises UserError where the model's matrices cannot have them."""
     if lora.rank is None:
         return None
     scale = lora.alpha / (lora.rank if lora.scaling == "rank" else math.sqrt(lora.rank))
-    adapter = Adapter(lora.rank, scale, tuple(lora.targets), lora.kind, lora.base)
-    full_shapes(dataclasses.replace(model, adapter=adapter))
+    adapter = Adapter(lora.rank, scale, tuple(lora.targets), lora.kind, lora.base, lora.init)
+    own = shapes(model)
+    check_adapter(own, adapter)
+    if adapter.base != "param":
+        check_base(own, adapter.base)
     return adapter
 
 
@@ -229,7 +237,7 @@ class Other:
 def starting_model(setup: Setup) -> Other:
     """The run's true starting weights; beside adapters they are where they were."""
     if setup.config.adapter:
-        return Other("the base without its adapters", dataclasses.replace(setup.config, adapter=None), None)
+        return Other("the weights that the adapters began with", dataclasses.replace(setup.config, adapter=None), None)
     half = setup.config.replace(param_dtype=setup.config.execution.compute_dtype)
     return Other("the starting weights", half, setup.reference_params)
 

@@ -98,7 +98,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
             setup.tokenizer.save(folder.path / "tokenizer", data.chat.template)
             write_json(folder.path / "data_report.json", data.report.to_dict())
         state, data_state = loop.restore(
-            abstract, lambda: start_state(config, setup, optimizer, mesh), lambda: setup.base_params(mesh)
+            abstract, lambda: start_state(config, setup, optimizer, mesh), lambda starts: setup.base_params(mesh, starts)
         )
         if data_state is not None:
             batches.set_state(data_state)

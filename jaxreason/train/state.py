@@ -13,8 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxreason.errors import UserError
-from jaxreason.model import ModelConfig, full_shapes, init, init_adapters, quantized_base
-from jaxreason.model.lora import with_magnitudes
+from jaxreason.model import ModelConfig, frozen_base, full_shapes, init, init_adapters, lora
 from jaxreason.model.quantized import map_plain
 from jaxreason.plugins import nearest
 from jaxreason.sharding import shardings
@@ -41,18 +40,21 @@ def _fresh(
 def _drawn(
     config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array, freeze: Sequence[str]
 ) -> TrainState:
-    params = quantized_base(init(config, key), config)
+    params = frozen_base(init(config, key), config)
     return _fresh(params, _drawn_adapters(config, params, key), optimizer, freeze)
 
 
 def _drawn_adapters(config: ModelConfig, params: dict, key: jax.Array) -> dict | None:
     if config.adapter is None:
         return None
-    return with_magnitudes(init_adapters(config, jax.random.fold_in(key, 1)), params)
+    if config.adapter.init == "pissa":
+        return lora.as_adapters(lora.split(params)[1])
+    return lora.with_magnitudes(init_adapters(config, jax.random.fold_in(key, 1)), params)
 
 
 def draw_adapters(config: ModelConfig, params: dict, mesh: Mesh, seed: int) -> dict | None:
-    """The adapters that a run begins with beside ``params``; they change nothing yet. None where the config has none."""
+    """The adapters that a run begins with beside ``params``; they change nothing yet, or they are what PiSSA's base
+    lacks. None where the config has none."""
     if config.adapter is None:
         return None
     draw = functools.partial(_drawn_adapters, config)
