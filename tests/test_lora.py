@@ -360,6 +360,23 @@ def test_grpo_has_the_base_for_its_reference(base, tmp_path, monkeypatch):
     assert lines[-1]["sampler_gap_max"] < 1e-2
 
 
+def test_adapters_learn_from_a_teacher_and_are_what_is_compared(base, tmp_path):
+    """On-policy distillation from another model; and losses are compared on such a model."""
+    other = tmp_path / "other"
+    checkpoint.save_params(other / "checkpoints", init(TINY_MODEL, jax.random.key(1)), TINY_MODEL)
+    load("embedded").save(other / "tokenizer")
+    distill = ["loss.name=distill", f"teacher.weights={other}", "teacher.divergence=forward_kl"]
+    words = on(base, grpo_words(tmp_path), "lora.base=nf4", "optimizer.schedule=constant", "optimizer.learning_rate=0.03")
+    assert train("grpo", [*words, *distill, "train.steps=6"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["step"]]
+    assert losses[-1] < 0.95 * losses[0]
+    argv = ["--config", "grpo", "--losses", "bnpo,gspo", "--offline", "--out", str(tmp_path / "compared"), *words]
+    assert cli.compare(argv) == 0
+    compared = json.loads((tmp_path / "compared" / "offline.json").read_text())["points"]["start"]
+    assert all(row["grad_norm"] > 0 for row in compared["rows"]) and 0.1 < compared["cosine"][0][1] < 1 - 1e-6
+
+
 REFUSED = {
     "lora.alpha is of adapters, and there are none: set lora.rank": ("sft", ["lora.rank=null", "lora.alpha=8"]),
     "lora.rank: adapters change a model that is there": ("sft", ["model.weights=null", "model.preset=embedded-tiny"]),
