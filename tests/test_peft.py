@@ -1,13 +1,9 @@
-"""Adapters against PEFT's own, on a tiny Llama: logits of an exported adapter, one step's gradients, twenty steps' losses.
+"""Adapters against PEFT's own, on a tiny Llama in float32: an exported adapter's logits, a step's gradients, twenty losses.
 
-    python benchmarks/peft_parity.py          # needs peft and torch, which jaxreason itself does not
-
-It prints the largest differences of float32 for LoRA, rsLoRA, DoRA and adapters of embedding and head (one where they are
-tied), and fails where one is above its bound.
+``python -m pytest tests/test_peft.py -s`` prints the largest differences.
 """
 
 import dataclasses
-import tempfile
 from pathlib import Path
 
 import jax
@@ -15,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import peft
+import pytest
 import torch
 import transformers
 
@@ -23,6 +20,7 @@ from jaxreason.model import Adapter, lora
 from jaxreason.train.step import make_gradient
 from jaxreason.types import Batch, merge
 
+torch.set_num_threads(1)
 LOGITS, GRADIENTS, LOSSES, STEPS, RATE = 2e-4, 1e-5, 1e-3, 20, 1e-3
 BASE = model.make_config(
     vocab_size=96, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.2
@@ -63,22 +61,28 @@ def compared(tree: dict, theirs: dict[str, np.ndarray], config: model.ModelConfi
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
 
 
-def check(name: str, adapter: Adapter, root: Path) -> None:
+def drawn(plain: model.ModelConfig, config: model.ModelConfig) -> tuple[dict, dict]:
+    """A model, and adapters of which no leaf is zero."""
+    params = model.init(plain, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(lora.with_magnitudes(model.init_adapters(config, jax.random.key(1)), params))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return params, jax.tree.unflatten(tree, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_adapters_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    adapter = KINDS[name]
     plain = BASE.replace(tie_embeddings="head" not in adapter.targets)
     config = dataclasses.replace(plain, adapter=adapter)
-    params = model.init(plain, jax.random.key(0))
-    start = lora.with_magnitudes(model.init_adapters(config, jax.random.key(1)), params)
-    leaves, tree = jax.tree.flatten(start)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    adapters = jax.tree.unflatten(tree, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
-    base_dir, adapter_dir = root / f"{name}-base", root / f"{name}-adapter"
+    params, adapters = jax.jit(drawn, static_argnums=(0, 1))(plain, config)
+    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
     hf.save(params, plain, base_dir, dtype="float32")
     hf.save_adapters(adapters, config, str(adapter_dir), str(base_dir))
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     network = peft.PeftModel.from_pretrained(base, adapter_dir, is_trainable=True)
 
     batch = batch_of(0)
-    ours = np.asarray(model.logits(merge(params, adapters), config, batch.tokens))
+    ours = np.asarray(jax.jit(model.logits, static_argnums=1)(merge(params, adapters), config, batch.tokens))
     theirs = network(torch.tensor(np.asarray(batch.tokens)).long()).logits.detach().numpy()
     logits = float(np.abs(ours - theirs).max())
 
@@ -86,19 +90,24 @@ def check(name: str, adapter: Adapter, root: Path) -> None:
         print(f"{name}: logits {logits:.1e}")
         assert logits < LOGITS, f"{name}: logits differ by {logits}, more than {LOGITS}"
         return
-    gradient = jax.jit(make_gradient(config, losses.get("nll"), 1))
-    _, _, grads, _ = gradient(adapters, batch, frozen=params)
+    optimizer, gradient = optax.adam(RATE), make_gradient(config, losses.get("nll"), 1)
+
+    @jax.jit
+    def step(adapters, state, batch):
+        value, _, grads, _ = gradient(adapters, batch, frozen=params)
+        updates, state = optimizer.update(grads, state)
+        return value, grads, optax.apply_updates(adapters, updates), state
+
+    state = optimizer.init(adapters)
+    _, grads, _, _ = step(adapters, state, batch)
     torch_loss(network, batch).backward()
     trained = theirs_of(network)
     slopes = compared(grads, {key: p.grad.numpy() for key, p in trained.items()}, config)
 
-    optimizer, steps = optax.adam(RATE), torch.optim.Adam(trained.values(), RATE)
-    state, apart = optimizer.init(adapters), 0.0
+    steps, apart = torch.optim.Adam(trained.values(), RATE), 0.0
     for seed in range(STEPS):
         batch = batch_of(seed % 3)
-        value, _, grads, _ = gradient(adapters, batch, frozen=params)
-        updates, state = optimizer.update(grads, state)
-        adapters = optax.apply_updates(adapters, updates)
+        value, _, adapters, state = step(adapters, state, batch)
         steps.zero_grad()
         loss = torch_loss(network, batch)
         loss.backward()
@@ -109,8 +118,3 @@ def check(name: str, adapter: Adapter, root: Path) -> None:
     for what, found, bound in (("logits", logits, LOGITS), ("gradients", slopes, GRADIENTS), ("losses", apart, LOSSES)):
         assert found < bound, f"{name}: {what} differ by {found}, more than {bound}"
 
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, wanted in KINDS.items():
-            check(kind, wanted, Path(folder))
