@@ -128,6 +128,24 @@ def test_blockwise_attention_is_counted_up_to_the_diagonal():
     assert hlo.matmul_flops(BLOCKWISE, loops=5, share=0.25) == 5 * 16 * 3 * 2 * 4 * 4 * 8
 
 
+ASYNCHRONOUS = """HloModule jit_step
+
+%written (p0: bf16[28,4], p1: bf16[1,4]) -> bf16[28,4] {
+  ROOT %update = bf16[28,4]{1,0} dynamic-update-slice(%p0, %p1, %zero, %zero)
+}
+
+ENTRY %main (a: bf16[28,4], b: bf16[1,4]) -> bf16[28,4] {
+  %start = ((bf16[28,4]{1,0}, bf16[1,4]{1,0}), bf16[28,4]{1,0}, u32[]) fusion-start(%a, %b), kind=kLoop, calls=%written
+  ROOT %done = bf16[28,4]{1,0} fusion-done(%start)
+}
+"""
+
+
+def test_a_fusion_that_goes_on_beside_others_is_a_fusion():
+    start, done = hlo.instructions(ASYNCHRONOUS)  # and what it fuses is no step of the program
+    assert (start.name, start.kind, start.type, done.kind) == ("start", "fusion", "bf16[28,4]{1,0}", "fusion-done")
+
+
 def test_architectures_of_weights_that_are_not_here():
     def of(weights):
         config, source = architecture.resolve(cfg.Model(weights=weights, remat="full", compute_dtype="bfloat16"))

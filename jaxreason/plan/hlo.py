@@ -68,9 +68,23 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
             bodies[name] = []
             entry = name if header[1] else entry
         elif name and (found := _INSTRUCTION.match(line)):
-            one = Instruction(found[1], found[3], found[2], found[4])
-            bodies[name].append(one)
+            kind, type_text = found[3], found[2]
+            if kind == "fusion-start":  # of jax 0.12: ((operands), result, context), beside other work until its fusion-done
+                kind, type_text = "fusion", _elements(type_text)[1]
+            bodies[name].append(Instruction(found[1], kind, type_text, found[4]))
     return bodies, entry
+
+
+def _elements(type_text: str) -> list[str]:
+    """The types that a tuple's type holds."""
+    found, depth = [""], 0
+    for letter in type_text[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [one.strip() for one in found]
 
 
 def instructions(text: str, loops: int = 1, fused: bool = False, share: float = 1.0) -> list[Instruction]:
