@@ -132,7 +132,7 @@ def stepper(args, words: list[str]):
     with jax.set_mesh(mesh):
         batch = jax.device_put(rows, batch_sharding(mesh))
         state = states.abstract(config, optimizer, mesh)
-        out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
+        out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh), batch_sharding(mesh))
         began = time.monotonic()
         compiled = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
     return compiled, lambda: states.create(config, optimizer, mesh, 0), batch, time.monotonic() - began, config
@@ -144,7 +144,7 @@ def train(args) -> dict:
     state, times, value = fresh(), [], 0.0
     for _ in range(args.steps + 2):
         began = time.monotonic()
-        state, metrics = compiled(state, batch)
+        state, metrics, _ = compiled(state, batch)
         value = float(jax.block_until_ready(metrics["loss"]))
         times.append(time.monotonic() - began)
     seconds, ids = float(np.median(times[2:])), np.asarray(batch.segment_ids)

@@ -54,7 +54,7 @@ def run_jaxreason(args) -> list[float]:
     seconds = []
     for _ in range(WARM + args.steps):
         clock = time.perf_counter()
-        state, metrics = step(state, batch)
+        state, metrics, _ = step(state, batch)
         metrics = jax.device_get(metrics)
         seconds.append(time.perf_counter() - clock)
     return [*seconds[WARM:], float(metrics["loss"])]

@@ -189,7 +189,7 @@ def build_data(args: argparse.Namespace) -> None:
     out = local(args.out, "--out")
     if args.seeds is not None:
         if args.samples is not None:
-            raise UserError("--samples goes with --source; of a new instruction there are at most instances=5")
+            raise UserError("--samples goes with --source; with --seeds, instances=N is the most of a new instruction")
         told = cfg.parse_words(cfg.Instruct, args.words)
         _start()
         from jaxreason.curate.instruct import InstructJob, instruct

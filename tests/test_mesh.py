@@ -72,7 +72,7 @@ def stepper(sizes, loss: str):
     """The step that training jits, in three microbatches of 8 rows; shared by the tests, since compiling is what takes."""
     options, config = CASES[loss]
     mesh = mesh_of(sizes)
-    out = (jax.tree.map(lambda s: s.sharding, states.abstract(config, OPTIMIZER, mesh)), None)
+    out = (jax.tree.map(lambda s: s.sharding, states.abstract(config, OPTIMIZER, mesh)), None, None)
     step = make_train_step(config, losses.get(loss, **options), OPTIMIZER, opt.schedule(SETTINGS, 10), 3)
     return mesh, within(mesh, jax.jit(step, out_shardings=out))
 
@@ -82,7 +82,7 @@ def run(sizes, loss: str, batches, state=None):
     mesh, step = stepper(sizes, loss)
     state, found = state or states.create(CASES[loss][1], OPTIMIZER, mesh, seed=1), []
     for seed in batches:
-        state, metrics = step(state, put(batch_of(loss, seed), mesh))
+        state, metrics, _ = step(state, put(batch_of(loss, seed), mesh))
         found.append(jax.device_get(metrics))
     return state, found
 

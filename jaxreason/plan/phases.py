@@ -19,7 +19,7 @@ from jaxreason.sharding import batch_sharding, replicated
 from jaxreason.targets import Target
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
-from jaxreason.train.step import Compared, Noise, abstract_second, batch_loss, make_policy_step, make_score, make_train_step
+from jaxreason.train.step import Compared, Noise, abstract_second, batch_loss, make_score, make_train_step
 from jaxreason.types import Batch, Totals, TrainState
 
 _SCHEDULE_STEPS = 1000  # any number: the schedule is a formula in the step
@@ -58,12 +58,8 @@ def update(
     transformation = opt.make(optimizer, _SCHEDULE_STEPS)
     schedule = opt.schedule(optimizer, _SCHEDULE_STEPS)
     state = abstract_state(config, optimizer, place.mesh, freeze)
-    out: tuple = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh))
-    if loss.kind == "policy":
-        step = make_policy_step(config, loss, transformation, schedule, microbatches, temperature, second)
-        out = (*out, batch_sharding(place.mesh))
-    else:
-        step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, second, noise)
+    step = make_train_step(config, loss, transformation, schedule, microbatches, temperature, second, noise)
+    out = (jax.tree.map(lambda s: s.sharding, state), replicated(place.mesh), batch_sharding(place.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
     return place.compile("update", jitted, state, batch, abstract_second(second, place.mesh), loops=microbatches)
 

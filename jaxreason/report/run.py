@@ -27,6 +27,8 @@ NAME = "report.html"
 _PROMPTS = 12  # of a step that are shown
 _SHOWN_CHARACTERS = 4000  # of a prompt or completion
 _BINS = 12  # of a histogram of lengths
+
+
 class _Shade(NamedTuple):
     name: str
     degree: Callable[[float], float]

@@ -54,7 +54,7 @@ from jaxreason.train.setup import (
     start_state,
     starting_model,
 )
-from jaxreason.train.step import ITSELF, Compared, abstract_second, make_policy_step, make_score, make_sum_of_squares
+from jaxreason.train.step import ITSELF, Compared, abstract_second, make_score, make_sum_of_squares, make_train_step
 from jaxreason.types import Batch, TrainState, combine_metrics
 
 SHOWN = {
@@ -257,9 +257,9 @@ def compile_step(
     config: cfg.GrpoConfig, inputs: Inputs, shapes: Shapes, optimizer: optax.GradientTransformation,
     abstract: TrainState, mesh: Mesh, updates: int,
 ) -> Callable:  # fmt: skip
-    """The step (``make_policy_step``), whose compilation begins now; the state is donated."""
+    """The step (``make_train_step``), whose compilation begins now; the state is donated."""
     schedule, second = opt.schedule(config.optimizer, updates), compared_with(config, inputs)
-    step = make_policy_step(
+    step = make_train_step(
         inputs.setup.config, inputs.objective.loss, optimizer, schedule, shapes.microbatches, config.rollout.temperature,
         second_config=second, seed=config.run.seed, skips=config.train.max_skipped_updates is not None,
     )  # fmt: skip

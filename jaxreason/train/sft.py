@@ -20,7 +20,7 @@ from jaxreason.losses import distill
 from jaxreason.model import ModelConfig, param_count
 from jaxreason.model.cudnn import segment_bound
 from jaxreason.sampler import EngineSampler, Job, Sampling
-from jaxreason.sharding import check_batch, make_mesh, replicated, within
+from jaxreason.sharding import batch_sharding, check_batch, make_mesh, replicated, within
 from jaxreason.terminal import Working, console, gib, show_table
 from jaxreason.train import optimizer as opt
 from jaxreason.train import state as states
@@ -109,7 +109,7 @@ def train(config: cfg.SftConfig, dry_run: bool = False) -> dict | None:
         ahead = next(batches, None)  # none is left where the last step was saved and its evaluation failed
         for step in loop:
             clock, batch = time.monotonic(), present(ahead, "a batch")
-            state, metrics = step_of(state, placed := put(batch, mesh), second)
+            state, metrics, _ = step_of(state, placed := put(batch, mesh), second)
             data_state = batches.get_state()
             ahead = loop.note(next, batches, None)  # while the devices work
             record = loop.fetch(metrics, state, placed)
@@ -148,7 +148,7 @@ def compile_step(
         skips=config.train.max_skipped_updates is not None,
     )  # fmt: skip
     second = abstract_second(compared.compared if compared else None, mesh)
-    out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh))
+    out = (jax.tree.map(lambda s: s.sharding, abstract), replicated(mesh), batch_sharding(mesh))
     with jax.set_mesh(mesh), Working("compiling", 1, "the step"):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(abstract, batch, second).compile(), second
 

@@ -204,30 +204,17 @@ def make_gradient(
     second_config: Compared | None = None,
     noise: Noise | None = None,
 ) -> Callable:
-    """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, totals)``.
+    """``(params, batch, second_params=None, step=0, frozen={}) -> (value, metrics, gradient in float32, by_token)``.
 
     Accumulated over ``count`` microbatches by a loop, with layers cast to the compute dtype before it. ``second_config``: of
     the model whose parameters are passed as ``second_params``, or ``ITSELF`` or ``BASE``, which need none; ``step`` decides the
-    noise; ``frozen`` holds the parameters of the model that get no gradient.
+    noise; ``frozen`` holds the parameters of the model that get no gradient. ``by_token``: of a policy loss ``logp`` and
+    ``entropy`` of the targets, [B, T] float32, 0 where a row is empty.
     """
-    whole = _make_gradient(config, loss, count, temperature, second_config, noise)
 
     def gradient(
         params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None
-    ) -> tuple[Array, dict[str, Array], dict, Totals]:
-        return whole(params, batch, second_params, step, frozen)[:4]
-
-    return gradient
-
-
-def _make_gradient(
-    config: ModelConfig, loss: Loss, count: int, temperature: float, second_config: Compared | None, noise: Noise | None
-) -> Callable:
-    """``make_gradient``'s function, which returns what ``_loss_by_token`` gives by token [B, T] in addition."""
-
-    def gradient(
-        params: dict, batch: Batch, second_params: dict | None = None, step: Array | int = 0, frozen: dict | None = None
-    ) -> tuple[Array, dict[str, Array], dict, Totals, dict[str, Array]]:
+    ) -> tuple[Array, dict[str, Array], dict, dict[str, Array]]:
         chex.assert_rank(jax.tree.leaves(batch), 2)
         chex.assert_equal_shape(jax.tree.leaves(batch))  # at tracing: every field is [B, T]
         totals = totals_of(batch)
@@ -254,7 +241,7 @@ def _make_gradient(
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
             value, metrics, grads, tokens = one(batch)
-            return value, metrics, add_gradients(zeros, grads), totals, tokens
+            return value, metrics, add_gradients(zeros, grads), tokens
 
         def body(i: Array, carry: tuple) -> tuple:
             value, metrics, grads, tokens = one(jax.tree.map(lambda x: x[i], pieces))
@@ -267,7 +254,7 @@ def _make_gradient(
         by_token = {k: jnp.zeros((count, *x.shape), x.dtype) for k, x in shapes[3].items()}
         start = (jnp.zeros(()), empty_metrics(shapes[1]), zeros, by_token)
         value, metrics, grads, by_token = lax.fori_loop(0, _occupied(pieces), body, start)
-        return value, metrics, grads, totals, {k: _rows(x, batch.tokens.shape) for k, x in by_token.items()}
+        return value, metrics, grads, {k: _rows(x, batch.tokens.shape) for k, x in by_token.items()}
 
     return gradient
 
@@ -289,7 +276,7 @@ def make_train_step(
     seed: int = 0,
     skips: bool = False,
 ) -> Callable:
-    """``step(state, batch, second_params=None) -> (state, metrics)``; jit it with the state donated.
+    """``step(state, batch, second_params=None) -> (state, metrics, by_token)``; jit it with the state donated.
 
     ``seed`` is that of the rounding of bfloat16 parameters (:func:`jaxreason.train.optimizer.apply`). With ``skips`` a step
     whose loss or gradient norm is not finite leaves the parameters and the optimizer's state as they are, apart from its
@@ -297,39 +284,15 @@ def make_train_step(
 
     Metrics: the loss's own, ``loss``, ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (supervised; 0 where
     nothing was), and ``leaf_norms``, the gradient norm of every trained parameter in the order of ``jax.tree.leaves``, by
-    which a step that is not finite names what was not.
+    which a step that is not finite names what was not. ``by_token`` is that of :func:`make_gradient`, under the parameters
+    that the step begins with.
     """
-    whole = _make_step(_make_gradient(config, loss, count, temperature, second_config, noise), optimizer, schedule, seed, skips)
+    gradient = make_gradient(config, loss, count, temperature, second_config, noise)
 
-    def step(state: TrainState, batch: Batch, second_params: dict | None = None) -> tuple[TrainState, dict]:
-        return whole(state, batch, second_params)[:2]
-
-    return step
-
-
-def make_policy_step(
-    config: ModelConfig,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable,
-    count: int,
-    temperature: float = 1.0,
-    second_config: Compared | None = None,
-    seed: int = 0,
-    skips: bool = False,
-) -> Callable:
-    """``make_train_step`` of a policy loss, whose step returns ``logp`` and ``entropy`` in addition, [B, T] float32: of the
-    targets, under the parameters that the step begins with, 0 where a row is empty. The loss reads both anyway."""
-    return _make_step(_make_gradient(config, loss, count, temperature, second_config, None), optimizer, schedule, seed, skips)
-
-
-def _make_step(
-    gradient: Callable, optimizer: optax.GradientTransformation, schedule: Callable, seed: int, skips: bool
-) -> Callable:
     def step(
         state: TrainState, batch: Batch, second_params: dict | None = None
     ) -> tuple[TrainState, dict, dict[str, Array]]:
-        value, metrics, grads, _, by_token = gradient(state.params, batch, second_params, state.step, state.frozen)
+        value, metrics, grads, by_token = gradient(state.params, batch, second_params, state.step, state.frozen)
         squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, norm = opt.apply(state.params, updates, state.step, seed), jnp.sqrt(jnp.sum(squares))
