@@ -1,6 +1,8 @@
 """Config errors name the key, the place and the nearest valid key; values survive the round trip."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import yaml
 
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
+from jaxreason.rl.objective import objective_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = [p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "pipeline"]
@@ -113,3 +116,12 @@ def test_differences_are_by_key():
     old = yaml.safe_load(cfg.dump(cfg.build(MINIMAL)))
     new = yaml.safe_load(cfg.dump(cfg.build(MINIMAL, ["optimizer.b2=0.5", "train.steps=4"])))
     assert cfg.differences(old, new) == {"optimizer.b2": (0.999, 0.5), "train.steps": (3, 4)}
+
+
+def test_every_recipe_of_the_docs_is_a_config_whose_parts_go_together():
+    table = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| ")]
+    recipes = [shlex.split(words) for line in table if line.count("|") == 6 for words in re.findall("`([^`]*)`", line)]
+    recipes = [words for words in recipes if words[0] in cfg.names()]
+    assert len(recipes) > 25
+    for name, *words in recipes:
+        objective_of(cfg.load(name, words))
