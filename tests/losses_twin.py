@@ -8,7 +8,7 @@ MASK = np.array(
 IDS = np.array([[7, 7, 7, 7, 2, 2, 2], [5, 5, 5, 5, 5, 9, 9], [-3] * 7, [1] * 7])
 GROUPS = np.array([[0, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7, [0] * 7])
 EXPERT = np.isin(IDS, (9, 1))  # the data's own answers, where a test has some: 6 of the 16 tokens
-EXTRAS = {"expert": np.where(EXPERT, 16 / 6, 0.0), "sampled": np.where(EXPERT, 0.0, 16 / 10)}
+EXTRAS = {"expert": np.where(EXPERT, 16 / 6, 0.0), "sampled": np.where(EXPERT, 0.0, 16 / 10), "step": np.full(MASK.shape, 3.0)}
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray]:

@@ -174,6 +174,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "variant: a wrong answer earns what a right one does",
     ),
     Mutant(
+        "losses/surrogate.py",
+        'valley)(x.extras["step"])',
+        'valley)(x.extras["step"] - 1)',
+        "tests/test_expert.py::test_the_weight_of_the_data_rises_and_falls",
+        "variant: chord's weight is a step late",
+    ),
+    Mutant(
+        "rl/batch.py",
+        "extras[STEP] = everywhere(step)",
+        "extras[STEP] = everywhere(step - 1)",
+        "tests/test_sampler.py::test_a_run_with_everything_of_ones_own_by_hand",
+        "variant: steps are counted from 0",
+    ),
+    Mutant(
         "rl/grpo.py",
         "if number else batch\n",
         "if False else batch\n",

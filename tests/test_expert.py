@@ -60,6 +60,17 @@ def test_the_curve_of_a_loss_is_of_a_token_that_the_policy_drew():
         assert curve["positive"][at] == pytest.approx(weight, rel=1e-3) and curve["positive"][80] == pytest.approx(1.0)
 
 
+def test_the_weight_of_the_data_rises_and_falls():
+    """Two steps up to 0.8, four down to 0.2: half of the way up, the top, half of the way down, the valley and on."""
+    loss = losses.get("chord", mu=0.8, mu_valley=0.2, mu_warmup_steps=2, mu_decay_steps=4, phi=False)
+    one = jnp.ones((1, 1))
+    for step, mu in ((1, 0.4), (2, 0.8), (4, 0.5), (6, 0.2), (9, 0.2)):
+        extras = {"expert": one, "sampled": 0.0 * one, "step": step * one}
+        inputs = losses.PolicyInputs(logp=-one, old_logp=-one, advantages=one, mask=one, extras=extras)
+        assert float(loss(inputs)[0]) == pytest.approx(mu), step
+    assert "step" not in losses.get("chord").extras
+
+
 def test_a_run_of_luffy(tmp_path):
     assert cli.train(["--config", "grpo", *grpo_words(tmp_path, *WORDS, "loss.name=luffy", "kl.coef=0")]) == 0
     samples, lines = samples_of(tmp_path), lines_of(tmp_path / "grpo")
@@ -108,6 +119,7 @@ def test_the_sampler_s_log_probs_of_an_expert_are_the_policy_s():
         (["rollout.expert=true", "loss.name=luffy", "second_turn.samples=2"], "second_turn.samples needs its own"),
         (["rollout.expert=true", "loss.name=luffy", "teacher.weights=start"], "teacher.weights without teacher.divergence needs"),
         (["rollout.expert=true", "loss.name=chord", "loss.options={reduce: token-sum}"], "leave its option reduce at token-mean"),
+        (["rollout.expert=true", "loss.name=chord", "loss.options={mu_valley: 0.05}"], "give both or neither"),
     ],
 )
 def test_what_does_not_go_together_is_said(words, message, tmp_path, capsys):

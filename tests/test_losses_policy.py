@@ -203,13 +203,13 @@ def luffy(s, t):
     return -(p / (p + 0.3) if s.expert[t] else s.ratio(t)) * s.advantages[t]
 
 
-def chord(phi):
-    """0.7 of the mean over the 10 tokens that were drawn, and 0.3 of that over the 6 of the data, each as a share of 16."""
+def chord(phi, mu=0.3):
+    """1 - mu of the mean over the 10 tokens that were drawn, and mu of that over the 6 of the data, each as a share of 16."""
     def token_loss(s, t):
         if not s.expert[t]:
-            return 0.7 * 16 / 10 * token_ppo(0.1, 0.2)(s, t)
+            return (1 - mu) * 16 / 10 * token_ppo(0.1, 0.2)(s, t)
         p = exp(s.logp0[t])
-        return -0.3 * 16 / 6 * (p * (1 - p) if phi else 1) * s.logp[t]
+        return -mu * 16 / 6 * (p * (1 - p) if phi else 1) * s.logp[t]
 
     return token_loss
 
@@ -262,6 +262,8 @@ CASES = [
     ("luffy", {"shape": 0.3, "max_completion_tokens": 5}, luffy, "token-sum/const"),
     ("chord", {"mu": 0.3, "clip_low": 0.1}, chord(True), TOK),
     ("chord", {"mu": 0.3, "clip_low": 0.1, "phi": False}, chord(False), TOK),
+    ("chord", {"mu": 0.5, "mu_valley": 0.1, "mu_warmup_steps": 2, "mu_decay_steps": 4, "clip_low": 0.1},  # the third step
+     chord(True, 0.1 + 0.4 * 0.5 * (1 + 0.5**0.5)), TOK),
     ("ipo", {"behaviour": "old", "max_rise": 0.05, "max_fall": 0.05}, ipo, TOK),
     ("topr", {"positive_weight": 0.5, "negative_weight": 2.0}, topr, SUM),
     ("dro", {"beta": 0.7}, dro, TOK),

@@ -96,13 +96,13 @@ def depth(sequences_P_G):
 depth.fills = ("depth",)
 
 
-@losses.loss(kind="policy", needs=("token_reward", "rank", "depth", "old_entropy", "sampler_logp"))
+@losses.loss(kind="policy", needs=("token_reward", "rank", "depth", "old_entropy", "step", "sampler_logp"))
 def own(inputs):
     inputs, _ = losses.clean(inputs)
     weights = (inputs.mask > 0) / inputs.totals.tokens
     mean = lambda x: jnp.sum(weights * x)
     return -mean(inputs.logp * inputs.advantages), {
-        **{f"mean_{name}": mean(inputs.extras[name]) for name in ("token_reward", "rank", "depth", "old_entropy")},
+        **{f"mean_{name}": mean(inputs.extras[name]) for name in ("token_reward", "rank", "depth", "old_entropy", "step")},
         "mean_sampler": mean(inputs.sampler_logp),
     }
 
@@ -151,6 +151,7 @@ def test_a_run_with_everything_of_ones_own_by_hand(run):
     # Four updates in all, at 8, 6, 4 and 2 thousandths: means of two.
     assert (first["learning_rate"], second["learning_rate"]) == (pytest.approx(0.007), pytest.approx(0.003))
     assert first["mean_old_entropy"] == pytest.approx(first["entropy"], rel=0.05) and first["mean_old_entropy"] > 1
+    assert (first["mean_step"], second["mean_step"]) == (pytest.approx(1), pytest.approx(2))
 
 
 def test_what_was_filled_is_at_its_tokens_in_every_minibatch(run):
@@ -183,7 +184,7 @@ def test_plan_and_compare_see_the_same_batch(run, tmp_path):
     root, words = run
     config = cfg.load("grpo", words)
     found = shapes.shapes_of(config, objective_of(config).loss, 20, make_mesh(cfg.Mesh()))
-    assert found.extras == ("depth", "old_entropy", "rank", "token_reward") and "old_logp" in found.fields
+    assert found.extras == ("depth", "old_entropy", "rank", "step", "token_reward") and "old_logp" in found.fields
     batch = found.batch(make_mesh(cfg.Mesh()))
     assert {name: x.shape for name, x in batch.extras.items()} == dict.fromkeys(found.extras, (8, found.row_length))
     argv = ["--config", "grpo", "--losses", f"{root / 'own.py'}:own,grpo", "--offline", "--out", str(tmp_path / "out"), *words]

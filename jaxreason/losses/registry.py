@@ -197,6 +197,8 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         raise UserError("loss real is of a completion's mean log-ratio; leave its option ratio at sequence_mean")
     if name == "chord" and options["reduce"] != "token-mean":
         raise UserError("loss chord is two means over tokens of their own; leave its option reduce at token-mean")
+    if name == "chord" and (options["mu_valley"] is None) != (options["mu_decay_steps"] == 0):
+        raise UserError("loss chord lets mu fall to mu_valley over mu_decay_steps; give both or neither")
     rule = variants.step_rule(variant, options)
     needs = {
         "ref_logp": options["kl_coef"] != 0,
@@ -210,10 +212,12 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         "selected": rule is not None,
         "teacher_divergence": options["distill_coef"] != 0,
         "positive": options["positive_nll_coef"] != 0,
+        "step": any(options.get(f"mu_{phase}_steps") for phase in ("warmup", "decay")),
     }
+    read = variant.extras | {key for key, needed in needs.items() if needed}
 
     def function(inputs: PolicyInputs, **bound: Any) -> tuple[Array, dict[str, Array]]:
-        for extra in sorted(variant.extras):
+        for extra in sorted(read & (variant.extras | {"step"})):
             need_extra(inputs, extra, f"loss {name}")
         return policy_loss(inputs, Axes.of(bound), variant.bound(bound), rule)
 
@@ -222,7 +226,7 @@ def _policy(name: str, options: dict[str, Any], preset: str | None) -> Loss:
         options=options,
         kind="policy",
         tokenwise=False,
-        needs=frozenset(key for key, needed in needs.items() if needed) | variant.extras,
+        needs=read,
         function=function,
         advantage=variant.advantage if framework is None else framework.advantage.get(name, variant.advantage),
         advantage_preset=preset,

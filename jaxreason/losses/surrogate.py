@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.lax import stop_gradient
 from jax.nn import sigmoid
@@ -20,6 +21,7 @@ from jaxreason.losses.inputs import Fraction
 from jaxreason.losses.segments import Sequences, sequence_mean, sequence_sum
 from jaxreason.losses.tokens import reward_to_go
 
+Steps = Annotated[int, Field(ge=0)]
 _SELECTED = "PolicyInputs.selected (the step-wide rule's pick)"
 
 
@@ -249,17 +251,29 @@ def chord(
     x: Tokens,
     *,
     mu: Fraction = 0.1,
+    mu_valley: Fraction | None = None,
+    mu_warmup_steps: Steps = 0,
+    mu_decay_steps: Steps = 0,
     phi: bool = True,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Surrogate:
     """(1 - mu) ``ppo_clip`` over what the policy drew + mu (-sg[p (1 - p)] log p) over the expert's tokens, each a mean over its
-    own tokens; without ``phi`` -log p. CHORD (2508.11408); mu is constant, as in CHORD-phi."""
+    own tokens; without ``phi`` -log p. CHORD (2508.11408).
+
+    mu rises to its value over ``mu_warmup_steps`` steps of the run, and falls by half a cosine to ``mu_valley`` over the
+    ``mu_decay_steps`` after them (CHORD-mu); by default it is constant (CHORD-phi).
+    """
+    weight: Array | float = mu
+    if mu_warmup_steps or mu_decay_steps:
+        valley, end = (mu if mu_valley is None else mu_valley), mu_warmup_steps + max(1, mu_decay_steps)
+        weight = optax.warmup_cosine_decay_schedule(0.0, mu, mu_warmup_steps, end, valley)(x.extras["step"])
     drawn, low, high, _ = ppo_clip(x, clip_low=clip_low, clip_high=clip_high)
     p = stop_gradient(jnp.exp(x.logp))
     taught = -(p * (1.0 - p) if phi else 1.0) * x.logp
     expert, sampled = x.extras["expert"], x.extras["sampled"]
-    return Surrogate((1.0 - mu) * sampled * drawn + mu * expert * taught, low & (sampled > 0), high & (sampled > 0))
+    mixed = (1.0 - weight) * sampled * drawn + weight * expert * taught
+    return Surrogate(mixed, low & (sampled > 0), high & (sampled > 0))
 
 
 def nothing(x: Tokens) -> Surrogate:

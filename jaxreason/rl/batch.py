@@ -26,7 +26,7 @@ from jaxreason.model.vocab import HeadStats
 from jaxreason.rl.advantages import advantages_of, fill
 from jaxreason.rl.objective import Objective
 from jaxreason.rl.sequence import Groups, Sequence
-from jaxreason.rl.shapes import EXPERT, OLD_ENTROPY, POSITIVE, SAMPLED, SUM_PI_SQUARED, Shapes
+from jaxreason.rl.shapes import EXPERT, OLD_ENTROPY, POSITIVE, SAMPLED, STEP, SUM_PI_SQUARED, Shapes
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
@@ -235,9 +235,13 @@ class Batcher:
         """The batch with every field that the loss reads."""
         loss = self.objective.loss
         added = {"advantages": packed.field(lambda s: s.advantage)}
+        everywhere = functools.partial(np.full, (packed.rows, packed.row_length), dtype=np.float32)
         for name in sorted(coefs.keys() & set(self.shapes.fields)):
-            added[name] = np.full((packed.rows, packed.row_length), coefs[name], np.float32)
-        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in loss.extras - {OLD_ENTROPY, *SHARES}}
+            added[name] = everywhere(coefs[name])
+        given = loss.extras - {OLD_ENTROPY, STEP, *SHARES}
+        extras = {name: packed.field(functools.partial(_extra, loss, name)) for name in given}
+        if STEP in loss.extras:
+            extras[STEP] = everywhere(step)
         for name in loss.extras & set(SHARES):
             extras[name] = _share(packed, SHARES[name], self.config.train.truncated == "mask")
         placed, more = ({name: place(x, self.mesh) for name, x in fields.items()} for fields in (added, extras))

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from jaxreason import config as cfg
 from jaxreason import losses, plugins, rewards
 from jaxreason.errors import UserError
-from jaxreason.rl.shapes import EXPERT, OLD_ENTROPY, POSITIVE, SAMPLED, SUM_PI_SQUARED, keeps_reference, shares_reference
+from jaxreason.rl.shapes import (
+    EXPERT,
+    OLD_ENTROPY,
+    POSITIVE,
+    SAMPLED,
+    STEP,
+    SUM_PI_SQUARED,
+    keeps_reference,
+    shares_reference,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,8 @@ def objective_of(config: cfg.GrpoConfig) -> Objective:
         raise UserError(f"kl.placement=reward: advantage {name} reads each reward by itself; use kl.placement=loss")
     graders = tuple((rewards.get(term.name, **term.options), term.weight) for term in config.reward.functions)
     hooks = tuple((name, plugins.load(name, "rollout.hooks")) for name in config.rollout.hooks)
-    fills = dict.fromkeys((OLD_ENTROPY, SUM_PI_SQUARED), "the policy before its update") | {POSITIVE: "the sign of the rewards"}
+    fills = dict.fromkeys((OLD_ENTROPY, SUM_PI_SQUARED), "the policy before its update")
+    fills |= {POSITIVE: "the sign of the rewards", STEP: "the loop"}
     if config.rollout.expert:
         fills |= dict.fromkeys((EXPERT, SAMPLED), "who answered")
     elif EXPERT in loss.extras:

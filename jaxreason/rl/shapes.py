@@ -131,6 +131,7 @@ def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
 
 OLD_ENTROPY = "old_entropy"  # an input that a loss of one's own may declare; the scoring pass fills it
 SUM_PI_SQUARED = "sum_pi_squared"  # another: sum_v pi_v^2 of the policy that sampled, which a pass of its own fills
+STEP = "step"  # a third: the number of the run's step, from 1, on every token
 # Others are tokens of the update / those of some of its sequences, on these, 0 elsewhere:
 POSITIVE = "positive"  # of the samples with a reward above 0
 EXPERT = "expert"  # of the rows' own answers (``rollout.expert``)
