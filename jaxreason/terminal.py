@@ -40,8 +40,14 @@ class Bars:
     def __init__(self) -> None:
         self._display: Progress | None = None
         self._open = 0
+        self._changing = threading.RLock()  # a program compiles in a thread of its own while weights load
 
     def add(self, name: str, total: float, done: int = 0, text: str = "") -> TaskID:
+        """A new line."""
+        with self._changing:
+            return self._add(name, total, done, text)
+
+    def _add(self, name: str, total: float, done: int, text: str) -> TaskID:
         if self._display is None:
             fixed, rest = Column(no_wrap=True), Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self._display = Progress(
@@ -60,15 +66,16 @@ class Bars:
 
     def end(self, task: TaskID, stays: bool) -> None:
         """``stays``: the line is left on the screen as it was last."""
-        if self._display is None:
-            return
-        if not stays:
-            self._display.remove_task(task)
-        self._open -= 1
-        if self._open == 0:
-            self._display.live.transient = not self._display.tasks
-            self._display.stop()
-            self._display = None
+        with self._changing:
+            if self._display is None:
+                return
+            if not stays:
+                self._display.remove_task(task)
+            self._open -= 1
+            if self._open == 0:
+                self._display.live.transient = not self._display.tasks
+                self._display.stop()
+                self._display = None
 
 
 bars = Bars()
@@ -102,12 +109,12 @@ class Working:
         if self._live:
             bars.end(self._task, stays=False)
 
-    def __call__(self, done: float, text: str = "") -> None:
+    def __call__(self, done: float, text: str | None = None) -> None:
         if self._first is None:
             self._first = done  # what was there before this start has taken none of its time
-        self._done, self._text = done, text
+        self._done, self._text = done, self._text if text is None else text
         if self._live:
-            bars.update(self._task, done, text)
+            bars.update(self._task, done, self._text)
 
     def _speak(self) -> None:
         while not self._over.wait(self._HEARTBEAT):

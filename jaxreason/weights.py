@@ -19,6 +19,7 @@ from jaxreason.model import Adapter, ModelConfig, full_shapes, lora, quantized, 
 from jaxreason.paths import local
 from jaxreason.restore import restore_each, restore_tree
 from jaxreason.sharding import leaf_sharding, shardings
+from jaxreason.terminal import Working
 from jaxreason.types import merge
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16  # of a weight file, evenly spaced: training changes nearly every parameter
@@ -80,23 +81,27 @@ class WeightSource:
         it is there, so that one of them (stacked over layers) is whole on the devices at a time; all are where adapters are
         merged before. ``starts``: where PiSSA's adapters began, from a checkpoint; none: they begin here.
         """
-        keep = _Keeper(config.adapter, mesh, starts or {})
+        size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes(config)))
+        with Working("weights", max(1, size >> 20), f"MiB of {self.path}") as show:
+            keep = _Keeper(config.adapter, mesh, starts or {}, show)
+            return merge(self._read(config, mesh, keep), unflatten(keep.starts))
+
+    def _read(self, config: ModelConfig, mesh: Mesh, keep: "_Keeper") -> dict:
+        """:meth:`params`, but for where PiSSA's adapters begin."""
         if self.kind == "hf":
 
             def place(path: tuple[str, ...], leaf: hf.Leaf) -> jax.Array | dict:
                 return keep(path, leaf.place(leaf_sharding(path, leaf.shape, mesh)))
 
             dtypes = config.execution.param_dtype, config.execution.compute_dtype
-            return merge(hf.load(str(self.path), *dtypes, placement=place)[0], unflatten(keep.starts))
+            return hf.load(str(self.path), *dtypes, placement=place)[0]
         checkpoint.verify(self.path)
         if found := checkpoint.read_adapters(self.path):
             params = self._merged(*found, config, mesh)
-            params = jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
-        elif keep.all_as_they_are:
-            params = restore_tree(self.path / "params", _abstract(shapes(config), mesh))
-        else:
-            params = restore_each(self.path / "params", _abstract(shapes(config), mesh), keep)
-        return merge(params, unflatten(keep.starts))
+            return jax.tree_util.tree_map_with_path(lambda path, leaf: keep(tuple(key.key for key in path), leaf), params)
+        if keep.all_as_they_are:
+            return restore_tree(self.path / "params", _abstract(shapes(config), mesh))
+        return restore_each(self.path / "params", _abstract(shapes(config), mesh), keep)
 
     def adapters(self, config: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
         """The adapters of a checkpoint that holds such, of the kind that ``config.adapter`` says, and where PiSSA's began."""
@@ -130,11 +135,12 @@ class WeightSource:
 class _Keeper:
     """Makes each parameter what is kept of it beside adapters: called with its path and it, which is then gone if changed.
 
-    ``starts``: by path, where PiSSA's adapters began of the kernels so far.
+    ``starts``: by path, where PiSSA's adapters began of the kernels so far. ``show`` is told how many MiB are there.
     """
 
-    def __init__(self, adapter: Adapter | None, mesh: Mesh, starts: dict):
+    def __init__(self, adapter: Adapter | None, mesh: Mesh, starts: dict, show: Working):
         self._adapter, self._mesh, self._given = adapter, mesh, flatten(starts)
+        self._show, self._there = show, 0.0
         self.starts: dict[tuple[str, ...], jax.Array] = {}
 
     @property
@@ -142,6 +148,8 @@ class _Keeper:
         return self._adapter is None or (self._adapter.base, self._adapter.init) == ("param", "kaiming")
 
     def __call__(self, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | dict:
+        self._there += leaf.nbytes / 2**20
+        self._show(self._there)
         if self._adapter is None or path[-1] != "kernel":
             return leaf
         if self._adapter.init == "pissa" and path[-2] in self._adapter.targets:

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 
+import jax
 import pytest
 from rich.console import Console
 from test_compare import make_run
@@ -17,7 +18,9 @@ from jaxreason.command import told
 from jaxreason.data.tokenizer import load
 from jaxreason.report import end
 from jaxreason.report.read import read_run
+from jaxreason.sharding import make_mesh
 from jaxreason.train.log import Log
+from jaxreason.weights import locate
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,26 @@ def test_step_bar_and_eta_stay_at_80_columns(tmp_path, monkeypatch):
     assert any("12800/25600" in line and " eta " in line and len(line) <= 80 for line in lines)
     assert terminal.bars._display is None  # the outer bar stays on the screen, the inner one is gone
     assert "1200/4000" in lines[-2 if not lines[-1].strip() else -1]
+
+
+def test_weights_say_how_much_of_them_is_there(run, tmp_path, monkeypatch):
+    """The parts add up to all of them, and what is said of them stays."""
+    seen = []
+
+    class Seen(terminal.Working):
+        def __call__(self, done, text=None):
+            super().__call__(done, text)
+            seen.append((done, self._total, self._text))
+
+    monkeypatch.setattr("jaxreason.weights.Working", Seen)
+    assert cli.convert(["to-hf", str(run), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
+    source = locate(str(tmp_path / "hf"))
+    config = source.config("float32", "float32")
+    source.params(config, make_mesh(cli.cfg.Mesh()))
+    parts, totals, texts = zip(*seen)
+    assert list(parts) == sorted(set(parts)) and len(parts) == len(jax.tree.leaves(model.shapes(config)))
+    assert parts[-1] == pytest.approx(model.param_count(config) * 4 / 2**20)
+    assert set(totals) == {max(1, int(parts[-1]))} and set(texts) == {f"MiB of {tmp_path / 'hf'}"}
 
 
 # ---- a conversation

@@ -23,7 +23,7 @@ import jax
 from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.model import ModelConfig, param_count
-from jaxreason.terminal import console
+from jaxreason.terminal import Working, console
 from jaxreason.train import hosts, not_finite, worse
 from jaxreason.train.ahead import compilations
 from jaxreason.train.folder import RunFolder
@@ -106,7 +106,8 @@ class Loop:
             state, data = fresh(), None
         else:
             console.print(f"resuming {self._folder.path} from step {self._start}")
-            state, saved = self._checkpoints.restore(self._folder.resume, abstract, base if self._model.adapter else None)
+            with Working("checkpoint", 1, "is checked and read"):
+                state, saved = self._checkpoints.restore(self._folder.resume, abstract, base if self._model.adapter else None)
             data = saved["data"]
             self._counters |= saved["counters"]
         if self._start == 0 and self._evaluate_first and (found := self._measured(state)):
@@ -233,7 +234,8 @@ class Loop:
 
     def finish(self) -> dict | None:
         """Writes the summary and returns it; None if the run was told to stop before its last step or its evaluation."""
-        self._checkpoints.wait()
+        with Working("checkpoint", 1, "is written"):
+            self._checkpoints.wait()
         if self._step < self._span.total or self._unmeasured:
             done = f"stopped at step {self._step} and saved it" if self._step else "stopped before the first step"
             console.print(f"{done}; the same command goes on")
