@@ -188,6 +188,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "variant: steps are counted from 0",
     ),
     Mutant(
+        "rewards/values.py",
+        'r"(?<!\\\\)[.,;:\\s]+$", "", bare',
+        '"x" * 9, "", bare',
+        "tests/test_rewards_answer.py::test_a_sentence_around_a_formula_may_end",
+        "rewards: a formula's full stop is part of it",
+    ),
+    Mutant(
         "rl/grpo.py",
         "if number else batch\n",
         "if False else batch\n",

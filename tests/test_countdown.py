@@ -24,6 +24,9 @@ def grade(text, gold=GOLD, **options):
         ("(7 - 5) * 7 + 3 + 7", 1.0),  # 2 * 7 + 10 = 24
         ("<think>x</think><answer>(7-5)×7+3+7 = 24</answer>", 1.0),
         (r"\boxed{(7-5) \times 7 + 3 + 7}", 1.0),
+        (r"The answer is \(\left(7 - 5\right) \cdot 7 + 3 + 7\).", 1.0),
+        (r"\[ (7 - 5) \times 7 + 3 + 7 = 24 \]", 1.0),
+        (r"$\frac{7}{7} \times 7 + 3 \cdot 5$", 0.0),  # 22
         ("(7-5)*7+3+7 = 25", 1.0),  # what follows the sign is the reader's claim, the expression is the answer
         ("<think>(7-5)*7+3+7</think>", 0.0),
         ("24", 0.0),
@@ -43,7 +46,7 @@ def test_values(text, reward):
 
 def test_fractions_are_exact():
     gold = json.dumps({"nums": [1, 3, 3], "target": 1})
-    assert grade("1 / 3 * 3", gold) == 1.0
+    assert grade("1 / 3 * 3", gold) == grade(r"\frac{1}{3} \times 3", gold) == 1.0
 
 
 def test_some_numbers_may_be_left_out_by_choice():

@@ -145,6 +145,17 @@ def test_accuracy_of_formulas(gold, content, reward):
     assert graded(content, gold) == reward
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "reward"),
+    [
+        ("2", "1 + 1 = 2.", 1), ("2", "1 + 1 = 3.", 0), ("x^2+1", "$1 + x^2$.", 1), (r"\{1,2\}", r"\{2,1\}.", 1),
+        (r"\sqrt{2}", r"\(\frac{2}{\sqrt{2}}\).", 1), (r"\sqrt{2}", r"\(\frac{2}{\sqrt{2}}.\)", 1), ("x/2", r"0.5x\;", 1),
+    ],
+)  # fmt: skip
+def test_a_sentence_around_a_formula_may_end(gold, text, reward):
+    assert accuracy(sample(text, gold)) == reward
+
+
 def test_gold_formulas_without_math_verify_name_the_extra(monkeypatch):
     monkeypatch.setattr(values, "is_math_verify_installed", lambda: False)
     monkeypatch.setitem(sys.modules, "math_verify", None)

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import operator
+import re
 from fractions import Fraction
 
 from jaxreason.rewards.answer import AnswerIn, extract
@@ -11,6 +12,12 @@ from jaxreason.rewards.sample import Sample
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _MAX_CHARS = 300  # far beyond any real answer: nested text would otherwise reach the parser's recursion limit
+_LATEX = (
+    (re.compile(r"\\[()\[\]]|\\(?:left|right)(?![A-Za-z])"), ""),  # around a formula, and before its parentheses
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
+    (re.compile(r"\\div(?![A-Za-z])"), "/"),
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"((\1)/(\2))"),
+)
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "[": "(", "]": ")"})
 
 
@@ -54,9 +61,13 @@ def _puzzle(gold: str | None) -> tuple[list[Fraction], Fraction] | None:
 def evaluate(text: str) -> tuple[Fraction, list[Fraction]] | None:
     """Value and numbers of an expression of + - * / and parentheses; of ``left = right`` the left one. None if it is
     anything else, or divides by zero."""
-    text = text.translate(_SIGNS).replace("\\times", "*").replace("\\cdot", "*").replace("\\div", "/").strip(" $.`")
-    text = text.partition("=")[0].strip()
-    if not text or len(text) > _MAX_CHARS or not text.isascii():
+    text = text.partition("=")[0]
+    if len(text) > _MAX_CHARS:
+        return None
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    text = text.translate(_SIGNS).strip(" $.`\n")
+    if not text or not text.isascii():
         return None
     try:
         used: list[Fraction] = []

@@ -202,10 +202,11 @@ def load_math_verify() -> Any:
 
 
 def _formula(value: Value) -> str:
-    """LaTeX for math-verify: a number's exact value, or what was written."""
+    """LaTeX for math-verify: a number's exact value, or what was written, without the mark that ends its sentence."""
     if value.number is not None:
         return f"\\frac{{{value.number.numerator}}}{{{value.number.denominator}}}"
-    return re.sub(r"(?<!\\)\\[()\[\]]|\\?\$", "", value.raw).strip()
+    bare = re.sub(r"(?<!\\)\\[()\[\]]|\\?\$", "", value.raw)
+    return re.sub(r"(?<!\\)[.,;:\s]+$", "", bare).strip()
 
 
 @functools.lru_cache(maxsize=1024)
