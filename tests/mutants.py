@@ -573,7 +573,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "the data's fingerprint without its tokens",
     ),
     Mutant(
-        "data/sources.py",
+        "data/files.py",
         ", s.st_mtime_ns, s.st_ctime_ns]",
         ", s.st_mtime_ns]",
         "tests/test_pipeline.py",
@@ -1127,8 +1127,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "paths.py",
-        "    if match := _URL.match(os.fspath(given)):",
-        "    if (match := _URL.match(os.fspath(given))) and False:",
+        "    if (found := protocol(given)) is not None:",
+        "    if (found := protocol(given)) is not None and False:",
         "tests/faults/test_refused.py -k object_store",
         "fault: an object store is a directory named gs:",
     ),
@@ -1631,8 +1631,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "weights.py",
-        "source.params(beside.replace(param_dtype=stored), mesh)",
-        "source.params(config.replace(param_dtype=stored), mesh)",
+        "source.params(beside.replace(param_dtype=stored), mesh, starts)",
+        "source.params(config.replace(param_dtype=stored), mesh, starts)",
         "tests/test_lora.py::test_a_checkpoint_holds_adapters_resumes_bitwise_and_opens_merged",
         "a quantized base: adapters are merged into what they were not trained beside",
     ),

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mutants import MUTANTS
+
 ROOT = Path(__file__).resolve().parents[1] / "jaxreason"
 # Each room may import from rooms of a lower number, and from itself.
 LEVEL = {
@@ -88,3 +90,12 @@ def test_the_loops_are_short():
 def test_files_are_small():
     long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 450}
     assert not long
+
+
+def test_every_mutant_still_has_its_line_and_its_tests():
+    """A stale one would say nothing: the line that it changes is in its file once, and the tests that notice it exist."""
+    for mutant in MUTANTS:
+        assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.note
+        for word in mutant.tests.partition(" -k ")[0].split():
+            file, _, name = word.partition("::")
+            assert f"def {name.partition('[')[0]}" in (ROOT.parent / file).read_text(), mutant.note
