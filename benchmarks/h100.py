@@ -46,6 +46,7 @@ PARTS = (
     probe("sft", 90, "train", "--unrolled", "--account"),
     probe("grpo_update", 75, "train", "--loss", "grpo", "--length", "2560", "--rows", "2", "--unrolled"),
     probe("decode", 75, "decode", "--length", "1024", "--slots", "64"),
+    probe("head", 45, "head", tier=2),
     probe("sft_loop", 60, "train", "--account", tier=2),
     probe("sft_one_document", 75, "train", "--unrolled", "--documents", "1", tier=2),
     probe("decode_128", 75, "decode", "--length", "1024", "--slots", "128", tier=2),
@@ -87,7 +88,8 @@ def write(path: Path, report: dict) -> None:
     os.replace(unfinished, path)
 
 
-SHOWN = ("step_seconds", "tokens_per_second", "mfu", "peak_bytes", "of_bandwidth_limit", "compile_seconds", "reason")
+SHOWN = ("step_seconds", "tokens_per_second", "mfu", "peak_bytes", "of_bandwidth_limit", "compile_seconds", "one_pass_ms",
+         "two_passes_ms", "reason")  # fmt: skip
 
 
 def line(name: str, found: dict) -> str:

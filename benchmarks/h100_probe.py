@@ -1,6 +1,6 @@
 """One measurement on a real GPU, as one JSON object on the last line of standard output.
 
-    python benchmarks/h100_probe.py numerics|train|repeat|decode [--preset NAME] [--length N] [--loss NAME] [key=value ...]
+    python benchmarks/h100_probe.py numerics|train|repeat|decode|head [--preset NAME] [--length N] [--loss NAME] [key=value ...]
 
 benchmarks/h100.py runs all of them, each in a process of its own and under a time limit.
 """
@@ -21,6 +21,7 @@ from jaxreason.model import init, preset, unstack
 from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.cudnn import segment_bound
 from jaxreason.model.flops import train_flops_per_token
+from jaxreason.model.vocab import online
 from jaxreason.plan import roofline
 from jaxreason.sampler import Engine, Sampling
 from jaxreason.sharding import batch_sharding, make_mesh, replicated
@@ -169,7 +170,7 @@ def repeat(args) -> dict:
     def digests() -> list[str]:
         state = fresh()
         for _ in range(3):
-            state, _ = compiled(state, batch)
+            state, *_ = compiled(state, batch)
         return [hashlib.sha256(np.asarray(leaf)).hexdigest() for leaf in jax.tree.leaves(state.params)]
 
     first, second = digests(), digests()
@@ -193,9 +194,30 @@ def decode(args) -> dict:
     return {"tokens_per_second": rate, "of_bandwidth_limit": rate / bound, "seconds": seconds, "ok": rate > 0}
 
 
-def main() -> None:
+def head(args) -> dict:
+    """Maximum and Σ e^(z − maximum) of a chunk's logits: milliseconds in one pass, and in the two that a CPU makes."""
+    shape = min(args.length, 4096), preset(args.preset).arch.vocab_size
+    z = jax.jit(lambda key: 4.0 * jax.random.normal(key, shape))(jax.random.key(0))
+
+    def two_passes(z):
+        top = z.max(-1)
+        return top, jnp.exp(z - top[:, None]).sum(-1)
+
+    found, values = {}, {}
+    for name, function in (("one_pass", online), ("two_passes", two_passes)):
+        compiled, times = jax.jit(function), []
+        for _ in range(args.steps + 2):
+            began = time.monotonic()
+            values[name] = jax.block_until_ready(compiled(z))
+            times.append(time.monotonic() - began)
+        found[f"{name}_ms"] = 1e3 * float(np.median(times[2:]))
+    error = float(jnp.abs(values["one_pass"][1] / values["two_passes"][1] - 1).max())
+    return found | {"relative_error": error, "ok": error < 1e-4}
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["numerics", "train", "repeat", "decode"])
+    parser.add_argument("what", choices=sorted(PARTS))
     parser.add_argument("--preset", default="llama3.2-3b")
     parser.add_argument("--target", default="h100")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a row, or of a completion")
@@ -208,9 +230,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys of the section optimizer")
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+PARTS = {"train": train, "repeat": repeat, "decode": decode, "numerics": numerics, "head": head}
+
+
+def main() -> None:
+    args = arguments().parse_intermixed_args()
     settings = xla.configure(xla.detect(), deterministic=args.what == "repeat")
-    found = {"train": train, "repeat": repeat, "decode": decode, "numerics": numerics}[args.what](args)
+    found = PARTS[args.what](args)
     if jax.devices()[0].platform != "gpu":
         found |= {"ok": False, "reason": f"no GPU: this ran on {jax.devices()[0].platform}"}
     print(json.dumps({"what": args.what, **facts(), **found, "settings": settings}))

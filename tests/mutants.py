@@ -188,6 +188,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "variant: steps are counted from 0",
     ),
     Mutant(
+        "model/vocab.py",
+        "a[1] * jnp.exp(a[0] - top) + b[1]",
+        "a[1] + b[1]",
+        "tests/test_vocab.py::test_one_pass_over_logits_finds_what_two_find",
+        "head: what was added up does not shrink where a larger logit comes",
+    ),
+    Mutant(
         "rewards/values.py",
         'r"(?<!\\\\)[.,;:\\s]+$", "", bare',
         '"x" * 9, "", bare',

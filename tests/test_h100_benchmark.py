@@ -49,6 +49,27 @@ def test_every_part_is_written_down_as_it_ends(h100, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.count("\n") == 4
 
 
+def test_every_probe_runs(monkeypatch):
+    """On this machine's devices, at a size that is nothing: what a card would be asked for, but for cuDNN."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import h100_probe
+
+    def found(what, *words):
+        words = (what, "--preset", "embedded-tiny", "--length", "64", "--microbatches", "2", "--steps", "1", *words)
+        return h100_probe.PARTS[what](h100_probe.arguments().parse_args(words))
+
+    step = found("train", "--loss", "grpo")
+    tokens = 2 * 8 * 64  # a row a microbatch on each of eight devices
+    assert step["ok"] and step["tokens_per_second"] == pytest.approx(tokens / step["step_seconds"])
+    again = found("repeat")
+    assert again["ok"] and again["parameters"] > 5 and again["parameters_that_differ"] == 0
+    assert found("decode", "--slots", "8")["tokens_per_second"] > 0
+    assert found("head")["relative_error"] < 1e-5
+    assert found("numerics") | {"blockwise_error": {}} == {
+        "blockwise_error": {}, "backend": "blockwise", "ok": False, "reason": "cuDNN attention is not available here",
+    }  # fmt: skip
+
+
 def test_kernels_add_up_by_kind(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from h100_account import summary

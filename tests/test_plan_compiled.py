@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jaxreason import cli, losses, targets
 from jaxreason import config as cfg
-from jaxreason.model import PRESETS, make_config, param_count
+from jaxreason.model import PRESETS, make_config, param_count, vocab
 from jaxreason.model.flops import matmul_weights
 from jaxreason.plan import changes, compile, hlo, options, phases, programs, run, timing, workspace
 from jaxreason.plan.compile import Program
@@ -77,8 +77,8 @@ def test_the_3b_sft_recipe_fits_with_room_and_computes_nothing_twice(capsys):
     report, compiled, _ = recipe("llama3.2-3b/sft")
     memory = report["memory"]
     assert memory["fits"] and memory["spare"] >= 4 * GIB
-    # measured 66.5 GiB; more means that something is kept or copied that was not before
-    assert memory["total"] <= 67.2 * GIB
+    # a card reached 65.9 GiB with half of a row's logits at once; more means that something is kept or copied that was not before
+    assert memory["total"] <= 68.3 * GIB
     assert memory["parameters"] == 4 * 3_212_749_824
     assert abs(memory["optimizer"] - 2 * 2 * 3_212_749_824) < 1024
     assert abs(report["recompute"] - 1) < 1e-3 and report["recompute_head"] == 0
@@ -86,9 +86,14 @@ def test_the_3b_sft_recipe_fits_with_room_and_computes_nothing_twice(capsys):
     assert list(compiled) == ["update", "held-out loss"] and compiled["held-out loss"].attention_calls == (28, 0)
     # 131,072 tokens x 23.50 GFLOP / 989.4 TFLOP/s; 24 GiB read and written at 3.35 TB/s
     assert report["speed"]["roofline_seconds"] == pytest.approx({"compute": 3.1136, "memory": 0.01534, "links": 0}, rel=1e-3)
-    # what spans the vocabulary is the table (and its gradient and moments) and chunks of logits, not the logits of a row
+    # what spans the vocabulary is the table (and its gradient and moments) and chunks of logits: here a microbatch's one row
     spans = [math.prod(dims) for _, dims in made(compiled["update"]) if 128_256 in dims]
-    assert max(spans) == 128_256 * 4096 < 8192 * 128_256
+    assert max(spans) == 128_256 * 8192 < 2**30
+    # which are read once for maximum and sum, once for their gradient, and at the targets
+    bodies, _ = hlo.computations(compiled["update"].text)
+    logits = {one.name for body in bodies.values() for one in body if one.type.startswith("f32[8192,128256]")}
+    readers = [one for one in hlo.instructions(compiled["update"].text, 16) if logits & set(one.operands)]
+    assert [one.times for one in readers] == 3 * [16] and [one.type[:4] for one in readers].count("bf16") == 1
     show(report, Console(width=100, highlight=False))
     text = capsys.readouterr().out
     assert "fits" in text and "matrix products" in text and "23.50 GFLOP" in text
@@ -96,18 +101,20 @@ def test_the_3b_sft_recipe_fits_with_room_and_computes_nothing_twice(capsys):
 
 
 # Measured on one H100 in November 2026 (docs/h100.md): four rows of random tokens, documents of about half a row, one row of
-# 8,192 a microbatch or two of 2,560. Σs² over a row's documents is that of the rows which were measured.
+# 8,192 a microbatch or two of 2,560. Σs² over a row's documents is that of the rows which were measured. ``budget``: elements of
+# logits at once; a whole row's were measured as 0.006 s less and 1.4 GiB more than the 1.326 s and 65.9 GiB of half of it.
 @pytest.mark.parametrize(
-    ("loss", "rows", "length", "layers_in_a_loop", "squares", "seconds", "gib"),
+    ("loss", "rows", "length", "layers_in_a_loop", "squares", "budget", "seconds", "gib"),
     [
-        ("nll", 1, 8192, False, 29_417_044, 1.326, 65.9),
-        ("nll", 1, 8192, True, 29_417_044, 1.459, 63.5),
-        ("grpo", 2, 2560, False, 3_130_563, 0.851, 56.2),
+        ("nll", 1, 8192, False, 29_417_044, 2**30, 1.320, 67.3),
+        ("nll", 1, 8192, True, 29_417_044, 2**29, 1.459, 63.5),
+        ("grpo", 2, 2560, False, 3_130_563, None, 0.851, 56.2),
     ],
 )
 def test_predicted_seconds_and_memory_of_an_update_are_those_measured(
-    loss, rows, length, layers_in_a_loop, squares, seconds, gib
+    loss, rows, length, layers_in_a_loop, squares, budget, seconds, gib, monkeypatch
 ):
+    monkeypatch.setattr(vocab, "HALF_BUDGET", budget)
     config = PRESETS["llama3.2-3b"].replace(
         compute_dtype="bfloat16", remat="matmuls", scan_layers=layers_in_a_loop, max_segments=8
     )
@@ -115,7 +122,9 @@ def test_predicted_seconds_and_memory_of_an_update_are_those_measured(
     batch = abstract_batch(4 * rows, length, card.mesh, () if loss == "nll" else GRPO_FLOATS)
     program = phases.update(card, config, OPTIMIZER, losses.get(loss), batch, 4)
     found = timing.costs(program.text, program.loops, H100, timing.Documents(squares))
-    assert sum(cost.seconds for cost in found) == pytest.approx(seconds, rel=0.1)
+    predicted = sum(cost.seconds for cost in found)
+    assert predicted == pytest.approx(seconds, rel=0.1)
+    assert budget != 2**30 or predicted <= 1.27  # the goal of the packed step
     scratch = workspace.backward_bytes(rows, length, 8, 24, 128) if layers_in_a_loop else 0
     # Of jax 0.12 the program with layers in a loop needs a gigabyte less than the one that was measured.
     newer = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
@@ -171,8 +180,8 @@ def test_the_3b_fsdp_step_gathers_layers_and_never_the_whole():
     report, compiled, _ = recipe("llama3.2-3b/sft", devices=8, words=("model.scan_layers=true",))
     assert report["needed_words"] == ["train.microbatch_size=8"]
     assert report["xla_options"]["xla_gpu_enable_latency_hiding_scheduler"] is True
-    # 26.0 GiB by the compiler, with the flags that train.py sets for several GPUs, and 6.0 of cuDNN's scratch
-    assert 31.3 * GIB <= report["memory"]["total"] <= 32.6 * GIB
+    # 27.4 GiB by the compiler, with the flags that train.py sets for several GPUs, and 6.0 of cuDNN's scratch
+    assert 32.7 * GIB <= report["memory"]["total"] <= 34.0 * GIB
     # they peel the loop over layers, so that a layer's gather runs beside the layer before: its body stands there more often
     assert compiled["update"].text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') > 1
     assert report["recompute"] == pytest.approx(1, abs=1e-3) and report["attention_per_layer"] == [1, 1]

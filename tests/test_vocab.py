@@ -49,6 +49,17 @@ def test_head_stats_match_full_logits(arrays, budget, temperature):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_one_pass_over_logits_finds_what_two_find():
+    """Rows that rise, fall, are level, huge or impossible in places; a twin in float64."""
+    z = np.random.default_rng(0).normal(size=(7, 1000)).astype(np.float32) * 30
+    z[1], z[2], z[3] = np.sort(z[1]), np.sort(z[2])[::-1], 4.0
+    z[4], z[5, ::3], z[6, 1:] = z[4] * 1e30, -np.inf, -np.inf
+    top, total = jax.jit(vocab.online)(z)
+    np.testing.assert_array_equal(top, z.max(-1))
+    np.testing.assert_allclose(total, np.exp(z.astype(np.float64) - z.max(-1, keepdims=True)).sum(-1), rtol=2e-6)
+    assert total[3] == 1000 and total[6] == 1
+
+
 @pytest.mark.parametrize("budget", [2**20, V * 8, V * 16])
 def test_token_loss_matches_full_logits_for_a_nonlinear_loss(arrays, budget):
     x, w, y, c = arrays
