@@ -1,5 +1,6 @@
 """Exams taken by a scripted model: what is measured, what a second run asks, and how results stand side by side."""
 
+import io
 import json
 import re
 import time
@@ -8,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import scripted
+from rich.console import Console
 
 from jaxreason.data.example import Example
 from jaxreason.errors import UserError
@@ -153,6 +155,16 @@ def test_results_stand_side_by_side_with_paired_differences():
     assert rows["difference, points"][1].startswith("25.0 [") and rows["difference, points"][1].endswith("*")
     plain = json.loads(json.dumps(table.plain({"a": worse, "b": better}), allow_nan=False))
     assert plain["b"]["difference"] == pytest.approx(0.25)
+
+
+def test_a_table_of_searches_is_read_at_80_columns(monkeypatch):
+    """A strategy's options stand below each other, and a path in brackets is a path."""
+    taken = take(exam(2), scripted.model(half), way(), Records(None, Answer), {})
+    shown = Console(width=80, file=io.StringIO(), color_system=None)
+    monkeypatch.setattr(table, "console", shown)
+    table.show("[b]", {"runs/a[1]": taken, "direct": taken, "tot_bfs@breadth=2@judge_tokens=24": taken})
+    text = shown.file.getvalue()
+    assert all(word in text for word in ("[b]", " runs/a[1] ", " tot_bfs ", " @breadth=2 ", " @judge_tokens=24 "))
 
 
 def test_nothing_graded_is_no_number():

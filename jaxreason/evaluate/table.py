@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from jaxreason.evaluate.run import Result, difference
 from jaxreason.terminal import console
@@ -46,9 +47,9 @@ def _difference(result: Result, base: Result) -> str:
 
 def show(title: str, results: Mapping[str, Result]) -> None:
     """Prints the table; * marks a difference whose interval excludes 0."""
-    table = Table("", title=title, title_justify="left")
-    for label in results:
-        table.add_column(label, overflow="fold")
+    table = Table("", title=Text(title), title_justify="left")
+    for label in results:  # a strategy's options one below the other
+        table.add_column(Text(label.replace("@", "\n@")), overflow="fold")
     for row in rows(results):
         table.add_row(*row)
     console.print(table)
