@@ -31,6 +31,17 @@ def to_hf(model: str, out: str, dtype: str | None) -> str:
     return f"{source.path} -> {out} ({stored}{of_rounded}); open it with transformers.AutoModelForCausalLM.from_pretrained"
 
 
+def to_gguf(model: str, out: str) -> str:
+    """Writes a GGUF file of a run with the embedded tokenizer; returns what to tell the user. Raises UserError."""
+    source = locate(model)
+    if source.kind == "hf":
+        raise UserError(f"{model} is a Hugging Face directory; give it to llama.cpp's convert_hf_to_gguf.py")
+    config = source.config("float32", "float32")
+    params = source.params(config, make_mesh(cfg.Mesh()))
+    hf.save_gguf(params, config, out, load_tokenizer(source.tokenizer), handoff.card_of(source)["title"])
+    return f"{source.path} -> {out} (float32); open it with llama.cpp: llama-cli -m {out} --temp 0"
+
+
 def to_peft(model: str, out: str) -> str:
     """Exports the adapters of a run's latest checkpoint, or a given one; returns what to tell the user. Raises UserError."""
     source = locate(model)
