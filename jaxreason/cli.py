@@ -90,7 +90,7 @@ def _convert_words(parser: argparse.ArgumentParser) -> None:
     adapters = verbs.add_parser("to-peft", help="the adapters of a run with lora.rank to a directory that PEFT opens")
     adapters.add_argument("model", metavar="RUN|CHECKPOINT")
     adapters.add_argument("out", metavar="OUT")
-    gguf = verbs.add_parser("to-gguf", help="a run with the embedded tokenizer to a file that llama.cpp opens (others: to-hf first)")
+    gguf = verbs.add_parser("to-gguf", help="a run with the embedded tokenizer to a file that llama.cpp opens")
     gguf.add_argument("model", metavar="RUN|CHECKPOINT")
     gguf.add_argument("out", metavar="FILE")
     back = verbs.add_parser("from-hf", help="a Hugging Face directory or hub id to a checkpoint")
