@@ -1539,6 +1539,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "adapters: a checkpoint of adapters holds the base, too",
     ),
     Mutant(
+        "hf/gguf.py",
+        "halves.swapaxes(1, 2)",
+        "halves",
+        "tests/test_gguf.py::test_rows_of_queries_and_keys_are_neighbours",
+        "GGUF: llama.cpp rotates other channels than were trained",
+    ),
+    Mutant(
+        "hf/gguf.py",
+        'kinds.append("NORMAL" if len(text) == 1 else "USER_DEFINED")',
+        'kinds.append("NORMAL")',
+        "tests/test_gguf.py",
+        "GGUF: llama.cpp spells the task's words in bytes",
+    ),
+    Mutant(
         "hf/peft.py",
         "return value.T if self.transposed else value",
         "return value.reshape(value.T.shape) if self.transposed else value",
