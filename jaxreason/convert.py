@@ -39,7 +39,7 @@ def to_gguf(model: str, out: str) -> str:
     config = source.config("float32", "float32")
     params = source.params(config, make_mesh(cfg.Mesh()))
     hf.save_gguf(params, config, out, load_tokenizer(source.tokenizer), handoff.card_of(source)["title"])
-    return f"{source.path} -> {out} (float32); open it with llama.cpp: llama-cli -m {out} --temp 0"
+    return f"{source.path} -> {out} (float32); open it with llama.cpp: llama-completion -m {out} --temp 0"
 
 
 def to_peft(model: str, out: str) -> str:

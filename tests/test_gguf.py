@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_helpers import llama
 
-from jaxreason import model
+from jaxreason import cli, hf, model
 from jaxreason.data.embedded.arithmetic import Arithmetic, generate
 from jaxreason.data.tokenizer import load
 from jaxreason.errors import UserError
@@ -97,6 +97,19 @@ def test_a_file_as_its_reader_finds_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     with pytest.raises(UserError, match="model.gguf exists; give another path"):
         files.save_gguf(params, CONFIG, tmp_path / "model.gguf", TOKENIZER, "run")
+
+
+def test_the_command_writes_what_a_checkpoint_holds(tmp_path, capsys):
+    gguf = pytest.importorskip("gguf")
+    params = jax.tree.map(np.asarray, model.init(CONFIG, jax.random.key(0)))
+    hf.save(params, CONFIG, tmp_path / "export", "float32", TOKENIZER)
+    assert cli.convert(["from-hf", str(tmp_path / "export"), str(tmp_path / "run")]) == 0
+    assert cli.convert(["to-gguf", str(tmp_path / "run"), str(tmp_path / "model.gguf")]) == 0
+    assert "open it with llama.cpp" in capsys.readouterr().out
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    np.testing.assert_array_equal(found["token_embd.weight"], params["embedding"])
+    assert cli.convert(["to-gguf", str(tmp_path / "export"), str(tmp_path / "other.gguf")]) == 2
+    assert "give it to llama.cpp's convert_hf_to_gguf.py" in capsys.readouterr().err
 
 
 def test_what_llama_cpp_converts_itself_is_refused(tmp_path, monkeypatch):
