@@ -38,7 +38,7 @@ def to_gguf(model: str, out: str) -> str:
         raise UserError(f"{model} is a Hugging Face directory; give it to llama.cpp's convert_hf_to_gguf.py")
     config = source.config("float32", "float32")
     params = source.params(config, make_mesh(cfg.Mesh()))
-    hf.save_gguf(params, config, out, load_tokenizer(source.tokenizer), handoff.card_of(source)["title"])
+    hf.save_gguf(params, config, out, load_tokenizer(source.tokenizer), handoff.card_of(source).get("title", source.run.name))
     return f"{source.path} -> {out} (float32); open it with llama.cpp: llama-completion -m {out} --temp 0"
 
 
