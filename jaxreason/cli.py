@@ -90,6 +90,9 @@ def _convert_words(parser: argparse.ArgumentParser) -> None:
     adapters = verbs.add_parser("to-peft", help="the adapters of a run with lora.rank to a directory that PEFT opens")
     adapters.add_argument("model", metavar="RUN|CHECKPOINT")
     adapters.add_argument("out", metavar="OUT")
+    gguf = verbs.add_parser("to-gguf", help="a model with the embedded tokenizer to a file that llama.cpp opens")
+    gguf.add_argument("model", metavar="RUN|CHECKPOINT|HF_DIR")
+    gguf.add_argument("out", metavar="FILE")
     back = verbs.add_parser("from-hf", help="a Hugging Face directory or hub id to a checkpoint")
     back.add_argument("model", metavar="DIR|HUB_ID")
     back.add_argument("out", metavar="OUT")
@@ -105,7 +108,8 @@ def convert(args: argparse.Namespace) -> None:
     if args.verb == "to-hf":
         print(work.to_hf(args.model, args.out, args.dtype))
     else:
-        print((work.to_peft if args.verb == "to-peft" else work.from_hf)(args.model, args.out))
+        verb = {"to-peft": work.to_peft, "to-gguf": work.to_gguf, "from-hf": work.from_hf}[args.verb]
+        print(verb(args.model, args.out))
 
 
 _STRATEGIES = "direct, cot, self_consistency, best_of_n, budget, tot_bfs, tot_dfs, or package.module:function"

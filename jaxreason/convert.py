@@ -31,6 +31,17 @@ def to_hf(model: str, out: str, dtype: str | None) -> str:
     return f"{source.path} -> {out} ({stored}{of_rounded}); open it with transformers.AutoModelForCausalLM.from_pretrained"
 
 
+def to_gguf(model: str, out: str) -> str:
+    """Writes a GGUF file of a model with the embedded tokenizer; returns what to tell the user. Raises UserError."""
+    source = locate(model)
+    config = source.config("float32", "float32")
+    tokenizer = load_tokenizer(source.tokenizer)
+    hf.check_gguf(config, out, tokenizer)
+    name = source.path.name if source.kind == "hf" else handoff.card_of(source).get("title", source.run.name)
+    hf.save_gguf(source.params(config, make_mesh(cfg.Mesh())), config, out, tokenizer, name)
+    return f"{source.path} -> {out} (float32); open it with llama.cpp: llama-completion -m {out} --temp 0"
+
+
 def to_peft(model: str, out: str) -> str:
     """Exports the adapters of a run's latest checkpoint, or a given one; returns what to tell the user. Raises UserError."""
     source = locate(model)

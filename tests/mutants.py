@@ -1567,6 +1567,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "adapters: a checkpoint of adapters holds the base, too",
     ),
     Mutant(
+        "data/tokenizer.py",
+        'if isinstance(found.get("extra_special_tokens"), list):',
+        "if False:",
+        "tests/test_encode.py::test_further_special_tokens_are_saved_as_transformers_4_reads_them",
+        "transformers 4 cannot open an export with further special tokens",
+    ),
+    Mutant(
+        "hf/gguf.py",
+        "halves.swapaxes(1, 2)",
+        "halves",
+        "tests/test_gguf.py::test_rows_of_queries_and_keys_are_neighbours",
+        "GGUF: llama.cpp rotates other channels than were trained",
+    ),
+    Mutant(
+        "hf/gguf.py",
+        'kinds.append("NORMAL" if len(text) == 1 else "USER_DEFINED")',
+        'kinds.append("NORMAL")',
+        "tests/test_gguf.py",
+        "GGUF: llama.cpp spells the task's words in bytes",
+    ),
+    Mutant(
         "hf/peft.py",
         "return value.T if self.transposed else value",
         "return value.reshape(value.T.shape) if self.transposed else value",

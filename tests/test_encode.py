@@ -170,6 +170,18 @@ def test_what_is_saved_opens_in_other_versions(tmp_path):
     assert tokenizers.load(tmp_path).fingerprint == made.fingerprint
 
 
+def test_further_special_tokens_are_saved_as_transformers_4_reads_them(tmp_path):
+    """transformers 5 writes a list under extra_special_tokens, of which transformers 4 asks the keys."""
+    made = helpers.llama()
+    made.hf.add_special_tokens({"additional_special_tokens": ["<|one|>", "<|two|>"]})
+    made.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["additional_special_tokens"] == ["<|one|>", "<|two|>"] and "extra_special_tokens" not in saved
+    found = tokenizers.load(tmp_path)
+    assert found.hf.special_tokens_map == made.hf.special_tokens_map and found.control == tokenizers.Tokenizer(made.hf).control
+    assert found.fingerprint == tokenizers.Tokenizer(made.hf).fingerprint
+
+
 def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such directory"):
         tokenizers.load(tmp_path / "none")

@@ -212,7 +212,7 @@ def test_bash_completes(tmp_path, capsys):
     lines = {
         "jaxreason rep": "report replay", "jaxreason train --config llama3.2-3b/sft": "llama3.2-3b/sft llama3.2-3b/sft_lora",
         "jaxreason train --config sft train.ste": "nospace train.steps=", "jaxreason generate --ch": "--chat",
-        "jaxreason pipeline --config ": "r1 r1-llama3.2-3b", "jaxreason convert to-": "to-hf to-peft",
+        "jaxreason pipeline --config ": "r1 r1-llama3.2-3b", "jaxreason convert to-": "to-hf to-peft to-gguf",
         "jaxreason convert to-hf scr": "script",
     }  # fmt: skip
     empty = "''"

@@ -253,9 +253,11 @@ def _hub_generation_config(name: str, offline: bool) -> dict:
 
 
 def _portable(path: Path) -> None:
-    """Rewrites a tokenizer_config.json so that transformers 4 and llama.cpp open it: its class by the name that every version
-    has, and without what says how it was opened here."""
+    """Rewrites a tokenizer_config.json so that transformers 4 and llama.cpp open it: its class and its list of further special
+    tokens by the names that every version has, and without what says how it was opened here."""
     found = {key: value for key, value in read_json(path).items() if key not in _OPENED_HERE}
+    if isinstance(found.get("extra_special_tokens"), list):  # which transformers 4 takes for names of tokens, and fails
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
     path.write_text(json.dumps(found | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1, ensure_ascii=False))
 
 

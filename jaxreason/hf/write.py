@@ -57,7 +57,7 @@ def save(
         "generation_config.json": json.dumps(generation_to_hf(config), indent=2) + "\n",
         "README.md": model_card(config, dtype, card or {}),
     }
-    shards = _plan_shards(_check_tree(params, config), jnp.dtype(dtype).itemsize, shard_bytes)
+    shards = _plan_shards(tensors(params, config), jnp.dtype(dtype).itemsize, shard_bytes)
     with all_or_nothing(target, sum(size for _, size in shards)) as directory:
         _write_weights(directory, shards, params, dtype)
         for name, text in files.items():
@@ -85,7 +85,7 @@ class _Source:
     shape: tuple[int, ...]  # as Hugging Face stores it
 
 
-def _check_tree(params: dict, config: ModelConfig) -> list[_Source]:
+def tensors(params: dict, config: ModelConfig) -> list[_Source]:
     """The tensors to write, layer by layer; raises where ``params`` is not a tree of this architecture."""
     leaves, layers = flatten(params), []
     before: list[_Source] = []
@@ -146,10 +146,10 @@ def _write_file(file: Path, sources: list[_Source], leaves: dict, dtype: str) ->
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for source in sources:
-            out.write(_to_numpy(leaves[source.path], source, dtype).view(np.uint8).data)
+            out.write(to_numpy(leaves[source.path], source, dtype).view(np.uint8).data)
 
 
-def _to_numpy(leaf: Array | np.ndarray, source: _Source, dtype: str) -> np.ndarray:
+def to_numpy(leaf: Array | np.ndarray, source: _Source, dtype: str) -> np.ndarray:
     values = np.asarray(leaf if source.layer is None else leaf[source.layer]).astype(jnp.dtype(dtype), copy=False)
     return np.ascontiguousarray(values.T if source.transposed else values)  # a file holds memory, not strides
 
