@@ -7,7 +7,8 @@ EXPORT is a folder that ``convert.py to-hf`` wrote. The environment is made once
 
 With --llama-cpp the program is llama.cpp, built once from SOURCES (its repository, or ``vendor/llama.cpp`` of the source
 package of llama-cpp-python; cmake and a C++ compiler are needed, half an hour of two cores). An export is given to its
-``convert_hf_to_gguf.py``, a run to ``convert.py to-gguf``, both in float32, and ids of texts are compared as well.
+``convert_hf_to_gguf.py``, a run or an export with the embedded tokenizer to ``convert.py to-gguf``, both in float32, and ids
+of texts are compared as well.
 """
 
 import argparse
@@ -79,13 +80,10 @@ def built(sources: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
-def gguf_of(model: Path, sources: Path, python: Path, out: Path) -> Path:
-    """A file in float32: of an export by llama.cpp's converter, of a run by ours."""
-    if locate(str(model)).kind == "hf":
-        words = [str(python), str(sources / "convert_hf_to_gguf.py"), str(model), "--outtype", "f32", "--outfile", str(out)]
-    else:
-        words = [sys.executable, str(SCRIPTS / "convert.py"), "to-gguf", str(model), str(out)]
-    said(words)
+def gguf_of(model: Path, embedded: bool, sources: Path, python: Path, out: Path) -> Path:
+    """A file in float32, by ``convert.py to-gguf`` for the embedded tokenizer, else by llama.cpp's converter."""
+    theirs = [str(python), str(sources / "convert_hf_to_gguf.py"), str(model), "--outtype", "f32", "--outfile", str(out)]
+    said([sys.executable, str(SCRIPTS / "convert.py"), "to-gguf", str(model), str(out)] if embedded else theirs)
     return out
 
 
@@ -153,8 +151,10 @@ def main() -> int:
         return int(other_answers(args.export, lambda question: said([*command, question]).strip()) > 0)
     with tempfile.TemporaryDirectory() as place:
         source = locate(str(args.export))
-        file = gguf_of(args.export, args.llama_cpp, python, Path(place) / "model.gguf")
-        other = LlamaCpp(built(args.llama_cpp, args.build), file, load(source.tokenizer), source.kind == "checkpoint")
+        tokenizer = load(source.tokenizer)
+        embedded = tokenizer.hf.backend_tokenizer.to_str() == load("embedded").hf.backend_tokenizer.to_str()
+        file = gguf_of(args.export, embedded, args.llama_cpp, python, Path(place) / "model.gguf")
+        other = LlamaCpp(built(args.llama_cpp, args.build), file, tokenizer, embedded)
         return int(other.other_ids() + other_answers(args.export, other.answer) > 0)
 
 
