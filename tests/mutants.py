@@ -188,6 +188,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "variant: steps are counted from 0",
     ),
     Mutant(
+        "rl/grpo.py",
+        'batches[0] = dataclasses.replace(batch, old_logp=tokens["logp"])',
+        "pass",
+        "tests/test_grpo_update.py::test_a_step_of_four_updates_over_two_minibatches_equals_the_twin",
+        "the first minibatch forgets the policy that drew it",
+    ),
+    Mutant(
         "model/vocab.py",
         "a[1] * jnp.exp(a[0] - top) + b[1]",
         "a[1] + b[1]",

@@ -22,7 +22,7 @@ from jaxreason.rl.batch import Batcher, order
 from jaxreason.rl.objective import objective_of
 from jaxreason.rl.samples import of_learner
 from jaxreason.rl.sequence import Sequence
-from jaxreason.rl.shapes import shapes_of
+from jaxreason.rl.shapes import minibatches_scored, shapes_of
 from jaxreason.sampler import Completion
 from jaxreason.sharding import make_mesh
 from jaxreason.train import optimizer as opt
@@ -126,7 +126,14 @@ def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
     reference = models.init(model, jax.random.key(5))
     start = jax.tree.map(np.asarray, state.params)
     score = grpo.compile_score(model, shapes, config.rollout.temperature, mesh)
-    batcher = Batcher(config, objective, shapes, mesh, PAD, score, {"ref_logp": ScoringModel(score, reference, False)})
+    calls = []
+
+    def counted(params, batch):
+        calls.append(params)
+        return score(params, batch)
+
+    others, scored = {"ref_logp": ScoringModel(score, reference, False)}, minibatches_scored(config, objective.loss)
+    batcher = Batcher(config, objective, shapes, mesh, PAD, counted, others, scored=scored)
     done, batches = batcher(groups, [], state.model_params, step)
     abstract = states.abstract(model, optimizer, mesh)
     inputs = types.SimpleNamespace(setup=types.SimpleNamespace(config=model), objective=objective)
@@ -135,7 +142,8 @@ def ours(config: cfg.GrpoConfig, groups: list[list[Sequence]], step: int = 2):
         return {k: float(v) for k, v in metrics.items() if k != "leaf_norms"}
 
     loop = types.SimpleNamespace(fetch=fetch)
-    state, metrics, learner = grpo.update(compiled, state, batches, config.train.updates_per_rollout, loop)
+    assert len(calls) == scored == 1  # of two minibatches: the first takes its own
+    state, metrics, learner = grpo.update(compiled, state, batches, config.train.updates_per_rollout, loop, own=True)
     return model, start, reference, state.params, metrics, batches, done, learner
 
 
@@ -169,6 +177,22 @@ def test_a_step_of_four_updates_over_two_minibatches_equals_the_twin(settings):
     tokens = [int(answer[part][trained[part]].sum()) for part in parts]
     assert metrics["tokens"] == np.mean(tokens)
     assert [int(b.loss_mask.sum()) for b in batches] == tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "scored"),
+    [
+        (["train.updates_per_rollout=1"], 0),
+        (["train.updates_per_rollout=3"], 0),
+        (["train.updates_per_rollout=2", "train.minibatches=2"], 1),
+        (["train.updates_per_rollout=8", "train.minibatches=4"], 3),
+        (["train.updates_per_rollout=2", "train.minibatches=2", "loss.name=clip_cov"], 2),  # which tokens is a rule of all
+        (["loss.name=luffy", "rollout.expert=true"], 1),
+    ],
+)
+def test_the_policy_scores_what_is_not_trained_first(words, scored):
+    config = cfg.load("grpo", ["kl.coef=0", *words])
+    assert minibatches_scored(config, objective_of(config).loss) == scored
 
 
 def test_a_correction_that_is_not_kept_teaches_nothing(settings):

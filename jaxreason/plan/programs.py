@@ -14,7 +14,7 @@ from jaxreason.plan import architecture, phases, workspace
 from jaxreason.plan.compile import Program
 from jaxreason.plan.phases import Place
 from jaxreason.rl.collect import slots_of
-from jaxreason.rl.shapes import Shapes, keeps_reference, scores_old, shares_reference
+from jaxreason.rl.shapes import Shapes, keeps_reference, minibatches_scored, shares_reference
 from jaxreason.sampler import Engine, Sampling, sampling_of
 from jaxreason.sampler.engine import cache
 from jaxreason.sampler.engine.generation import prefill_rows
@@ -175,7 +175,7 @@ def _grpo(s: Shape, c: cfg.GrpoConfig, loss: Loss, rl: Shapes) -> Programs:
         shared = name == "reference" and s.model.adapter is not None
         dtype = model.execution.param_dtype if shared else model.execution.compute_dtype
         planned[name] = Planned(scored(name, model, dtype), (moments if shared else state) | beside)
-    if scores_old(c, loss):
+    if minibatches_scored(c, loss):
         planned["old log-probs"] = Planned(scored("old log-probs", s.model, s.model.execution.param_dtype), moments | frozen)
     if c.eval.problems:
         greedy = Sampling(temperature=0.0, max_completion_tokens=c.eval.max_completion_tokens)

@@ -12,9 +12,10 @@ from jaxreason.plan.compile import Program
 from jaxreason.plan.options import Options
 from jaxreason.plan.programs import Programs, Shape
 from jaxreason.plan.timing import Documents
+from jaxreason.rl.shapes import minibatches_scored
 from jaxreason.sharding import device_bytes
 
-_SCORED = ("reference", "teacher", "old log-probs")  # forward passes over every row of a rollout
+_SCORED = ("reference", "teacher", "old log-probs")  # forward passes over rows of a rollout
 
 
 def record(s: Shape, run: Programs, made: dict[str, Program], options: Options, backend: str) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def _phases(
     for name in _SCORED:
         if name in made:
             seconds = _kinds(made[name], s, options).values()
-            phases[name] = c.train.minibatches * sum(seconds)
+            passes = minibatches_scored(c, present(s.loss, "Shape.loss")) if name == "old log-probs" else c.train.minibatches
+            phases[name] = passes * sum(seconds)
     return phases | {"updates": c.train.updates_per_rollout * found["train"]["step_seconds"]}
 
 

@@ -30,6 +30,7 @@ from jaxreason.rl.shapes import EXPERT, OLD_ENTROPY, POSITIVE, SAMPLED, STEP, SU
 from jaxreason.train import hosts
 from jaxreason.train.scoring import ScoringModel
 from jaxreason.train.setup import place, put
+from jaxreason.train.step import OWN_LOGP
 from jaxreason.types import Batch, TeacherView
 
 _FIXED: Mapping[str, float] = MappingProxyType({})
@@ -139,7 +140,8 @@ class Batcher:
     """Makes a step's batches. ``score``: jitted ``(params, batch) -> HeadStats`` of the policy; ``others``: what else scores,
     by the field of a sequence that it fills (``ref_logp``, ``teacher_logp``). ``squares``: jitted ``(params, batch) -> [B, T]``
     of the policy's sums of squared probabilities; None: nothing reads them. ``teacher_prompts`` gives sequences the prompts
-    that a teacher reads; None: it reads the policy's."""
+    that a teacher reads; None: it reads the policy's. ``scored``: as many minibatches, the last ones, get their old log-probs
+    here, the others from their first update; None: all."""
 
     config: cfg.GrpoConfig
     objective: Objective
@@ -150,6 +152,7 @@ class Batcher:
     others: Mapping[str, ScoringModel]
     teacher_prompts: Callable[[Groups], Groups] | None = None
     squares: Callable | None = None
+    scored: int | None = None
 
     def __call__(
         self, groups: Groups, second: Groups, params: dict, step: int, coefs: Mapping[str, float] = _FIXED
@@ -179,10 +182,9 @@ class Batcher:
             for i, (row, _, answer) in zip(part, p.places):
                 scored[i] = dataclasses.replace(scored[i], place=(k, row, answer))
         finished = self._decided(scored, groups, second, coefs)
-        done = [
-            self._completed(batch, dataclasses.replace(p, sequences=[finished[i] for i in part]), params, step, coefs)
-            for batch, p, part in zip(batches, packed, parts)
-        ]
+        packed = [dataclasses.replace(p, sequences=[finished[i] for i in part]) for p, part in zip(packed, parts)]
+        own = 0 if self.scored is None else count - self.scored
+        done = [self._completed(b, p, None if k < own else params, step, coefs) for k, (b, p) in enumerate(zip(batches, packed))]
         return finished, done
 
     def _known(self, packed: Packed, first: int) -> Batch[np.ndarray]:
@@ -231,8 +233,8 @@ class Batcher:
         turns = advantages_of(first, after, self.objective, config)
         return [s for turn in turns for group in turn for s in group]
 
-    def _completed(self, batch: Batch, packed: Packed, params: dict, step: int, coefs: Mapping[str, float]) -> Batch:
-        """The batch with every field that the loss reads."""
+    def _completed(self, batch: Batch, packed: Packed, params: dict | None, step: int, coefs: Mapping[str, float]) -> Batch:
+        """The batch with every field that the loss reads; without ``params`` the update takes its own log-probs as the old."""
         loss = self.objective.loss
         added = {"advantages": packed.field(lambda s: s.advantage)}
         everywhere = functools.partial(np.full, (packed.rows, packed.row_length), dtype=np.float32)
@@ -246,7 +248,9 @@ class Batcher:
             extras[name] = _share(packed, SHARES[name], self.config.train.truncated == "mask")
         placed, more = ({name: place(x, self.mesh) for name, x in fields.items()} for fields in (added, extras))
         batch = dataclasses.replace(batch, extras=more, **cast(dict[str, Any], placed))
-        if "old_logp" in self.shapes.fields:
+        if "old_logp" in self.shapes.fields and params is None:
+            batch = dataclasses.replace(batch, old_logp=place(everywhere(OWN_LOGP), self.mesh))
+        elif "old_logp" in self.shapes.fields:
             stats = self.score(params, batch)
             old = {OLD_ENTROPY: stats.entropy} if OLD_ENTROPY in loss.extras else {}
             batch = dataclasses.replace(batch, old_logp=stats.logp, extras=batch.extras | old)

@@ -31,7 +31,7 @@ from jaxreason.rl.held_out import HeldOut
 from jaxreason.rl.objective import Objective, objective_of
 from jaxreason.rl.samples import Samples
 from jaxreason.rl.sequence import Sequence
-from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, shapes_of, shares_reference
+from jaxreason.rl.shapes import Shapes, keeps_reference, longest_prompt, minibatches_scored, shapes_of, shares_reference
 from jaxreason.sampler.engine.slots import room_here
 from jaxreason.sharding import batch_sharding, device_bytes, make_mesh, replicated, within
 from jaxreason.terminal import console, gib, show_table
@@ -120,7 +120,8 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
         collect = Collector(config, sampler, stream, setup.tokenizer, inputs.chat, pool, shapes.longest_prompt, objective.greedy)
         squares = compile_squares(model, shapes, config.rollout.temperature, mesh) if objective.squares else None
         told = inputs.teacher_prompts
-        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others, told, squares)
+        scored = minibatches_scored(config, objective.loss)
+        batcher = Batcher(config, objective, shapes, mesh, setup.tokenizer.pad_id, score, others, told, squares, scored)
         shelf = Shelf(abstract, config.rollout.offload_state)
         cursor, coefs, watch, meter = 0, Adaptive(config), Watch(config), Meter(model, jax.local_devices())
         if carried is not None:
@@ -137,7 +138,8 @@ def train(config: cfg.GrpoConfig, dry_run: bool = False) -> dict | None:
             follow_base(model, others, state)
             sequences, batches = batcher(rollout.groups, rollout.second, state.model_params, step, coefs.now)
             reselected, second = functools.partial(batcher.reselected, step), teacher.params() if teacher else None
-            state, record, learner = update(train_step, state, batches, updates, loop, reselected, second)
+            own = "old_logp" in shapes.fields and scored < shapes.minibatches
+            state, record, learner = update(train_step, state, batches, updates, loop, reselected, second, own)
             del batches, second
             times = rollout.seconds | {"update": time.monotonic() - update_clock} | shelf.seconds
             record |= rollout.metrics | speeds(time.monotonic() - clock, times, record["tokens"] * updates, sequences)
@@ -348,13 +350,14 @@ def kept_reference(config: cfg.GrpoConfig, others: dict[str, ScoringModel]) -> d
 
 def update(
     train_step: Callable, state: TrainState, batches: list[Batch], updates: int, loop: Loop,
-    reselected: Callable[[Batch, dict], Batch] = lambda batch, _: batch, second: dict | None = None,
+    reselected: Callable[[Batch, dict], Batch] = lambda batch, _: batch, second: dict | None = None, own: bool = False,
 ) -> tuple[TrainState, dict, list[dict[str, Array]]]:  # fmt: skip
     """``updates`` optimizer steps over the minibatches in turn, and their metrics: means, apart from ``*_max``, ``*_min``,
     over those that were not skipped; ``tokens`` over all. Third, what the first update of each minibatch says by token.
 
     ``reselected`` gives a batch what a rule of the current policy picks; the first update's is that of the rollout's.
-    ``second``: parameters of the model that the loss compares with.
+    ``second``: parameters of the model that the loss compares with. ``own``: the first update takes its own log-probs as the
+    old ones, which its minibatch then keeps.
     """
     found, by_token = list[dict[str, float]](), list[dict[str, Array]]()
     for number in range(updates):
@@ -363,8 +366,11 @@ def update(
         state, metrics, tokens = train_step(state, batch, second)
         if number < len(batches):
             # The policy has moved by the second minibatch's update; the log-probs of the one that drew it are in the batch.
-            by_token.append(tokens if batch.old_logp is None else tokens | {"logp": batch.old_logp})
+            moved = batch.old_logp is not None and not (number == 0 and own)
+            by_token.append(tokens | {"logp": batch.old_logp} if moved else tokens)
         found.append(loop.fetch(metrics, state, batch))
+        if number == 0 and own:
+            batches[0] = dataclasses.replace(batch, old_logp=tokens["logp"])
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for one in found for name in one):
         values = [one[name] for one in found if name in one]

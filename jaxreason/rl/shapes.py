@@ -119,14 +119,21 @@ def shares_reference(config: cfg.GrpoConfig, loss: Loss) -> bool:
     return config.teacher.weights == "start" and keeps_reference(config, loss)
 
 
-def scores_old(config: cfg.GrpoConfig, loss: Loss) -> bool:
-    """Whether the policy scores every rollout before it is updated.
+def scores_all(config: cfg.GrpoConfig, loss: Loss) -> bool:
+    """Whether the policy scores all of a rollout before it is updated: for a rule over the whole step, for an input of the
+    loss, or for rows' own answers, of which no sampler knows log-probs."""
+    return loss.select is not None or OLD_ENTROPY in loss.extras or config.teacher.data_fraction > 0 or config.rollout.expert
 
-    One update from a rollout has ratio 1 by definition, and the step itself takes its own log-probs as the old ones. Of a
-    row's own answer no sampler knows any.
+
+def minibatches_scored(config: cfg.GrpoConfig, loss: Loss) -> int:
+    """How many minibatches of a rollout, the last ones, the policy scores before it is updated.
+
+    The first update has ratio 1 by definition: it takes its own log-probs as the old ones, and later updates of its minibatch
+    keep them.
     """
-    more = loss.select is not None or OLD_ENTROPY in loss.extras or config.teacher.data_fraction > 0 or config.rollout.expert
-    return config.train.updates_per_rollout > 1 or more
+    if scores_all(config, loss):
+        return config.train.minibatches
+    return config.train.minibatches - 1 if config.train.updates_per_rollout > 1 else 0
 
 
 OLD_ENTROPY = "old_entropy"  # an input that a loss of one's own may declare; the scoring pass fills it
@@ -145,7 +152,7 @@ def fields_of(config: cfg.GrpoConfig, loss: Loss) -> tuple[str, ...]:
         "sampler_logp": True,
         "group_tokens": True,
         "ref_logp": keeps_reference(config, loss),
-        "old_logp": scores_old(config, loss),
+        "old_logp": config.train.updates_per_rollout > 1 or scores_all(config, loss),
         "selected": loss.select is not None,
         "entropy_coef": config.entropy.target is not None,
         "kl_coef": config.kl.target is not None and (config.kl.placement or loss.kl_placement) == "loss",

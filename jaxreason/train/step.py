@@ -55,6 +55,7 @@ COMPARED = ("ref_logp", "ref_kl", "teacher_divergence")  # a supervised loss com
 _WHOLE_LOGITS = frozenset({*COMPARED, "topk_entropy"})
 
 Second = tuple[ModelConfig, dict]  # the model that a loss compares with: its architecture and its parameters
+OWN_LOGP = 1.0  # instead of old log-probs, which are at most 0: those of the update itself
 ITSELF: Literal["itself"] = "itself"
 BASE: Literal["base"] = "base"
 # What a loss compares with: another model; this one as it is, without a gradient; or what its adapters stand beside.
@@ -97,7 +98,9 @@ def _loss_by_token(
 def policy_inputs(stats: HeadStats, batch: Batch, totals: Totals, divergence: Array | None = None) -> PolicyInputs:
     """What a policy loss sees of a (micro)batch whose targets have the statistics ``stats``."""
     # Without stored log-probs the policy that sampled is the one being updated, and the ratio is exactly 1.
-    old = lax.stop_gradient(stats.logp) if batch.old_logp is None else batch.old_logp
+    old = lax.stop_gradient(stats.logp)
+    if batch.old_logp is not None:
+        old = jnp.where(batch.old_logp < OWN_LOGP, batch.old_logp, old)
     return PolicyInputs(
         stats.logp, old, present(batch.advantages, "Batch.advantages"), batch.loss_mask,
         ref_logp=batch.ref_logp, sampler_logp=batch.sampler_logp, entropy=stats.entropy, sequence_ids=_sequence_ids(batch),
