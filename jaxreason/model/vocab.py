@@ -67,8 +67,8 @@ def _stats(z: Array, targets: Array, top: Array, total: Array) -> HeadStats:
 def _top_and_total(z: Array) -> tuple[Array, Array]:
     """The maximum of every row of z [n, V] and Σ e^(z − maximum), [n] each; not differentiable.
 
-    A GPU reads the logits once for both, as the table's widest array is all that this costs; a CPU, which does not vectorise a
-    sum of pairs, twice.
+    A GPU, which needs for this no longer than the logits take to arrive, reads them once; a CPU, which does not vectorise a sum
+    of pairs, reads them twice.
     """
 
     def twice(z: Array) -> tuple[Array, Array]:
