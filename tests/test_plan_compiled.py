@@ -301,7 +301,10 @@ def test_a_teacher_whose_distributions_an_update_reads_is_its_argument(words, ke
 def test_what_stands_beside_each_program_of_grpo():
     words = ["model.weights=null", "model.preset=embedded-tiny", "kl.coef=0.01", "train.updates_per_rollout=2"]
     words += ["rollout.slots=8", "rollout.max_completion_tokens=192", "eval.max_completion_tokens=448"]
-    shape, found = planned_of("grpo", *TINY, *words, "data.max_prompt_tokens=64")
+    words += ["data.max_prompt_tokens=64"]
+    assert "old log-probs" not in planned_of("grpo", *TINY, *words)[1].planned  # the only minibatch's own update says them
+    words += ["train.minibatches=2", "rollout.prompts_per_step=32"]
+    shape, found = planned_of("grpo", *TINY, *words)
     assert list(found.planned) == [
         "update", "decoding weights", "prefill", "decode", "reference", "old log-probs", "evaluation: prefill",
         "evaluation: decode",
