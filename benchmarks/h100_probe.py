@@ -21,7 +21,7 @@ from jaxreason.model import init, preset, unstack
 from jaxreason.model.attention import attention, cached_attention, resolve
 from jaxreason.model.cudnn import segment_bound
 from jaxreason.model.flops import train_flops_per_token
-from jaxreason.model.vocab import online
+from jaxreason.model.vocab import online, two_passes
 from jaxreason.plan import roofline
 from jaxreason.sampler import Engine, Sampling
 from jaxreason.sharding import batch_sharding, make_mesh, replicated
@@ -198,10 +198,6 @@ def head(args) -> dict:
     """Maximum and Σ e^(z − maximum) of a chunk's logits: milliseconds in one pass, and in the two that a CPU makes."""
     shape = min(args.length, 4096), preset(args.preset).arch.vocab_size
     z = jax.jit(lambda key: 4.0 * jax.random.normal(key, shape))(jax.random.key(0))
-
-    def two_passes(z):
-        top = z.max(-1)
-        return top, jnp.exp(z - top[:, None]).sum(-1)
 
     found, values = {}, {}
     for name, function in (("one_pass", online), ("two_passes", two_passes)):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from jaxreason.data.embedded.arithmetic import Arithmetic, generate
 from jaxreason.data.tokenizer import Tokenizer, load
+from jaxreason.hf.gguf import is_embedded
 from jaxreason.weights import locate
 
 QUESTIONS = (
@@ -152,7 +153,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         source = locate(str(args.export))
         tokenizer = load(source.tokenizer)
-        embedded = tokenizer.hf.backend_tokenizer.to_str() == load("embedded").hf.backend_tokenizer.to_str()
+        embedded = is_embedded(tokenizer)
         file = gguf_of(args.export, embedded, args.llama_cpp, python, Path(place) / "model.gguf")
         other = LlamaCpp(built(args.llama_cpp, args.build), file, tokenizer, embedded)
         return int(other.other_ids() + other_answers(args.export, other.answer) > 0)

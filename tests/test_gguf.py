@@ -7,6 +7,7 @@ import itertools
 import sys
 import types
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -77,7 +78,6 @@ def test_factors_of_the_rope_by_hand():
 
 
 def test_a_file_as_its_reader_finds_it(tmp_path):
-    gguf = pytest.importorskip("gguf")
     params = jax.tree.map(np.asarray, model.init(CONFIG, jax.random.key(0)))
     files.save_gguf(params, CONFIG, tmp_path / "model.gguf", TOKENIZER, "run")
     read = gguf.GGUFReader(tmp_path / "model.gguf")
@@ -100,7 +100,6 @@ def test_a_file_as_its_reader_finds_it(tmp_path):
 
 
 def test_the_command_writes_what_a_checkpoint_holds(tmp_path, capsys):
-    gguf = pytest.importorskip("gguf")
     params = jax.tree.map(np.asarray, model.init(CONFIG, jax.random.key(0)))
     hf.save(params, CONFIG, tmp_path / "export", "float32", TOKENIZER)
     assert cli.convert(["from-hf", str(tmp_path / "export"), str(tmp_path / "run")]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -11,11 +12,13 @@ import yaml
 from helpers import final_params, grpo_words, sft_words
 
 from jaxreason import checkpoint, cli
+from jaxreason import config as cfg
 from jaxreason.errors import UserError
 from jaxreason.rl import held_out
 from jaxreason.sampler.engine import generation
 from jaxreason.train import sft
 from jaxreason.train.loop import Loop
+from jaxreason.train.setup import _source
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -141,11 +144,16 @@ def test_the_reference_stays_what_the_run_started_from(tmp_path, capsys):
     cut(run, 1)
     assert train("grpo", words) == 0
     assert lines_of(run)[1]["kl"] == whole[1]["kl"]
-    # X trained again from the start: what the run began with is gone, and it says so.
-    cut(run, 1)
-    shutil.rmtree(base / "checkpoints" / "00000001")
-    assert train("grpo", words) == 2
-    assert "the weights that this run found when it started are no longer there" in capsys.readouterr().err
+    folder = types.SimpleNamespace(path=run)
+    assert str(_source(str(base), folder, cfg.Resolved(**resolved), pinned=False).path) == resolved["weights"]
+    # X trained again from the start, or deleted: what the run began with is gone, and it says so.
+    for again in (True, False):
+        cut(run, 1)
+        shutil.rmtree(base / "checkpoints" / "00000001")
+        if again:
+            shutil.copytree(tmp_path / "more" / "checkpoints" / "00000003", base / "checkpoints" / "00000001")
+        assert train("grpo", words) == 2
+        assert "the weights that this run found when it started are no longer there" in capsys.readouterr().err
 
 
 def cut(run: Path, step: int) -> None:

@@ -56,8 +56,13 @@ def check_gguf(config: ModelConfig, path: str | os.PathLike, tokenizer: Tokenize
         raise UserError(f"{local(path)} exists; give another path or remove it")
     if not isinstance(config.arch, Llama):
         raise UserError(f"cannot write GGUF of family {config.arch.family}; {_OTHERS}")
-    if tokenizer.hf.backend_tokenizer.to_str() != load_tokenizer("embedded").hf.backend_tokenizer.to_str():
+    if not is_embedded(tokenizer):
         raise UserError(f"cannot write GGUF with another tokenizer than the embedded one; {_OTHERS}")
+
+
+def is_embedded(tokenizer: Tokenizer) -> bool:
+    """Whether it splits texts and numbers their parts as the embedded one does."""
+    return tokenizer.hf.backend_tokenizer.to_str() == load_tokenizer("embedded").hf.backend_tokenizer.to_str()
 
 
 def _library() -> ModuleType:

@@ -70,17 +70,17 @@ def _top_and_total(z: Array) -> tuple[Array, Array]:
     A GPU, which needs for this no longer than the logits take to arrive, reads them once; a CPU, which does not vectorise a sum
     of pairs, reads them twice.
     """
+    return lax.platform_dependent(z, cuda=online, default=two_passes)
 
-    def twice(z: Array) -> tuple[Array, Array]:
-        top = z.max(-1)
-        return top, jnp.exp(z - top[:, None]).sum(-1)
 
-    return lax.platform_dependent(z, cuda=online, default=twice)
+def two_passes(z: Array) -> tuple[Array, Array]:
+    """(maximum, Σ e^(z − maximum)) of every row, one after the other."""
+    top = z.max(-1)
+    return top, jnp.exp(z - top[:, None]).sum(-1)
 
 
 def online(z: Array) -> tuple[Array, Array]:
-    """(maximum, Σ e^(z − maximum)) of every row in one pass (arXiv 1805.02867): where a larger value comes, what was added
-    up so far shrinks."""
+    """:func:`two_passes` in one (arXiv 1805.02867): where a larger value comes, what was added up so far shrinks."""
 
     def both(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
         top = jnp.maximum(a[0], b[0])
