@@ -82,8 +82,10 @@ def settings(args, out: str):
 
 
 def run_jaxreason(args) -> dict[str, list[float]]:
+    from jaxreason import xla
     from jaxreason.rl import grpo
 
+    xla.start_with_huge_pages()  # as the commands do
     with tempfile.TemporaryDirectory() as out:
         grpo.train(settings(args, out))
         steps = [json.loads(line) for line in Path(out, "benchmark", "metrics.jsonl").read_text().splitlines()]

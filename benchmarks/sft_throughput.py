@@ -33,13 +33,14 @@ def run_jaxreason(args) -> list[float]:
     import jax.numpy as jnp
 
     from jaxreason import config as cfg
-    from jaxreason import hf, losses
+    from jaxreason import hf, losses, xla
     from jaxreason.sharding import make_mesh
     from jaxreason.train import optimizer as opt
     from jaxreason.train import state as states
     from jaxreason.train.step import make_train_step
     from jaxreason.types import Batch
 
+    xla.start_with_huge_pages()  # as the commands do
     params, config = hf.load(args.checkpoint)
     config = config.replace(remat=cfg.Model.model_fields["remat"].default)
     settings = cfg.Optimizer(learning_rate=1e-5, schedule="constant")

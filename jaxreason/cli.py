@@ -18,12 +18,16 @@ from jaxreason.paths import expanded, local
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
 
 
-def _start(deterministic: bool = False, cluster: distributed.Cluster | None = None, timeout_s: float = 300) -> None:
+def _start(
+    args: argparse.Namespace, deterministic: bool = False, cluster: distributed.Cluster | None = None, timeout_s: float = 300
+) -> None:
     """XLA's settings and the other processes, before the first device is touched. Raises UserError."""
     from jaxreason import xla
     from jaxreason.terminal import console
 
     platform = xla.detect()
+    if platform == "cpu" and args.own_process:
+        xla.start_with_huge_pages()
     xla.leave_out_absent_gpu()
     chosen = xla.configure(platform, distributed.devices(cluster), deterministic)
     console.quiet = cluster is not None and cluster.process > 0  # one process speaks; errors come from every one
@@ -61,7 +65,7 @@ def train(args: argparse.Namespace) -> int | None:
         return None
     cluster = distributed.detect(args.coordinator, args.num_processes, args.process_id)
     with distributed.joined(cluster):
-        _start(config.run.deterministic, cluster, args.connect_timeout)
+        _start(args, config.run.deterministic, cluster, args.connect_timeout)
         if isinstance(config, cfg.SftConfig):
             from jaxreason.train import sft
 
@@ -134,8 +138,8 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("give --prompt TEXT, or --chat for a conversation")
     if args.out and not args.strategy:
         raise UserError("--out writes what a strategy found; add --strategy, e.g. --strategy tot_bfs")
+    _start(args)
     message = sys.stdin.read() if args.prompt == "-" else args.prompt
-    _start()
     from jaxreason import serve
 
     if args.chat:
@@ -168,7 +172,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.samples > 1 and options.temperature == 0:
         raise UserError(f"--samples {args.samples} of greedy decoding are all the same; set e.g. temperature=0.6")
     out = local(args.out, "--out") if args.out else None
-    _start()
+    _start(args)
     from jaxreason import serve
     from jaxreason.evaluate import strategies
 
@@ -195,7 +199,7 @@ def build_data(args: argparse.Namespace) -> None:
         if args.samples is not None:
             raise UserError("--samples goes with --source; with --seeds, instances=N is the most of a new instruction")
         told = cfg.parse_words(cfg.Instruct, args.words)
-        _start()
+        _start(args)
         from jaxreason.curate.instruct import InstructJob, instruct
 
         instruct(InstructJob(args.model, args.seeds, out, told))
@@ -203,7 +207,7 @@ def build_data(args: argparse.Namespace) -> None:
     options, samples = cfg.parse_words(cfg.Build, args.words), 8 if args.samples is None else args.samples
     if samples < 1:
         raise UserError(f"--samples is {samples}; it is 1 or more")
-    _start()
+    _start(args)
     from jaxreason.curate.rows import BuildJob, build
 
     build(BuildJob(args.model, args.source, samples, out, options))
@@ -218,7 +222,7 @@ def _pipeline_words(parser: argparse.ArgumentParser) -> None:
 def pipeline(args: argparse.Namespace) -> int | None:
     """Runs the stages of a pipeline, such as DeepSeek-R1's. The same command goes on where it stopped."""
     plan, configs = cfg.load_pipeline(args.config, args.words)
-    _start()
+    _start(args)
     from jaxreason.pipeline import run
 
     return None if run(plan, configs) is not None else STOPPED
@@ -252,7 +256,7 @@ def compare(args: argparse.Namespace) -> None:
         work.finish(local(args.out, "--out") if args.out else runs[0].parent, runs, args.given)
         return
     entries = work.entries_of(args.config, args.losses.split(","), args.seeds, args.words, args.out)
-    _start(entries[0].config.run.deterministic)
+    _start(args, entries[0].config.run.deterministic)
     (work.offline if args.offline else work.train)(entries, args.given)
 
 
@@ -288,7 +292,7 @@ def _replay_words(parser: argparse.ArgumentParser) -> None:
 @command(_replay_words)
 def replay(args: argparse.Namespace) -> None:
     """Runs a step again whose loss or gradient was not finite: loss, gradient norms, and the rows it comes from."""
-    _start()
+    _start(args)
     from jaxreason.replay import replay as work
 
     work(args.run, args.update)

@@ -23,8 +23,9 @@ class Command:
     arguments: Callable[[argparse.ArgumentParser], None]  # adds what it takes
     work: Callable[[argparse.Namespace], int | None]  # its docstring is the command's description
 
-    def __call__(self, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-        """``prog``: what the user typed; None: the script of this name."""
+    def __call__(self, argv: Sequence[str] | None = None, prog: str | None = None, own_process: bool = False) -> int:
+        """``prog``: what the user typed; None: the script of this name. ``own_process``: this process does nothing else, which is
+        also so without ``argv``."""
         try:
             # A script's own folder is on the path, the one it is run from is not: package.module:function of a loss or a
             # reward is looked for there last.
@@ -36,7 +37,7 @@ class Command:
             # Words such as key=value may stand among the options, but not where one of them is a verb of its own.
             verbs = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
             args = (parser.parse_args if verbs else parser.parse_intermixed_args)(given)
-            args.given = given
+            args.given, args.own_process = given, own_process or argv is None
             return self.work(args) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ An unknown flag aborts the whole process with a C++ stack trace, so flags are fi
 
 import functools
 import os
+import platform as machine
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -140,6 +141,27 @@ def detect() -> Literal["cpu", "gpu"]:
     if asked:
         return "gpu" if asked.split(",")[0] in ("cuda", "gpu") else "cpu"
     return "gpu" if _has_cuda_plugin() and _has_driver() else "cpu"
+
+
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_TUNABLES = "GLIBC_TUNABLES"
+_HUGE = "glibc.malloc.hugetlb"
+
+
+def start_with_huge_pages() -> None:
+    """Starts this process again with huge pages, once, where the kernel gives them to those who ask; else does nothing.
+
+    For a CPU: XLA takes a program's memory from the kernel at every call and gives it back. In pages of 4 KiB that is 68,000
+    faults in a training step of the 1M model at 32 x 256 tokens, and a tenth to a seventh of its time. glibc reads what asks for
+    2 MiB only when a process starts. The user's own word on it wins, and a process under a debugger stays as it is.
+    """
+    given = os.environ.get(_TUNABLES, "")
+    asked = _HUGE in given or machine.libc_ver()[0] != "glibc" or sys.gettrace() is not None
+    if asked or not _PAGES.exists() or "[madvise]" not in _PAGES.read_text():
+        return
+    os.environ[_TUNABLES] = f"{given}:{_HUGE}=1".lstrip(":")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def leave_out_absent_gpu() -> None:

@@ -1678,6 +1678,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/test_lora.py::test_microbatches_packing_written_out_layers_and_meshes_change_nothing",
         "a quantized base: it is whole on every device",
     ),
+    Mutant(
+        "model/attention.py",
+        "return p, ds, _take(q_t, i, block, 4), _take(grad_t, i, block, 4), k_j",
+        "return p, ds, _take(grad_t, i, block, 4), _take(q_t, i, block, 4), k_j",
+        "tests/test_attention.py",
+        "blockwise attention, backward: queries and gradients change places",
+    ),
+    Mutant(
+        "xla.py",
+        "asked = _HUGE in given or",
+        "asked = bool(given) or",
+        "tests/test_xla.py",
+        "huge pages: other tunables of the user keep them away",
+    ),
 )  # fmt: skip
 
 if __name__ == "__main__":

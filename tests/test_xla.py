@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxreason import xla
+from jaxreason import __main__, cli, xla
 from jaxreason.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,3 +121,47 @@ def test_a_plugin_without_a_gpu_says_nothing():
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
     assert xla.detect() == "gpu" or done.stdout.strip() == "cpu"
+
+
+def restarted(tmp_path: Path, kernel: str, **environment: str) -> list[str]:
+    """What a process prints that asks for huge pages of a kernel whose mode is ``kernel``: its tunables, pid and words."""
+    mode = tmp_path / "enabled"
+    mode.write_text(kernel)
+    code = (
+        "import os, sys; from pathlib import Path; from jaxreason import xla\n"
+        f"xla._PAGES = Path({str(mode)!r})\n"
+        "print('started'); xla.start_with_huge_pages()\n"
+        "print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), sys.argv[1:])"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "a b", "c"], env=clean | environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        out, _ = process.communicate()
+    return [line.replace(str(process.pid), "PID") for line in out.splitlines()]
+
+
+def test_huge_pages_are_asked_for_by_starting_again_once_as_the_same_process(tmp_path):
+    end = "PID ['a b', 'c']"
+    asks = ["started", "started", f"glibc.malloc.hugetlb=1 {end}"]
+    assert restarted(tmp_path, "always [madvise] never") == asks
+    others = "glibc.malloc.arena_max=2"
+    assert restarted(tmp_path, "always [madvise] never", GLIBC_TUNABLES=others)[-1] == f"{others}:{asks[-1]}"
+    # Nothing is done where they come by themselves, where there are none, or where the user has said it.
+    assert restarted(tmp_path, "[always] madvise never") == ["started", f"None {end}"]
+    assert restarted(tmp_path, "always madvise [never]") == ["started", f"None {end}"]
+    own = "glibc.malloc.hugetlb=0"
+    assert restarted(tmp_path, "always [madvise] never", GLIBC_TUNABLES=own) == ["started", f"{own} {end}"]
+
+
+def test_a_command_that_is_the_whole_process_asks_for_huge_pages_and_one_that_is_called_does_not(monkeypatch, capsys):
+    words = ["--model", "nothing-here", "--prompt", "1+1"]
+    asked = []
+    monkeypatch.setattr(xla, "start_with_huge_pages", lambda: asked.append(1))
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+    assert cli.generate(words) == 2 and not asked
+    assert cli.generate() == 2 and len(asked) == 1
+    monkeypatch.setattr(sys, "argv", ["jaxreason", "generate", *words])
+    assert __main__.main(sys.argv[1:]) == 2 and len(asked) == 1
+    assert __main__.main() == 2 and len(asked) == 2
+    assert capsys.readouterr().err.count("error: ") == 4
