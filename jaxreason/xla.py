@@ -153,11 +153,12 @@ def start_with_huge_pages() -> None:
 
     For a CPU: XLA takes a program's memory from the kernel at every call and gives it back. In pages of 4 KiB that is 68,000
     faults in a training step of the 1M model at 32 x 256 tokens, and a tenth to a seventh of its time. glibc reads what asks for
-    2 MiB only when a process starts. The user's own word on it wins, and a process under a debugger stays as it is.
+    2 MiB only when a process starts. The user's own word on it wins; a process under a debugger, or one that was started for
+    something else (a notebook that runs the script), stays as it is.
     """
     given = os.environ.get(_TUNABLES, "")
-    asked = _HUGE in given or machine.libc_ver()[0] != "glibc" or sys.gettrace() is not None
-    if asked or not _PAGES.exists() or "[madvise]" not in _PAGES.read_text():
+    stays = _HUGE in given or sys.gettrace() is not None or sys.argv[0] not in sys.orig_argv
+    if stays or machine.libc_ver()[0] != "glibc" or not _PAGES.exists() or "[madvise]" not in _PAGES.read_text():
         return
     os.environ[_TUNABLES] = f"{given}:{_HUGE}=1".lstrip(":")
     sys.stdout.flush()

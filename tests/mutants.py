@@ -1687,10 +1687,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "xla.py",
-        "asked = _HUGE in given or",
-        "asked = bool(given) or",
+        "stays = _HUGE in given or",
+        "stays = bool(given) or",
         "tests/test_xla.py",
         "huge pages: other tunables of the user keep them away",
+    ),
+    Mutant(
+        "xla.py",
+        " or sys.argv[0] not in sys.orig_argv",
+        "",
+        "tests/test_xla.py",
+        "huge pages: a notebook that runs a script starts again",
     ),
 )  # fmt: skip
 

@@ -123,14 +123,17 @@ def test_a_plugin_without_a_gpu_says_nothing():
     assert xla.detect() == "gpu" or done.stdout.strip() == "cpu"
 
 
-def restarted(tmp_path: Path, kernel: str, **environment: str) -> list[str]:
-    """What a process prints that asks for huge pages of a kernel whose mode is ``kernel``: its tunables, pid and words."""
+def restarted(tmp_path: Path, kernel: str, before: str = "pass", **environment: str) -> list[str]:
+    """What a process prints that asks for huge pages of a kernel whose mode is ``kernel``: its tunables, pid and words.
+
+    ``before``: what it runs first.
+    """
     mode = tmp_path / "enabled"
     mode.write_text(kernel)
     code = (
         "import os, sys; from pathlib import Path; from jaxreason import xla\n"
         f"xla._PAGES = Path({str(mode)!r})\n"
-        "print('started'); xla.start_with_huge_pages()\n"
+        f"print('started'); {before}; xla.start_with_huge_pages()\n"
         "print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), sys.argv[1:])"
     )
     clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
@@ -150,6 +153,10 @@ def test_huge_pages_are_asked_for_by_starting_again_once_as_the_same_process(tmp
     # Nothing is done where they come by themselves, where there are none, or where the user has said it.
     assert restarted(tmp_path, "[always] madvise never") == ["started", f"None {end}"]
     assert restarted(tmp_path, "always madvise [never]") == ["started", f"None {end}"]
+    notebook = restarted(tmp_path, "always [madvise] never", "sys.argv[0] = 'scripts/train.py'")
+    assert notebook == ["started", f"None {end}"]
+    debugged = restarted(tmp_path, "always [madvise] never", "sys.settrace(lambda *_: None)")
+    assert debugged == ["started", f"None {end}"]
     own = "glibc.malloc.hugetlb=0"
     assert restarted(tmp_path, "always [madvise] never", GLIBC_TUNABLES=own) == ["started", f"{own} {end}"]
 
