@@ -276,10 +276,6 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
 
-    def latest(self) -> int | None:
-        found = steps(self.directory)
-        return found[-1] if found else None
-
     def remove_unfinished(self) -> list[Path]:
         """Deletes what a killed save left behind and says which."""
         cut = unfinished(self.directory)

@@ -7,7 +7,7 @@ import pytest
 from jaxreason.data import chat as chats
 from jaxreason.data import tokenizer as tokenizers
 from jaxreason.data.chunks import Inline
-from jaxreason.data.encode import Encoder, encode_prompt, end_at_stop, fit
+from jaxreason.data.encode import Encoder, end_at_stop, fit
 from jaxreason.data.example import Example, Reject
 from jaxreason.errors import UserError
 
@@ -46,7 +46,7 @@ def test_prompt_ids_are_what_generation_starts_from():
     tokenizer = helpers.chatml(template)
     example = Example("the user asks", "answer")
     [(prompt, trained)] = spans(encode(tokenizer, example))
-    assert prompt == encode_prompt(example, tokenizer, chats.resolve(tokenizer))
+    assert prompt == tokenizer.encode(chats.resolve(tokenizer).render_prompt(example))
     text = tokenizer.decode(prompt + trained)
     assert text == "the user asks\n\nanswer<|im_end|>"
     assert tokenizer.encode(text)[: len(prompt)] != prompt

@@ -16,7 +16,7 @@ import jaxreason
 from jaxreason import hf
 from jaxreason.data import chat as chats
 from jaxreason.data.chunks import Inline
-from jaxreason.data.encode import Encoder, encode_prompt
+from jaxreason.data.encode import Encoder
 from jaxreason.data.example import Example
 from jaxreason.data.tokenizer import load
 from jaxreason.errors import UserError
@@ -227,7 +227,7 @@ def test_a_control_token_that_a_text_spells_out_stays_text(kind, place, tmp_path
     ids = [tokenizer.hf.convert_tokens_to_ids(token) for token in tokenizer.control]
     chat, trusting = chats.resolve(tokenizer), chats.resolve(tokenizer, trust=True)
     plain, found, trusted = (
-        encode_prompt(example(said), tokenizer, c) for said, c in (("x", chat), (text, chat), (text, trusting))
+        tokenizer.encode(c.render_prompt(example(said))) for said, c in (("x", chat), (text, chat), (text, trusting))
     )
 
     def count(tokens):
@@ -236,7 +236,7 @@ def test_a_control_token_that_a_text_spells_out_stays_text(kind, place, tmp_path
     assert count(found) == count(plain) and count(trusted) == count(plain) + 3
     assert text in tokenizer.decode(found)
     # Rows without such a text are encoded as ever.
-    assert encode_prompt(example("x"), tokenizer, trusting) == plain
+    assert tokenizer.encode(trusting.render_prompt(example("x"))) == plain
 
 
 def test_an_answer_with_a_control_token_inside_is_dropped_and_counted():

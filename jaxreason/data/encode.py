@@ -114,11 +114,6 @@ class Encoder:
         return [next(whole if alone else replies) for alone in plain]
 
 
-def encode_prompt(example: Example, tokenizer: Tokenizer, chat: Chat) -> list[int]:
-    """Ids that generation starts from: the same as the untrained part of a training row."""
-    return tokenizer.encode(chat.render_prompt(example))
-
-
 def end_at_stop(completion: list[int], tokenizer: Tokenizer) -> list[int]:
     """The completion up to its first stop token, included; the tokenizer's EOS where the template writes none.
 
