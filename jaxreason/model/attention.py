@@ -235,6 +235,7 @@ def _flash_bwd_rule(block: int, saved: tuple[Array, ...], grad: Array) -> tuple[
         zeros = jnp.zeros((b, kv, h, t), jnp.float32)
         (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(blocks))
         dq = jnp.moveaxis(dq, 0, 3).reshape(q.shape)
+    dk, dv = lax.optimization_barrier((dk, dv))  # or the simplifier turns a single tile's products around
     no_grad = np.zeros(segment_ids.shape, jax.dtypes.float0)
     return dq.astype(q.dtype), dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), no_grad
 
