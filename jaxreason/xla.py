@@ -6,7 +6,8 @@ What is set and why, on a GPU (defaults are those of jax 0.10.2; docs/h100.md ha
 - no rematerialisation by the compiler, because remat policies choose what is computed twice, and jaxreason.plan counts
   memory the same way;
 - with several GPUs, overlap of collectives with compute, and combining thresholds above one layer's parameters;
-- a compilation cache, so that a resumed run starts at once; on a CPU it is the only thing that is set.
+- a compilation cache, so that a resumed run starts at once; on a CPU it is all that :func:`configure` sets, and
+  :func:`start_with_huge_pages` is for its memory.
 
 An unknown flag aborts the whole process with a C++ stack trace, so flags are first tried in another process.
 """
@@ -152,7 +153,7 @@ def start_with_huge_pages() -> None:
     """Starts this process again with huge pages, once, where the kernel gives them to those who ask; else does nothing.
 
     For a CPU: XLA takes a program's memory from the kernel at every call and gives it back. In pages of 4 KiB that is 68,000
-    faults in a training step of the 1M model at 32 x 256 tokens, and a tenth to a seventh of its time. glibc reads what asks for
+    faults in a training step of the 1M model at 32 x 256 tokens, and a tenth of its time. glibc reads what asks for
     2 MiB only when a process starts. The user's own word on it wins; a process under a debugger, or one that was started for
     something else (a notebook that runs the script), stays as it is.
     """

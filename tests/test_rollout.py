@@ -79,7 +79,7 @@ def test_slots_and_chunk_change_nothing(unstacked, reference, slots, chunk):
     found = make(slots, chunk).generate(unstacked, PROMPTS, 3, seed=1, step=2)
     assert ids(found) == ids(reference)
     for a, b in zip(found, reference):
-        np.testing.assert_allclose(a.policy_logp, b.policy_logp, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(a.policy_logp, b.policy_logp, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def test_devices_change_nothing(everywhere, reference, slots, chunk, devices):
     assert mesh.size == devices
     assert ids(found) == ids(reference)
     for a, b in zip(found, reference):
-        np.testing.assert_allclose(a.policy_logp, b.policy_logp, atol=1e-5, rtol=1e-5)
-        np.testing.assert_allclose(a.behaviour_logp, b.behaviour_logp, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(a.policy_logp, b.policy_logp, atol=1e-5)
+        np.testing.assert_allclose(a.behaviour_logp, b.behaviour_logp, atol=1e-5)
 
 
 def test_each_device_decodes_its_share_of_the_slots(everywhere):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,7 @@ def restarted(tmp_path: Path, kernel: str, before: str = "pass", **environment: 
     return [line.replace(str(process.pid), "PID") for line in out.splitlines()]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is who asks for huge pages")
 def test_huge_pages_are_asked_for_by_starting_again_once_as_the_same_process(tmp_path):
     end = "PID ['a b', 'c']"
     asks = ["started", "started", f"glibc.malloc.hugetlb=1 {end}"]
